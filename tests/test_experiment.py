@@ -90,7 +90,7 @@ def test_only_changes_of_the_model_rebuild_the_model():
 def test_data_with_more_classes_than_the_network_is_an_error():
   config = tiny_config()
   config.model.conditions.classes = spec("conditions.classes", number=9)
-  with pytest.raises(ValueError, match="classes 0 to 9 for model.conditions.classes.number=9"):
+  with pytest.raises(ValueError, match="classes 0 to 9 for config.model.conditions.classes.number=9"):
     reading.read_data(experiment_of(config))
 
 

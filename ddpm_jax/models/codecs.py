@@ -18,7 +18,7 @@ PyTree = Any
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   """Return the shapes of the frozen parameters that `load` reads.
 
-  The result is cached, so that `load` runs only once.
+  The results for the last 32 functions are cached, so that they do not run again.
   """
   # Call `load` outside `jax.eval_shape`: it may read a checkpoint or compute with values.
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
@@ -39,7 +39,7 @@ class Codec(NamedTuple):
 
   @property
   def is_pixels(self) -> bool:
-    """Return whether x equals the data."""
+    """Return whether this is the codec of `pixels`, so that x equals the data."""
     return (self.encode, self.decode) == (_encode_pixels, _decode_pixels)
 
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:

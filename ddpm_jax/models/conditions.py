@@ -1,8 +1,8 @@
 """Define conditions, the inputs of a model other than noisy data and time.
 
 A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
-data source or the command line. `encode` converts items to the values that a network receives. Data sources, batches,
-`given` and the arguments of networks use the same name for a condition.
+data source or the user. `encode` converts items to the values that a network receives. Data sources, batches and
+`given` use the same name for a condition. The argument of a network has this name or the name of the condition's kind.
 """
 
 import zlib
@@ -38,7 +38,7 @@ class Condition(NamedTuple):
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
-      sampling. It contains the condition's name.
+      sampling. The batch contains the condition's name.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
     dropout: the share of samples for which training replaces the condition by its null value. Classifier-free guidance
@@ -131,8 +131,8 @@ def low_resolution(
   """Return the condition of a small image for a model that enlarges it (SR3, Saharia et al. 2021).
 
   The image is enlarged by interpolation, and noise is added (Ho et al. 2022, section 4.2). The noise hides the fine
-  detail of the interpolation more than the content of the small image. Training computes the small image from the
-  data.
+  detail of the interpolation more than the content of the small image. Training computes the small image from the data,
+  unless the batch contains the small image.
 
   Args:
     name: the condition's name.
@@ -144,8 +144,8 @@ def low_resolution(
     method: the interpolation, "bicubic" or "bilinear".
 
   Raises:
-    ValueError: if the factor does not divide the sides of the data, the noise is out of range, or the method is
-      unknown.
+    ValueError: if the factor is below 2 or does not divide the sides of the data, the noise is out of range, or the
+      method is unknown.
   """
   if method not in ("bicubic", "bilinear"):
     raise ValueError(f"Got method={method!r} of {name}; expected 'bicubic' or 'bilinear'.")
@@ -187,12 +187,12 @@ def low_resolution(
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   """Return the condition of an image that is concatenated with x, such as a sketch or a mask.
 
-  With dropout, the null value is zeros. On the command line, the condition is the path of an image file, and the
-  pixels are scaled to [-1, 1].
+  With dropout, the null value is zeros. On the command line, a condition with two spatial axes is the path of an image
+  file, and the pixels are scaled to [-1, 1].
 
   Args:
     name: the condition's name.
-    shape: the shape [*space, C'], with the spatial axes of x.
+    shape: the shape [*space, C'], with the same sides as x.
     dropout: the share of samples trained without the image, in [0, 1).
 
   Raises:
@@ -262,13 +262,13 @@ def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
 
 
 def _numbers(name: str, text: str, count: int) -> np.ndarray:
-  expected = "a number" if count == 1 else f"{count} numbers separated by commas"
+  expected = "one finite number" if count == 1 else f"{count} finite numbers separated by commas"
   try:
     values = np.array([float(word) for word in text.split(",")], np.float32)
   except ValueError as error:
     raise ValueError(f"Got {name} {text!r}; expected {expected}.") from error
   if values.size != count or not np.isfinite(values).all():
-    raise ValueError(f"Got {name} {text!r} with {values.size} numbers; expected {expected}, all finite.")
+    raise ValueError(f"Got {name} {text!r} with {values.size} numbers; expected {expected}.")
   return values
 
 
@@ -286,10 +286,10 @@ def encode(
   *,
   train: bool,
 ) -> dict[str, PyTree]:
-  """Encode the conditions of a batch, and return them by name.
+  """Encode the conditions of a batch, and return their values by name.
 
-  Training replaces each condition by its null value for a share of the samples. The random numbers of a condition
-  depend only on its name and the keys, not on the other conditions.
+  Training replaces each condition with dropout by its null value for a share of the samples. The random numbers of a
+  condition depend only on its name and the keys, not on the other conditions.
 
   Args:
     conditions: the conditions by name.
@@ -367,7 +367,8 @@ def drop(
       that has a null value.
 
   Raises:
-    ValueError: if no condition has a null value, or one of `names` has none.
+    ValueError: if no condition has a null value, one of `names` has none or is unknown, or `given` does not match the
+      conditions.
   """
   check_given(conditions, given)
   for name in names or ():

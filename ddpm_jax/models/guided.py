@@ -18,7 +18,7 @@ from ddpm_jax.predictions import Denoise, Denoised
 Array = jax.Array
 PyTree = Any
 
-# An entry "negative_<name of a condition>" holds values of this condition to guide away from.
+# The entry "negative_<name of a condition>" of a batch holds items of this condition to guide away from.
 NEGATIVE_PREFIX = "negative_"
 
 
@@ -59,7 +59,10 @@ def argument_names(rule: Callable) -> frozenset[str]:
 
 
 def is_neutral(rule: Callable) -> bool:
-  """Return whether a rule leaves the conditional model unchanged."""
+  """Return whether a rule is `guidance.classifier_free` with a scale of 1.
+
+  This rule leaves the conditional model unchanged.
+  """
   function, options = (rule.func, rule.keywords) if isinstance(rule, functools.partial) else (rule, {})
   return function is guidance.classifier_free and options.get("scale", 1.0) == 1
 
@@ -102,8 +105,9 @@ def denoise(
     model: the model.
     rule: A rule of `guidance` with its options.
     keys: A key for each sample [B].
-    batch: the items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. A
-      name with the prefix "negative_" holds items to guide away from.
+    batch: the items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. An
+      entry with the prefix "negative_" holds items to guide away from. Guidance by a classifier
+      needs the entry "classes".
     parameters: the parameters of the model and the guides.
     guides: the other model that guides, if the rule uses one.
   """
@@ -161,7 +165,7 @@ def _encode_batch(
 def check(
   model: Model, rule: Callable, two_estimates: bool, guides: Guides = NO_GUIDES, *, negative: bool = False
 ) -> None:
-  """Check that a model, a rule of guidance, a sampler and the other models fit together.
+  """Check that a model, a rule of guidance, a sampler and a guide fit together.
 
   Args:
     model: the model.

@@ -27,8 +27,8 @@ def parse_inputs(
     only: whether to omit conditions without text. Otherwise they get their default.
 
   Raises:
-    ValueError: if the model lacks a condition, a text is invalid, there are more texts than samples, or a condition has
-      neither text nor a default.
+    ValueError: if the model lacks a condition, a text is invalid, or there are more texts than samples. Also if
+      a condition that is not computed from data has neither text nor a default, unless `only` is set.
   """
   inputs: dict[str, np.ndarray] = {}
   for name, words in texts.items():
@@ -67,7 +67,7 @@ def parse_inputs(
 def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
   """Parse the text of an item.
 
-  Any error of a user's `parse` becomes a ValueError that names the flag.
+  Any error of a user's `parse` becomes a ValueError that names the flag, except a ValueError that starts with "Got ".
   """
   try:
     return parse(text)

@@ -88,7 +88,7 @@ class Model(NamedTuple):
   def encode_conditions(
     self, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree] | None = None, *, train: bool = False
   ) -> dict[str, PyTree]:
-    """Encode the conditions of a batch, and return them by name (see `conditions.encode`)."""
+    """Encode the conditions of a batch, and return their values by name (see `conditions.encode`)."""
     return conditions_module.encode(self.conditions, (frozen or {}).get("conditions", {}), keys, batch, train=train)
 
   def drop_conditions(

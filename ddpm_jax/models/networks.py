@@ -1,7 +1,7 @@
 """Wrap networks of any library as two functions, `init` and `apply`, that accept the conditions of a model by name.
 
-`from_component` wraps a user's class of Flax Linen, Flax NNX or Equinox, or a user's function. Each library is imported
-only where it is used.
+`from_component` wraps a user's class of Flax Linen, Flax NNX or Equinox, or a user's function. Flax NNX and Equinox are
+imported only where they are used.
 """
 
 import inspect
@@ -63,7 +63,7 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
     conditions: the conditions of the model, by name.
 
   Raises:
-    ValueError: if the component has another type, or does not accept an argument.
+    ValueError: if the component has another type, or an argument is missing or not accepted.
   """
   linen = _is_class(type(component), "flax.linen")
   if isinstance(component, Network) or linen:
@@ -134,11 +134,11 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
 def _with_kernels(module: Any, train: bool) -> Any:
   """Select the kernels of this package's networks for training or sampling on a CPU.
 
-  Other modules, and networks with explicit kernels, do not change.
+  Other modules, and networks with `kernels` other than "tuned", do not change.
   """
   if getattr(module, "kernels", "") != "tuned" or jax.default_backend() != "cpu":
     return module
-  # Samplers are loops. The other kernels compute gradients in x slowly inside loops.
+  # Samplers are loops. The other kernels compute gradients with respect to x slowly inside loops.
   kernels = "loop" if not train else "single_device" if jax.device_count() == 1 else "tuned"
   return module.clone(kernels=kernels)
 
@@ -147,9 +147,9 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
   """Return the network of a Flax NNX class.
 
   The module is `component(**arguments, rngs=nnx.Rngs(key))`, without `rngs` if the class does not accept it. Its
-  `__call__` receives the same arguments as a Linen module (see `from_linen`). Parameters are its `nnx.Param` variables,
-  as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise. In training, its
-  streams of random numbers start from the first sample's key.
+  `__call__` receives the same arguments as that of a Linen module (see `from_linen`). Parameters are the module's
+  `nnx.Param` variables, as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise.
+  In training, the module's streams of random numbers start from the first sample's key.
 
   Each trace creates the module with a fixed key and then sets its parameters. Compilers remove the unused initial
   values. Arrays of the module that are not variables become constants.
@@ -209,9 +209,10 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
 
   The module is `component(**arguments, key=key)`, without `key` if the class does not accept it. Its `__call__`
   receives one sample, as most Equinox modules do: x [*space, C], the time [], and the conditions of one sample by
-  keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument `key`, it
-  receives the sample's key in training and None otherwise. Parameters are the module's float arrays, as nested dicts by
-  name. Other arrays are constants. `equinox.nn.inference_mode` turns layers such as Dropout on or off.
+  keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument `key`, this
+  argument receives the sample's key in training and None otherwise. An argument `train` receives whether this is
+  training. Parameters are the module's float arrays, as nested dicts by name. Other arrays are constants.
+  `equinox.nn.inference_mode` turns layers such as Dropout on or off.
 
   Each trace creates the module again, as in `from_nnx`.
 
@@ -288,7 +289,8 @@ def keywords(
     accepted: the names of the network's arguments. None if it accepts any keyword.
 
   Raises:
-    ValueError: if the network has no argument for a condition, or `given` does not match the conditions.
+    ValueError: if the network has no argument for a condition, several conditions cannot share an argument, or `given`
+      does not match the conditions.
   """
   check_given(conditions, given)
   values: dict[str, list[Any]] = {}
@@ -381,7 +383,7 @@ def _name(component: Any) -> str:
 
 
 def _parameters(component: Any) -> Mapping[str, inspect.Parameter] | None:
-  """Return the parameters of a function or a class's `__init__`, or None if it accepts any keyword."""
+  """Return the parameters of a function or a class's `__init__`, or None if it may accept any keyword."""
   # Inspect `__init__` rather than the class: the signature of an NNX class accepts any argument.
   has_init = inspect.isclass(component) and component.__init__ is not object.__init__
   try:
@@ -436,7 +438,7 @@ def derived_arguments(
   - `conditions`: the conditions by name.
 
   Raises:
-    ValueError: if the conditions include both a level and a vector, or an image with other spatial axes than x.
+    ValueError: if the conditions include both a level and a vector, or an image with other sides than x.
   """
   for name, condition in conditions.items():
     for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(condition.shape), strict=True):

@@ -1,6 +1,7 @@
 """Provide networks in Flax Linen.
 
-Other packages see a network only as its functions `init` and `apply`, so they need no Flax.
+Other packages call a network only through its functions `init` and `apply`. So a network of another library can replace
+it.
 """
 
 from ddpm_jax.networks.layers import trainable_mask

@@ -18,7 +18,7 @@ class ImageClassifier(nn.Module):
   Attributes:
     num_classes: the number of classes.
     width: the channels of the first level. The other levels have twice as many.
-    features: the size of the hidden layer. The features are its values before the activation function.
+    features: the size of the hidden layer. The layer's values before the activation function are the features.
   """
 
   num_classes: int

@@ -21,8 +21,8 @@ CLASSES = 1008
 # channels belong to the first branch of the block. They are values after the ReLU: in the original graph, their node
 # `mixed_6/conv` is the end of that branch, and only `mixed_6/conv/Conv2D` is the convolution.
 SPATIAL_CHANNELS = 7
-# The 1x1 convolutions that each block applies to its input, with their published names and numbers of output channels.
-# One matrix product computes all convolutions of a block.
+# For each block with several 1x1 convolutions of its input: their published names and numbers of output channels. One
+# matrix product computes all of them.
 SHARED = {
   f"Mixed_5{block}": {"branch1x1": 64, "branch5x5_1": 48, "branch3x3dbl_1": 64, "branch_pool": pooled}
   for block, pooled in (("b", 32), ("c", 64), ("d", 64))
@@ -159,7 +159,7 @@ class _BlockE(nn.Module):
 def _shared(x: Array, block: str | None) -> list[Array]:
   """Apply all 1x1 convolutions of a block to its input, and return their outputs.
 
-  The pooled branch comes last, if the block has one.
+  The output for the average-pooled branch comes last. A block without average pooling has none.
   """
   widths = SHARED[block or ""]
   outputs = _dense(x, sum(widths.values()), "shared")
@@ -174,8 +174,9 @@ def _conv(
 ) -> Array:
   if stride == 1 and padding == "SAME":
     return nn.relu(nn.Conv(features, size, precision="highest", name=name)(x))
-  # XLA's CPU backend passes convolutions without padding to a library that takes up to four times as long. A row and
-  # a column of zeros at the end avoid that and do not change the outputs that the slice below keeps.
+  # XLA's CPU backend passes convolutions without padding to a library, so they take up to four times as long as with
+  # padding. A row and a column of zeros at the end avoid that, and do not change the outputs that the slice below
+  # keeps.
   outputs = nn.Conv(features, size, stride, [(0, 1), (0, 1)], precision="highest", name=name)(x)
   height, width = ((length - extent) // stride + 1 for length, extent in zip(x.shape[1:3], size, strict=True))
   return nn.relu(outputs[:, :height, :width])

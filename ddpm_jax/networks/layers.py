@@ -1,7 +1,8 @@
 """Define the layers that all networks share.
 
-Parameters, statistics and the softmax are float32. Everything else is computed in `dtype`. All layers accept data
-with any number of spatial axes, [B, *space, C]: audio, images or volumes.
+Parameters, and the sines and cosines of times, are float32. Statistics and the softmax are float32 or wider. Everything
+else is computed in `dtype`. All layers accept data with one to three spatial axes, [B, *space, C]: audio, images or
+volumes.
 """
 
 import math
@@ -68,7 +69,10 @@ class BlockOptions(NamedTuple):
 
 
 def default_groups(features: int) -> int:
-  """Return the default number of groups, at most 32 with at least four features each (Karras et al. 2022)."""
+  """Return the default number of groups (Karras et al. 2022).
+
+  It is features / 4, rounded down, but at least 1 and at most 32.
+  """
   return max(min(32, features // 4), 1)
 
 
@@ -110,8 +114,8 @@ def trainable_mask(params: Any) -> Any:
 def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:
   """Return sines and cosines [B, features] of times [B].
 
-  The frequencies are 10000^(-i / (features / 2 - frequency_shift)). The defaults follow Ho et al. (2020).
-  Nichol and Dhariwal (2021) put cosines first and use a shift of 0.
+  The frequencies are 10000^(-i / (features / 2 - frequency_shift)) for i from 0 to features / 2 - 1. The defaults
+  follow Ho et al. (2020). Nichol and Dhariwal (2021) put cosines first and use a shift of 0.
 
   Raises:
     ValueError: if `features` is odd or below 4.
@@ -142,7 +146,7 @@ def count_features(x: Data) -> int:
 
 
 def split_features(value: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
-  """Split an array along its channel axis into one piece for each array in `parts`, with the same channels."""
+  """Split an array along its channel axis into pieces with as many channels as the arrays in `parts`."""
   return jnp.split(value, np.cumsum([part.shape[-1] for part in parts])[:-1], axis)
 
 
@@ -255,7 +259,7 @@ class Conv(nn.Module):
   def __call__(self, x: Data) -> Array:
     """Convolve x [B, *space, C], and return [B, *space, features].
 
-    Strides, padding and doubling set the sides of the result.
+    The sides of the result depend on the kernel's size, the strides, the padding and the doubling.
     """
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2

@@ -17,7 +17,7 @@ _COUNTS = ("head_channels", "time_features", "embedding_features", "num_classes"
 # The maximum number of residual blocks on the downward path. Each block is traced and compiled separately, so the
 # compilation of more blocks takes hours.
 _MAX_BLOCKS = 1000
-# float64 is for measurements, so error messages do not offer it.
+# float64 is for measurements, so error messages do not list it.
 _TYPES = ("float32", "bfloat16", "float64")
 _VECTORS = ("", "dense", "time", "identity")
 
@@ -26,7 +26,7 @@ def check(network: Any) -> None:
   """Check that the options of a `Backbone` are valid and compatible with each other.
 
   Raises:
-    ValueError: if an option is invalid or conflicts with another one.
+    ValueError: if an option is invalid or conflicts with another one, or the network is too large.
   """
   _check_values(network)
   _check_features(network)
@@ -76,7 +76,7 @@ def _check_values(network: Any) -> None:
   ):
     is_per_level = name in ("downsample", "upsample")
     if any(value not in choices for value in values) or (is_per_level and len(values) != last):
-      count = f", or {last} of them, one for each level but the last" if is_per_level else ""
+      count = f", or {last} of them, one for each pair of neighboring levels" if is_per_level else ""
       raise ValueError(f"Got {name}={getattr(n, name)!r}; expected one of {', '.join(map(repr, choices))}{count}.")
   _check_dtype(n.dtype)
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
@@ -106,6 +106,7 @@ def _check_features(network: Any) -> None:
   attended = n.attended_levels()
   for level, multiplier in enumerate((1, *n.multipliers), -1):
     features = n.channels * multiplier
+    groups = n.groups or f"0 (the default, here {default_groups(round(features))})"
     heads = f"head_channels={n.head_channels}" if n.head_channels else f"heads={n.heads}"
     splits_unevenly = level in attended and round(features) % (n.head_channels or n.heads)
     if (
@@ -115,7 +116,7 @@ def _check_features(network: Any) -> None:
       or splits_unevenly
     ):
       raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}, {heads}; expected an"
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, {heads}; expected an"
         " integer divisible by groups and, at levels with attention, by heads or head_channels. Change channels, multipliers, groups"
         " or heads."
       )
@@ -126,7 +127,7 @@ def _check_features(network: Any) -> None:
 
 
 def check_space(space: Sequence[int], channels: int) -> None:
-  """Raise a ValueError if an image or volume has more positions than a 32-bit integer can count."""
+  """Raise a ValueError if a sample has more positions than a 32-bit integer can count."""
   positions = math.prod(space)
   if positions >= 2**31:
     raise ValueError(
@@ -139,7 +140,7 @@ def _check_size(network: Any) -> None:
   n = network
   widths = [round(n.channels * multiplier) for multiplier in n.multipliers]
   embedding = n.embedding_features or 4 * n.channels
-  # A lower bound of the number of parameters: one convolution for each block, and the layers of the embeddings.
+  # A lower bound on the number of parameters: one convolution for each block, and the layers of the embeddings.
   count = n.blocks * sum(3**n.dimensions * width**2 for width in widths)
   count += (
     embedding * (embedding + (n.time_features or n.channels)) + (n.num_classes + n.augmentation_features) * n.channels

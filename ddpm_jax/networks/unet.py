@@ -28,51 +28,52 @@ class Backbone(nn.Module):
     multipliers: the features of each level, as multiples of `channels`. Each level has half the size of the previous
       one.
     blocks: the number of residual blocks per level on the downward path. The upward path has one more per level.
-    attention_levels: the levels with self-attention after every block. Level 0 is the finest.
+    attention_levels: the levels with self-attention after every block (but see `score_sde`). Level 0 is the finest.
     middle_attention: whether the middle has self-attention.
     middle_attention_norm: whether the middle attention normalizes its input. Some diffusers models do not.
     heads: the number of attention heads, unless `head_channels` is set.
     head_channels: the features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
     dropout: the dropout rate inside residual blocks during training.
-    groups: the number of groups in every normalization. 0 selects min(32, C / 4) for C features, as in EDM's networks
-      (Karras et al. 2022).
+    groups: the number of groups in every normalization. 0 selects C / 4 for C features, rounded down, but at least 1
+      and at most 32, as in EDM's networks (Karras et al. 2022).
     epsilon: the constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier" with random frequencies (NCSN++).
     time_features: the features of the time embedding before its dense layers. 0 uses `channels`.
     embedding_features: the features of the embedding that every block receives. 0 uses four times `channels`.
     frequency_shift: 1 (DDPM) or 0 (ADM). See `layers.sinusoidal_embedding`.
-    scale_shift: whether the embedding scales and shifts normalized features (improved DDPM, ADM). Otherwise it is
-      added to them.
+    scale_shift: whether the embedding scales and shifts the result of the second normalization in a block (improved
+      DDPM, ADM). Otherwise the embedding is added before this normalization.
     downsample: how a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
-      sequence has one word for each level but the last, and its first word halves level 0.
+      sequence has one word for each level but the last, and its first word is for level 0.
     upsample: how a level is doubled, with the same words. A sequence has one word for each level but level 0, and its
-      first word doubles level 1.
+      first word is for level 1.
     symmetric_padding: whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad only the end
       (DDPM).
     filter: the filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
-    score_sde: whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums
-      are divided by sqrt(2). Shortcuts have 1x1 convolutions where blocks resample. The upward path has attention
-      only after a level's last block. Queries, keys and values start with a tenth of the variance. Classes are added
-      to the time features before the dense layers, as one-hot vectors times sqrt(num_classes). With class dropout,
+    score_sde: whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums are
+      divided by sqrt(2). Shortcuts have 1x1 convolutions where blocks resample. The upward path has attention only
+      after a level's last block. Queries, keys and values start with a tenth of the variance. Classes, as one-hot
+      vectors times sqrt(num_classes), go through a dense layer and are added to the time features. With class dropout,
       `num_classes` includes the null class, so for K classes the factor is sqrt(K + 1). EDM's code uses sqrt(K), and
       zeros for no class.
     progressive_input: whether each level also receives the input, halved repeatedly ("residual" in NCSN++).
-    num_classes: the number of classes of a conditional network. 0 for an unconditional network.
-    vector_embedding: how a continuous vector conditions the network. "": not at all. "dense": by two dense layers,
-      for any length. "time": one number, embedded like the time. "identity": added to the embedding, so it must have
-      the same length.
+    num_classes: the number of classes that the network accepts as a condition. 0 for a network without classes.
+    vector_embedding: how a continuous vector conditions the network. "": not at all. "dense": by two dense layers, for
+      any length. "time": one number, embedded like the time. "identity": added to the embedding, so the vector must
+      have the embedding's length.
     augmentation_features: the length of augmentation labels (Karras et al. 2022, appendix F.2). 0 for none.
     center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
     divide_by_sigma: whether the output is divided by exp(time), where the time is log(sigma), as in Song et al.
     dimensions: the number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
-    dtype: the type of the computation. Parameters, statistics, the softmax and the output are float32.
+    dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
+      wider.
     remat: which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
       blocks, so only values passed between blocks are saved. "everything": these, and on the upward path also the
       values between blocks, so only the inputs of each level are saved there. The name of a
       `jax.checkpoint_policies` entry without arguments: the values inside blocks that this policy does not save.
     attention: the implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
-      "xla" and "cudnn" select an implementation of `jax.nn.dot_product_attention`. "cudnn" requires a 16-bit type
-      and an NVIDIA GPU.
+      "xla" and "cudnn" select an implementation of `jax.nn.dot_product_attention`. "cudnn" requires bfloat16 and an
+      NVIDIA GPU.
     kernels: the allowed forms of operations: "tuned", "single_device", "loop" or "plain" (see `networks.kernels`).
   """
 
@@ -223,7 +224,7 @@ class Backbone(nn.Module):
       return self._dense(nn.swish(self._dense(x, width, f"{name}_1")), width, f"{name}_2")
 
     if self.num_classes and self.score_sde:
-      # The factor gives unit variance for any number of classes.
+      # With this factor, the mean square of the numbers is 1 for any number of classes.
       one_hot = jax.nn.one_hot(classes, self.num_classes) * self.num_classes**0.5
       embedding += self._dense(one_hot, features, "classes")
     if self.augmentation_features:
@@ -345,7 +346,7 @@ class UNet(Backbone):
 
     Raises:
       ValueError: if the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if
-        classes or a vector are missing, or the network has no input for a condition.
+        classes or a vector are missing, or given to a network without them.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)

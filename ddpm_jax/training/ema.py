@@ -33,7 +33,8 @@ class ParamsEmaState(NamedTuple):
 def params_ema(*decays: Decay) -> optax.GradientTransformation:
   """Average the parameters, and leave the updates unchanged.
 
-  Put it last in a chain. It averages the sum of the parameters and the updates, so the updates must be final.
+  Put this transformation last in a chain. It averages the sums of the parameters and their updates, so the updates must
+  be final.
 
   Args:
     *decays: one function for each average, from `fixed`, `half_life`, `power` or your own. `decay(s)` in [0, 1] is the
@@ -46,7 +47,7 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
     raise ValueError(f"Got {decays} as decays; expected one function or more, such as params_ema(fixed(0.999)).")
 
   def init(params):
-    # A 16-bit average would never change, because its updates are smaller than its precision.
+    # A 16-bit average would hardly change, because most changes are smaller than its precision.
     def average(p):
       return jnp.copy(p).astype(widest(p))
 
@@ -99,7 +100,7 @@ def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> D
 
   Args:
     images: the half-life in training images, above 0; 500,000 on CIFAR-10 in the paper.
-    batch_size: images in a step, above 0.
+    batch_size: the number of images in a step, above 0.
     ramp_up: limits the half-life to this fraction of the images seen before the step, so that the average forgets the
       initial parameters quickly; None for no limit.
 
@@ -131,7 +132,7 @@ def power(std: float) -> Decay:
   equals the parameters.
 
   Args:
-    std: the relative width of the average, in (0, 0.288). It is the standard deviation of t under these weights,
+    std: the relative width of the average, in (0, 1/sqrt(12)). It is the standard deviation of t under these weights,
       divided by the length of training, and determines gamma (see `gamma_of`). The paper uses 0.05 to 0.10.
 
   Raises:
@@ -262,7 +263,7 @@ def reconstruction_weights(
       outside the range of the snapshots.
 
   Returns:
-    Weights [len(snapshot_steps)] in float64 with a sum of 1, so constant parameters are preserved. Some weights are
+    Weights [len(snapshot_steps)] in float64 with a sum of 1, so constant parameters are preserved. Some weights may be
     negative, and the sum of their absolute values may reach 50, so add the snapshots in float32 or wider.
 
   Raises:

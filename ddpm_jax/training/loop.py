@@ -67,17 +67,17 @@ def fit(
     frozen: parameters that never change, with the shardings that the step expects; None for none.
     num_steps: the step to stop at.
     log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric of a step is
-      averaged over the steps since the last log that have a finite loss and gradient norm. `skipped` is the total
-      number of skipped steps.
-      The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of the time spent waiting for
-      data. They are measured in wall-clock time since the last log, including callbacks.
+      averaged over those steps since the last log whose loss and gradient norm are finite. `skipped` is the total
+      number of skipped steps. The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of
+      the time spent waiting for data. They are measured in wall-clock time since the last log, including callbacks.
     log_every: the number of steps between two logs.
     callbacks: functions to call during training, in order.
-    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients are
-      not finite.
+    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients
+      or updates are not finite and the optimizer skips such steps (see `optim.skip_nonfinite`).
     hooks: functions that connect the loop to its environment.
-    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch raises an
-      error. `fit` then raises this error. Not called before the first step.
+    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch raises an error.
+      `fit` then raises this error. Not called before the first step, or if the last step
+      raises a FloatingPointError instead.
     quiet: whether to hide the progress bar.
 
   Returns:
@@ -109,7 +109,7 @@ def fit(
       hooks.before_step(number)
       state, metrics = step(state, batch, *frozen_arguments)
       jax.tree.map(lambda leaf: leaf.copy_to_host_async(), metrics)
-      # Stay at most one step ahead of the device. This hides the work of the host, and a longer queue would need
+      # Stay at most one step ahead of the device. This hides the work of the host. A longer queue would need more
       # memory.
       if previous is not None:
         window.add(previous)
@@ -119,7 +119,8 @@ def fit(
       bar.update()
       due = [callback for callback in callbacks if number % callback.every == 0 or number == num_steps]
       if due or number % log_every == 0 or number == num_steps:
-        # Check before anything is saved, so that a checkpoint never contains parameters that are not finite.
+        # Check before anything is saved, so that no checkpoint follows a step with a loss or gradients that are not
+        # finite.
         window.add(metrics)
         _check_finite(number, metrics, max_skipped)
         previous = None
@@ -200,7 +201,7 @@ def _check_finite(number: int, metrics: Metrics, max_skipped: int) -> None:
     row = int(metrics["skipped_in_a_row"])
     if row >= max_skipped:
       raise FloatingPointError(
-        f"The gradients of {row} steps in a row, {number - row + 1:,} to {number:,}, were not finite (the last loss is"
+        f"The gradients or updates of {row} steps in a row, {number - row + 1:,} to {number:,}, were not finite (the last loss is"
         f" {float(metrics['loss'])}). Skipped steps change no parameters; {int(metrics['skipped']):,} were skipped in all."
         " Restart training with a lower --config.optimizer.learning_rate or clip_norm, or resume with a higher"
         " --config.training.max_skipped."

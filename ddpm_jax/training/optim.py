@@ -39,8 +39,8 @@ def schedule(
   - `constant`: the peak.
   - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak at the end
     of the warm-up to `final_factor` times the peak at `decay_steps`, then constant.
-  - `inverse_sqrt`: proportional to 1 / sqrt(step) after step max(decay_steps, warmup_steps, 1), which is t_ref in
-    Karras et al. 2024, equation 67.
+  - `inverse_sqrt`: the peak until step t_ref = max(decay_steps, warmup_steps, 1), then the peak times sqrt(t_ref / t)
+    at the t-th step (Karras et al. 2024, equation 67).
 
   Args:
     peak: the rate after the warm-up, above 0.
@@ -96,8 +96,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
     arguments: the other arguments of the optimizer by name.
 
   Raises:
-    ValueError: if the name or an argument is unknown, a value is out of range, or the optimizer needs more than
-      gradients and parameters, such as a line search.
+    ValueError: if the name or an argument is unknown, a value is out of range, or the optimizer needs a constant rate,
+      or more than gradients and parameters, such as a line search.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"Got {name!r} as an optimizer; expected one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
@@ -217,7 +217,7 @@ def _sum_of_squares(leaves: Sequence[Array]) -> Array:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """Scale updates down to a global norm of at most `max_norm` (Pascanu et al. 2013).
 
-  It is equivalent to `optax.clip_by_global_norm`, but the norm compiles faster (see `global_norm`).
+  This transformation is equivalent to `optax.clip_by_global_norm`, but the norm compiles faster (see `global_norm`).
 
   Args:
     max_norm: the maximum norm, above 0.
@@ -363,7 +363,9 @@ def chain(
 ) -> optax.GradientTransformation:
   """Chain clipping by the global norm, an optimizer and averages of the parameters, and skip non-finite steps.
 
-  For Adam, AdamW and Lion, finite gradients always give finite updates, so a step is one pass over all arrays.
+  For Lion, and for Adam and AdamW with an `eps` of 1e-16 or more, finite gradients always give finite updates, so a
+  step is one pass over all arrays. For other optimizers, and with `extra`, the updates are checked too (see
+  `skip_nonfinite`).
 
   Args:
     rate: the learning rate, either a number or a function of the step with finite values, such as a `schedule`.

@@ -33,10 +33,10 @@ def reconstruct(
     length: the relative width of the new average.
 
   Returns:
-    The averaged parameters, the step of the last snapshot, and the number of snapshots used.
+    The averaged parameters, the step of the last snapshot that is not damaged, and the number of these snapshots.
 
   Raises:
-    ValueError: if all snapshots are damaged.
+    ValueError: if all snapshots are damaged, or a width is out of range.
   """
   counts = {}
   for step in steps:

@@ -150,15 +150,15 @@ def train_step(
       `distribute`.
     accumulate: the number of parts that each device's shard is split into to save memory. The parts are processed one
       after the other, and their gradients are averaged.
-    unroll: whether to unroll the loop over these parts. On a CPU, gradients inside a loop are many times slower.
+    unroll: whether to unroll the loop over these parts. On a CPU, gradients of convolutions take many times as long
+      inside a loop as outside.
     distribute: a decorator that computes gradients on all devices under `jit`, such as `parallel.shard_gradient(mesh)`.
     axis_name: the mapped axis to average gradients over under `pmap`; None under `jit`.
 
   Returns:
     The state after the step, and the metrics: `loss` and `grad_norm` (of all trained parameters, before clipping) as
     float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps (`optim.skip_nonfinite`); and the
-    metrics of `objective.summarize`. A skipped step changes only the step number and the counts of
-    skipped steps.
+    metrics of `objective.summarize`. A skipped step changes only the step number and the counts of skipped steps.
 
   Raises:
     ValueError: if the objective's frozen parameters are missing, or its memory changes in structure, shape or type.

@@ -87,7 +87,7 @@ _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 
 def _attend_tuned_tpu(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
-  """Apply attention to one part of the batch after another, so that scores never leave the chip.
+  """Apply attention to one part of the batch after another, so that the scores of a part can stay on the chip.
 
   The backward pass recomputes the scores.
   """

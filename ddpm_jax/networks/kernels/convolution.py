@@ -22,7 +22,7 @@ def _convolve_plain(x: Array, kernel: Array, strides: Sequence[int], pads: Pads)
 def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kernels: str = "tuned") -> Array:
   """Convolve x [B, *space, C] with a kernel [*window, C, C'].
 
-  On a CPU, the gradient with respect to x takes about 17 times as long inside a loop (`lax.scan`) as outside. With
+  On a CPU, the gradient with respect to x can take 17 times as long inside a loop (`lax.scan`) as outside. With
   `kernels="loop"` it takes about the same time inside as outside. Guidance and posterior sampling compute this gradient
   inside loops.
 
@@ -164,7 +164,7 @@ def _backward(strides, pads, saved, gradient: Array):
     widths.append((low, high, strides[axis] - 1))
   padded = lax.pad(gradient, np.zeros((), gradient.dtype), [*widths, (0, 0, 0)])
   x_gradient = _convolve_plain(padded, reversed_kernel, (1,) * len(axes), ((0, 0),) * len(axes))
-  # Guidance does not use the kernel's gradient, so XLA removes its computation there.
+  # Guidance does not use the kernel's gradient, so XLA removes the following computation from programs for guidance.
   _, kernel_vjp = jax.vjp(lambda kernel: _convolve_plain(x, kernel, strides, pads), kernel)
   return x_gradient, kernel_vjp(gradient)[0]
 

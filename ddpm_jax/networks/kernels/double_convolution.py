@@ -1,4 +1,7 @@
-"""Double every spatial axis and convolve the result, without storing the doubled data on a CPU or TPU."""
+"""Double every spatial axis and convolve the result.
+
+The tuned forms for CPUs and TPUs do not store the doubled data.
+"""
 
 import itertools
 from functools import partial
@@ -23,8 +26,8 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   For every output row, two of the kernel's three rows multiply the same row of x, so the tuned forms add those two rows
   first. In two dimensions this leaves 4/9 of the products. The CPU form computes the even and the odd output rows by
   separate convolutions of x, with kernels of two rows. The TPU form inserts zeros between the values of x and convolves
-  the result with one larger kernel. This kernel is the sum of copies of the kernel, one shifted to each position of a
-  repeated value. A TPU skips products with the inserted zeros. Other platforms double the data.
+  the result with one larger kernel. The larger kernel is the sum of shifted copies of `kernel`, one for each position
+  of a repeated value. A TPU skips products with the inserted zeros. Other platforms double the data.
 
   Args:
     x: the data [B, *space, C].
@@ -59,7 +62,7 @@ def _double_and_convolve_tuned_cpu(x: Array, kernel: Array, kernels: str) -> Arr
       part = jnp.concatenate(rows, axis)
     parts.append(convolution.convolve(x, part, (1,) * axes, [(1 - odd, odd) for odd in parities], kernels))
   y = jnp.stack(parts).reshape(*(2,) * axes, *parts[0].shape)
-  # Interleave: the parity along an axis becomes the last binary digit of the position along it.
+  # Interleave: the parity along an axis becomes the last binary digit of the position along this axis.
   order = [axes, *(source for axis in range(axes) for source in (axes + 1 + axis, axis)), 2 * axes + 1]
   return y.transpose(order).reshape(x.shape[0], *(2 * size for size in x.shape[1:-1]), kernel.shape[-1])
 

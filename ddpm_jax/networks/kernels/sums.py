@@ -18,8 +18,8 @@ from ddpm_jax.floats import widest
 
 Array = jax.Array
 
-# Trace a function once for each shape, and inline it. Otherwise, arrays that are saved for a gradient would cross a
-# call, and XLA's TPU backend would store them in float32.
+# Trace a function once for each shape, and inline it. Without inlining, arrays that are saved for a gradient would
+# cross a call, and XLA's TPU backend would store them in float32.
 trace_once = partial(jax.jit, inline=True)
 
 
@@ -47,10 +47,10 @@ def _sum_tuned_jvp(primals, tangents):
 
 @trace_once
 def _sum_tangent(x: Array) -> Array:
-  """Compute `sum_positions` as a matrix product.
+  """Compute `sum_positions`, on a CPU as a matrix product.
 
-  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA
-  repeat them where they are used.
+  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA repeat them where they
+  are used.
   """
 
   def product(x: Array) -> Array:
