@@ -153,8 +153,8 @@ class Checkpoints:
     except Exception as error:
       raise self._write_error(error) from error
     if not saved:
-      error = RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}")
-      raise self._write_error(error, "Choose another folder.")
+      problem = RuntimeError(f"the folder has a later checkpoint, of step {self._manager.latest_step()}")
+      raise self._write_error(problem, "Choose another folder.")
 
   def _check_saved(self) -> None:
     """Raise an OSError if a save in the background has failed."""
