@@ -26,8 +26,8 @@ def run_eval(
     folder: the run's folder.
     seed: the seed of the samples and of other random numbers.
     choice: which of the run's weights to use.
-    variants: the experiment with other samplers and numbers of steps. The last one gives the main scores. By default
-      there is one variant, the experiment itself.
+    variants: copies of the experiment with other samplers or numbers of steps. Each copy is scored, and the scores of
+      the last copy are the main scores. By default, the only variant is the experiment itself.
 
   Raises:
     ValueError: if there is no checkpoint, or the experiment cannot be scored.

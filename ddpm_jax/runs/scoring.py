@@ -135,13 +135,16 @@ class Scorer:
     return default_inputs(experiment.model.conditions, count, source if held_out is None else held_out, counts)
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
-    """Save samples in samples/, and write their scores to eval.json and, with `evaluation.report`, to report.html.
+    """Generate and score samples, and write the scores to eval.json.
+
+    The samples are saved in samples/. eval.json also has the likelihoods, if the config requests them. With
+    `evaluation.report`, report.html shows the samples and the scores.
 
     Args:
       weights: the weights to sample from.
       seed: the seed of the samples.
-      variants: the experiment with other samplers or numbers of steps. The last one gives the main scores. By default
-        there is one variant, the run's experiment.
+      variants: copies of the experiment with other samplers or numbers of steps. Each copy is scored, and the scores of
+        the last copy are the main scores. By default, the only variant is the run's experiment.
     """
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]

@@ -38,8 +38,9 @@ class Scorer(Protocol):
     Args:
       weights: the weights to score.
       seed: the seed of the samples and of other random numbers.
-      variants: the experiment with other samplers or numbers of steps. The last one gives the main scores. By default
-        there is one variant, the run's experiment.
+      variants: copies of the experiment with other samplers or numbers of steps. Each copy is scored, and the scores of
+        the last copy are the main scores. By default, the only variant is the run's experiment.
+        Scorers without samples ignore `variants`.
     """
 
 
