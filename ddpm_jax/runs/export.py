@@ -60,7 +60,7 @@ def _clip(experiment: Experiment) -> float | None:
   if getattr(rule, "func", rule) is not guidance.clip or options["low"] != -options["high"]:
     node = experiment.tree.values["sampling"]["clip"]
     raise ValueError(
-      f"Got config.sampling.clip={node} for an export; expected clip with a symmetric range, such as clip(low=-1, high=1), or None, because"
-      " diffusers clips in no other way. Set --config.sampling.clip=clip."
+      f"Got config.sampling.clip={node} for an export; expected None or a symmetric range, such as clip(low=-1, high=1),"
+      " because diffusers cannot clip in any other way. Set --config.sampling.clip=clip."
     )
   return options["high"]

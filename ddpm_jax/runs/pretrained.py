@@ -30,7 +30,8 @@ def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
   Args:
     tree: the config. Its network options, such as dropout, apply to the model.
     path: a diffusers folder, or a name on the Hugging Face hub.
-    flag: the flag that names the model, if the config's conditions must match the model's; else "".
+    flag: the setting that names the model, for the error if the config's conditions do not match the model's; "" to
+      skip this check.
   """
   model, params = interop.diffusers.load(path, **_options(tree, path))
   if flag:

@@ -24,8 +24,9 @@ class Steering(NamedTuple):
     given: values as text by the name of the condition, repeated to fill all samples. Missing conditions have their
       default values.
     negative: values to guide away from, in the same form.
-    classifier: the folder of a classifier's run that guides.
-    weak: the folder of a weaker model's run to guide away from. It may be the model's own run.
+    classifier: the run folder of a classifier that guides the samples.
+    weak: the run folder of a weaker model to guide away from. It may be the run folder of the sampled model, to use an
+      earlier checkpoint.
     weak_step: the step of the weaker model's checkpoint; "" for the newest.
   """
 
