@@ -1,4 +1,4 @@
-"""List all samplers under test with their orders, and provide helpers to run them."""
+"""List all samplers under test and the orders of the deterministic rules, and provide helpers to run them."""
 
 import itertools
 import math

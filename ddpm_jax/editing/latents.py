@@ -32,7 +32,7 @@ def img2img(
     strength: the share of steps to take, in [0, 1]. Sampling takes the last round(strength K) steps. With 0 steps the
       result is the input. With a strength of 1 it is a new sample, bit for bit equal to
       `sample(fold_in(key, 1), sampler, denoise, process.prior(fold_in(key, 0), x_0.shape, x_0.dtype), times)`. For
-      `sampling.ode`, replace `times` in this expression by the three times above.
+      `sampling.ode` with K > 2, `times` in this expression is only the start time and the last two times.
 
   Returns:
     Images of the shape and dtype of x_0.

@@ -123,8 +123,8 @@ def _metadata(path: Path) -> dict[str, str]:
       return file.metadata() or {}
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
-      f"Cannot read {path} as safetensors ({error}). The file is truncated, damaged, or has another format; create it"
-      " again with --mode=convert."
+      f"Cannot read {path} as safetensors ({error}). The file may be truncated or damaged, or have another format;"
+      " create it again with --mode=convert."
     ) from error
 
 

@@ -76,8 +76,8 @@ class TensorFile:
       return safetensors.safe_open(self.path, framework=framework)
     except (safetensors.SafetensorError, OSError) as error:
       raise ValueError(
-        f"Cannot read {self.path} as safetensors ({error}). The file is truncated, damaged, or has another format;"
-        " download it again."
+        f"Cannot read {self.path} as safetensors ({error}). The file may be truncated or damaged, or have another"
+        " format; download it again."
       ) from error
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -77,9 +77,9 @@ def add_calls(sampler: Sampler, calls: int) -> Sampler:
 
 
 def with_many_steps(sampler: Sampler) -> Sampler:
-  """Return the rule with a `spacing` for many steps, even if the rule alone needs only the ends of a grid.
+  """Replace the spacing "ends" of a rule with "log_snr", and keep any other spacing.
 
-  Wrappers use this if they act at each step of the grid.
+  Wrappers that act at each step of the grid use this, because a grid with the spacing "ends" has at most two steps.
   """
   return sampler._replace(spacing="log_snr") if sampler.spacing == "ends" else sampler
 
