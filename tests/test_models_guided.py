@@ -260,7 +260,9 @@ def test_a_custom_rule_is_recognized_by_its_arguments_and_estimates():
   assert shapes == [((1,), (1,))]
   assert not guided.has_two_estimates(experiment.model, experiment.guidance)
   guided.check(experiment.model, custom, two_estimates=True)
-  with pytest.raises(ValueError, match="Got guidance by custom, which takes data and noise from two estimates"):
+  with pytest.raises(
+    ValueError, match="Got guidance by custom with a sampler that takes data and noise from the same estimate"
+  ):
     guided.check(experiment.model, custom, two_estimates=False)
 
 

@@ -1,6 +1,6 @@
 """Declare the flags that several commands share, and turn them into configs and options of runs.
 
-Functions import JAX, and modules that import JAX, in their bodies, so that help and errors in flags appear at once.
+Only function bodies import JAX, directly or through other modules. So help and errors in flags appear at once.
 """
 
 import argparse

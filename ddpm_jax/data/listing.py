@@ -148,7 +148,7 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
     elif kind == "dangling link":
       raise ValueError(
         f"Got the link {os.fsdecode(entry.path)}, but its target does not exist; expected an existing file or folder,"
-        " because the link may be a class. Mount or restore the target, or remove the link."
+        " because the link may stand for the folder of a class. Mount or restore the target, or remove the link."
       )
     else:
       skipped[(extension or b"without extension") if kind == "file" else b"not regular files"] += 1

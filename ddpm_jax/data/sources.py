@@ -57,7 +57,7 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 
 
 def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-  """Read the images at `indices` [B] as uint8 [B, H, W, C], the type for scores and pictures."""
+  """Read the images at `indices` [B] as uint8 [B, H, W, C], the type that metrics and pictures need."""
   return as_uint8(read(source, indices)["image"])
 
 

@@ -247,7 +247,7 @@ def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple
 
 
 def _in_memory(shape: str) -> float:
-  """Return the total size in bytes of a shape's arrays in the device's main memory."""
+  """Return the size in bytes of those arrays of an HLO shape that are in the device's main memory."""
   # If an array is in another memory, its layout contains S(...). For example, S(1) is a TPU's VMEM.
   return sum(
     sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout

@@ -262,9 +262,9 @@ def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
 
 
 def _time_rows(p: Plan) -> list[tuple[str, str, str]]:
-  remarks = ["with on-chip memory"] if p.chip.startswith("TPU") else []
-  remarks += ["one iteration of each loop"] if p.loops else []
-  accessed = ", ".join([f"{_number(p.bytes_accessed, 'B')} by XLA's count", *remarks])
+  remarks = ["includes on-chip memory"] if p.chip.startswith("TPU") else []
+  remarks += ["counts each loop once"] if p.loops else []
+  accessed = f"{_number(p.bytes_accessed, 'B')} by XLA's count" + (f" ({', '.join(remarks)})" if remarks else "")
   if p.step_seconds is None:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}; traffic is {accessed}")]
   compute = f"{_number(p.flops_per_device, 'FLOP')} at {_number(p.peak_flops, 'FLOP/s')}"

@@ -210,8 +210,9 @@ def check(
   # This call also lets the rule check its options.
   if has_two_estimates(model, rule) and not two_estimates:
     raise ValueError(
-      f"Got guidance by {_name(rule)}, which takes data and noise from two estimates, for a sampler that supports one;"
-      " expected a sampler with two_estimates, without corrector steps. Set --sampler=ddim, for example."
+      f"Got guidance by {_name(rule)} with a sampler that takes data and noise from the same estimate. The rule returns two"
+      " estimates, one for the data and one for the noise; expected a sampler with two_estimates, without corrector steps."
+      " Set --sampler=ddim, for example."
     )
   if guides.classifier is not None:
     _check_same_noise("--classifier", model, guides.classifier)

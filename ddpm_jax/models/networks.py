@@ -212,7 +212,7 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
   keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument `key`, this
   argument receives the sample's key in training and None otherwise. An argument `train` receives whether this is
   training. Parameters are the module's float arrays, as nested dicts by name. Other arrays are constants.
-  `equinox.nn.inference_mode` turns layers such as Dropout on or off.
+  For layers such as Dropout, this function calls `equinox.nn.inference_mode`, so they are active in training only.
 
   Each trace creates the module again, as in `from_nnx`.
 

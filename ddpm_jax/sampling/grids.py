@@ -168,9 +168,8 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
   min_steps = 2 if t_min > 0 else 1
   schedules.check_steps(max(num_steps, 1))
   if num_steps < min_steps:
-    raise ValueError(
-      f"Got num_steps={num_steps}; expected at least {min_steps} for a grid that ends at {t_min:g}{', 0' if t_min else ''}."
-    )
+    end = f"t_min={t_min:g} and then 0" if t_min > 0 else "0"
+    raise ValueError(f"Got num_steps={num_steps}; expected at least {min_steps} for a grid that ends at {end}.")
   first, last = value_of(np.array([t_max, t_min], np.float64))
   times = time_of(np.linspace(first, last, num_steps + (1 if t_min == 0 else 0)))
   times[0], times[-1] = t_max, t_min

@@ -11,7 +11,7 @@ PyTree = Any
 
 
 def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return the digests of the arrays of each part by the name of the part, such as "codec"."""
+  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array."""
   return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
 
 
