@@ -349,7 +349,7 @@ WRONG = [
   (
     "img2img",
     with_classes(None, [2]),
-    "Got guidance without --classes; expected --classes with a value for each image, such as --classes=3",
+    "Got guidance without --classes; expected one value, or one for each image, such as --classes=3",
   ),
   ("img2img", {"guidance__scale": 3.0}, "Got guidance without --classes"),
   ("img2img", {"scale": 3.0}, "Got guidance without --classes"),

@@ -96,7 +96,7 @@ def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, An
 def default_inputs(
   conditions: Mapping[str, Condition], count: int, source: data.Source, counts: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-  """Return default items [count, ...] of the conditions by name, for samples without items from the user.
+  """Return default values [count, ...] of all conditions by name, for use where the user gives no values.
 
   If every condition has a default and no condition is computed from data, the result is these defaults, such as each
   class in turn. Otherwise all items come from real data.

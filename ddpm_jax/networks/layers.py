@@ -97,7 +97,7 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   """
   if name not in CONSTANTS:
     raise ValueError(
-      f"Got a constant {name!r}; expected one of {', '.join(CONSTANTS)}. Add its name to layers.CONSTANTS."
+      f"Got a constant {name!r}; expected one of {', '.join(CONSTANTS)}. If you add a new constant, add its name to layers.CONSTANTS first."
     )
   return jax.lax.stop_gradient(parameter(module, name, init, shape))
 

@@ -163,7 +163,7 @@ def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> gen
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
-  """Return the edit's guides and inputs, without default values for missing conditions."""
+  """Return the edit's guides and inputs. The inputs leave out missing conditions."""
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}
     for name, values in getattr(steering, field).items():
@@ -178,14 +178,16 @@ def _steer(
     name for name, condition in conditions.items() if not condition.is_source_image and name not in steering.given
   ]
   if steering.classifier is not None and "classes" not in steering.given:
-    raise ValueError("Got --classifier without --classes; expected a class for each image, to guide toward.")
+    raise ValueError(
+      "Got --classifier without --classes; expected one class, or one for each image, such as --classes=3."
+    )
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
     flag = condition_flag(missing[0])
-    raise ValueError(f"Got guidance without {flag}; expected {flag} with a value for each image, such as {flag}=3.")
+    raise ValueError(f"Got guidance without {flag}; expected one value, or one for each image, such as {flag}=3.")
   for name in missing:
     if conditions[name].null is None:
       raise ValueError(
-        f"Got no {condition_flag(name)} for a model that always takes {name}; expected a value for each image,"
+        f"Got no {condition_flag(name)} for a model that always takes {name}; expected one value, or one for each image,"
         f" such as {condition_flag(name)}=3."
       )
   return steer(experiment, mesh, steering, rows * results, scale, only=bool(missing))

@@ -47,7 +47,7 @@ def check_of(experiment: Experiment) -> data.Check | None:
 
 
 def read_sources(experiment: Experiment) -> data.Splits:
-  """Read the training split and the evaluation split, before training data are held out.
+  """Read the training split and the evaluation split of the source, and hold out no data.
 
   The evaluation split is None if it does not exist.
 

@@ -101,7 +101,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return jnp.where((memory.steps > 0) & ~is_singular(process, memory.t, t), x_t + (x - memory.predicted), x_t)
 
   def predict(x, x_0, lambda_t, memory: _LastStep, t, s):
-    """Predict the next state from the current and the last estimates (UniP)."""
+    """Predict the next state from the current estimate and earlier estimates (UniP)."""
     past, singular = memory.past, is_singular(process, t, s)
     decay, pull = first_order_factors(process, t, s)
     h = half_log_snr(process, s) - lambda_t
