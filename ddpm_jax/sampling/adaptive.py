@@ -167,7 +167,8 @@ def _check_tolerances(rtol: float, atol: float) -> None:
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   """Return the slope of the probability flow, dx/dt = alpha' x_0 + sigma' eps [B, ...].
 
-  The times `t`, of shape [] or [B], must be above 0."""
+  The times `t`, of shape [] or [B], must be above 0.
+  """
   slopes = (expand(slope, x_t) for slope in process.slopes(t))
   x_0, eps, alpha_slope, sigma_slope = widen(*estimate(process, denoise, x_t, t), *slopes)
   return alpha_slope * x_0 + sigma_slope * eps
