@@ -52,8 +52,8 @@ def _server(devices, dense, environment):
 def call(*arguments, devices=1, **environment):
   """Run a command to its end, and return its exit code and output.
 
-  Commands share a process if they have the same environment and devices, and the same choice of `DENSE`. Each
-  command in plan mode has a new process.
+  Commands share a process if they have the same environment and number of devices, and if all or none of them use
+  the config `DENSE`. Each command in plan mode has a new process.
   """
   if "--mode=plan" in arguments:
     # This mode sets the number of simulated devices, and this is possible only before JAX starts.

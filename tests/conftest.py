@@ -60,7 +60,7 @@ _PURE = re.compile(
 
 @pytest.fixture(autouse=True)
 def _strict_promotion(request):
-  """Test pure functions with explicit promotion of types and ranks, because users may choose this setting of JAX."""
+  """Make implicit promotion of types and ranks an error in tests of pure functions, because users may do the same."""
   if not _PURE.match(request.module.__name__.rpartition(".")[2]):
     yield
     return

@@ -33,7 +33,7 @@ PREDICTIONS = {
 
 
 def below_zero_snr(process):
-  """End a process just before alpha is 0, for predictions that need alpha above 0."""
+  """Limit the times of a process so that alpha stays above 0, for predictions that divide by alpha."""
   return process._replace(t_max=0.999) if float(process.alpha(process.t_max)) == 0 else process
 
 
@@ -133,7 +133,7 @@ def vp_flow(denoise, shape):
 def network_of(process, prediction, denoise):
   """Return a network with outputs of type `prediction` that represents a denoiser.
 
-  Its time input is t itself.
+  The time input of the network is t itself.
   """
 
   def apply(x_in, t):

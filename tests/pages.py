@@ -15,7 +15,7 @@ def blocks(path, language=""):
 
 
 def saved_files(text):
-  """Return the content of each Python file that a text tells its readers to save, by file name."""
+  """Return a dict from file name to content, for the Python files that a text tells its readers to save."""
   return dict(re.findall(r"as `(\w+\.py)`:\n\n```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
 
 

@@ -104,7 +104,7 @@ def run_diffusers(scheduler, process, network, x, times, *, before=None, **optio
 
 
 def states_of_heun_steps(states):
-  """Keep the start and the state after each Heun step, out of the states after each network call.
+  """Select the start and the state after each Heun step from the start and the states after each network call.
 
   Each step has two calls, but the last step, to 0, has only one.
   """
@@ -114,7 +114,7 @@ def states_of_heun_steps(states):
 def run_k_diffusion(rule, x, sigmas, noises, **options):
   """Run a rule of k-diffusion with the arrays `noises` in order, and return all its states.
 
-  Rules with churn pass the state to torch.randn_like. The other rules pass the state to a callback.
+  For a rule with churn, a replaced torch.randn_like records the states. For the other rules, a callback does.
   """
   states, noises = [], iter([torch.tensor(array) for array in noises])
 

@@ -64,9 +64,9 @@ def get_config() -> ConfigDict:
 
 
 def kill_environment(path, step):
-  """Return environment variables that make a run kill itself when it logs.
+  """Return environment variables that make a run kill itself when it logs its metrics.
 
-  The first log at this step or later waits until the path exists, and then kills the run.
+  When the run first logs at `step` or later, it waits until `path` exists, and then kills itself.
   """
   return {"DIE_AFTER_STEP": str(step), "DIE_ONCE_EXISTS": str(path)}
 

@@ -94,9 +94,9 @@ def mark_slow(pairs, default):
 def on_processes(names):
   """Return pairs of samplers and processes as test parameters, most of them marked as slow.
 
-  The pairs contain every rule on one process of each kind, and a few representative rules on every process. These
-  pairs are enough, because a rule depends only on alpha and sigma. Without the slow tests, each rule runs on one
-  process of `KINDS`, in rotation, and each other process runs one of the representative rules.
+  The pairs contain every rule on one process of each kind, and a few representative rules on every process. These pairs
+  are enough, because a rule depends only on alpha and sigma. Without the slow tests, each rule runs on one process of
+  `KINDS`, in rotation, and each process outside `KINDS` runs one of the representative rules.
   """
   representative = [name for name in names if name in REPRESENTATIVE]
   other_processes = [process for process in PROCESSES if process not in KINDS]
@@ -155,10 +155,11 @@ def run_from_exact_start(sampler, denoise, states, times, steps):
 def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3)):
   """Return the mean and variance after `steps` steps of a sampler, for one-dimensional Gaussian data and start.
 
-  A step is then affine in the state and in each noise, so a few probe rows give both moments without sampling. The
-  first row starts at the mean without noise. The second row starts one standard deviation above it. Each further row
-  starts at the mean and sets one noise to 1. A key is represented by the tuple of integers that were folded into it, so
-  equal keys give equal noise. The integers at position i are below `digits[i] - 1`.
+  For Gaussian data, a step is affine in the state and in each noise, so the results of a few rows give both moments
+  without sampling. The first row starts at the mean and has no noise. The second row starts one standard deviation
+  above the mean and has no noise. Each further row starts at the mean and sets one noise to 1. A key is represented by
+  the tuple of integers that were folded into it, so equal keys give equal noise. The integers at position i are below
+  `digits[i] - 1`.
   """
   rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
 

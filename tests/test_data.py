@@ -191,8 +191,8 @@ def test_box_averages_over_boxes_with_any_aspect_ratio():
 def adm_rows(pixels, size):
   """Downsample an array like Dhariwal and Nichol 2021.
 
-  The array is halved by 2x2 means while both sides are at least `2 * size`. Means are rounded like in Pillow, and
-  bicubic scaling and a crop follow.
+  The array is halved by 2x2 means while both sides are at least `2 * size`. Means are rounded like in Pillow. Then the
+  array is scaled with bicubic interpolation and cropped.
   """
   while min(pixels.shape[:2]) >= 2 * size:
     height, width = (side // 2 * 2 for side in pixels.shape[:2])

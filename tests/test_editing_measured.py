@@ -28,7 +28,7 @@ def measure(x):
 
 
 def correlated(process):
-  """Return the exact denoiser E[x_0 | x_t] of the images, for a scalar t or t [B]."""
+  """Return the exact denoiser E[x_0 | x_t] of the images of this file, for a scalar t or an array t [B]."""
   values, vectors = np.linalg.eigh(COVARIANCE)
 
   def denoise(x, t):

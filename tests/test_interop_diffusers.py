@@ -258,7 +258,7 @@ def schedule_of(folder):
 
 
 def resave(model, params, path, schedule=None, **options):
-  """Save a model. A schedule sets the clipping, the variance and the spacing."""
+  """Save a model, with the clipping, the variance and the spacing of `schedule` unless it is None."""
   if schedule is not None:
     options |= {name: getattr(schedule, name) for name in ("clip", "variance", "spacing")}
   elif model.prediction.learned_variance:

@@ -16,7 +16,7 @@ RESNET = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
 
 
 def levels(*kinds):
-  """Return diffusers' block types. `kinds` lists the levels, finest level first."""
+  """Return the options for diffusers' block types, from the kind of each level, finest level first."""
   return {
     "down_block_types": tuple(kind["Down"] for kind in kinds),
     "up_block_types": tuple(kind["Up"] for kind in kinds[::-1]),
@@ -144,7 +144,7 @@ WITH_GRADIENTS = (
 
 
 def run_peer(model, x, t, classes, weight):
-  """Return the output of the peer and, unless `weight` is None, the input gradient of the weighted output."""
+  """Return the peer's output and, unless `weight` is None, the gradient of sum(output * weight) in x."""
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -155,7 +155,7 @@ def run_peer(model, x, t, classes, weight):
 
 
 def run_ours(network, params, x, t, classes, weight):
-  """Return the output of our network and, unless `weight` is None, the input gradient of the weighted output."""
+  """Return our network's output and, unless `weight` is None, the gradient of sum(output * weight) in x."""
   time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 

@@ -36,7 +36,7 @@ def closed_bound(betas, x_0):
 
 
 def quantile_data(count):
-  """Return quantiles of N(MEAN, STD^2) on levels, and the entropy of the levels in bits."""
+  """Return quantiles of N(MEAN, STD^2) rounded to the 256 levels, and the entropy of the rounded data in bits."""
   edges = np.concatenate([[-np.inf], (np.arange(1, 256) - 0.5) / 127.5 - 1, [np.inf]])
   mass = np.diff(stats.norm(MEAN, STD).cdf(edges))
   quantiles = (np.arange(count) + 0.5) / count

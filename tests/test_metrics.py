@@ -1,4 +1,4 @@
-"""Compare scores of features with torch-fidelity, SciPy and scikit-learn, and test their laws."""
+"""Compare scores of features with torch-fidelity, SciPy and scikit-learn, and test invariances of the scores."""
 
 import sys
 import warnings

@@ -273,7 +273,7 @@ def test_state_is_refused(component):
 
 
 def echo_class(parameters):
-  """Return a Linen class whose call takes these parameters and returns their values."""
+  """Return a Linen class with a `__call__` that takes these keyword arguments and returns them as a dict."""
   scope = {"nn": nn}
   exec(
     "class Echo(nn.Module):\n"

@@ -82,7 +82,7 @@ def test_a_cpu_transposes_no_array_of_the_size_of_the_weights():
 
 
 def test_the_backward_pass_saves_little_and_repeats_no_product():
-  """For the backward pass, `attend` saves at most the size of the inputs more than JAX's attention."""
+  """The bytes saved for the backward pass exceed those of JAX's attention by at most the bytes of the inputs."""
   values = inputs(96, 128, 2, 8, np.float32)
 
   def residual_bytes(function):

@@ -189,7 +189,7 @@ def test_audio_and_volumes_keep_their_shape(space, options):
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_an_axis_of_length_one_changes_nothing(axes):
-  """A network with one more axis, and kernels that are zero except in the middle, matches the smaller network."""
+  """If a network gets one more axis, and its kernels are zero off the middle of that axis, the output is the same."""
   options = SMALL | {"multipliers": (2,), "attention_levels": (0,)}
   small = UNet(out_channels=2, **options, dimensions=axes - 1)
   params = init(small, (4, 5)[: axes - 1], 2)

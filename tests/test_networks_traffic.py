@@ -184,7 +184,7 @@ class Ours(nn.Module):
 
 
 class Plain(nn.Module):
-  """Apply the same blocks, built from Flax layers."""
+  """Apply the same blocks as `Ours`, built from Flax layers."""
 
   part: str
   dtype: type

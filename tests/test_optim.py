@@ -222,9 +222,9 @@ def test_non_finite_updates_are_skipped():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
 def test_finite_gradients_give_finite_updates(name):
-  """With these arguments, the optimizers therefore check only gradients.
+  """The optimizers with these arguments need to check only gradients, not updates.
 
-  The values range up to the largest number with a finite square.
+  The tested gradients range up to the largest number with a finite square.
   """
   sizes = [0.0, 1e-38, 1e-30, 1e-16, 1.0, 1e19, 1.8e19]
   arguments = {} if name == "lion" else {"eps": 1e-16}

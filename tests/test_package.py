@@ -76,7 +76,7 @@ def private_names(tree):
 
 
 def private_imports(trees):
-  """Return the private names of other packages that modules use.
+  """Return the private names that each module uses from other packages.
 
   Args:
     trees: the syntax trees of modules by dotted name.

@@ -177,10 +177,10 @@ def test_multistep_rules_match_diffusers(build, dtype, name):
 def test_singlestep_rules_match_diffusers(build, dtype, sampler, order, algorithm):
   """diffusers evaluates the points inside a step at times of its grid.
 
-  It therefore gets our grid and the inner points, with even spacing in log-SNR. The grid ends above 0, because
-  diffusers' last steps to 0 have lower order. Lu et al.'s step of order 3 uses the "heun" rule for its second
-  evaluation and the "midpoint" rule for its end. diffusers has one setting for both, so the test switches it within
-  each step.
+  The grid of diffusers therefore contains our times and the inner points of each step, at equal distances in log-SNR.
+  The grid ends above 0, because diffusers' last steps to 0 have lower order. Lu et al.'s step of order 3 uses the
+  "heun" rule for its second evaluation and the "midpoint" rule for its end. diffusers has one setting for both, so the
+  test switches it within each step.
   """
   peer = build(
     diffusers.DPMSolverSinglestepScheduler,

@@ -1,4 +1,4 @@
-"""Compare processes with float64, the papers' formulas, and sums over a fine line of points."""
+"""Compare processes with float64, the papers' formulas, and sums over a fine grid of x values."""
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,7 @@ def test_discrete_cosine_equals_continuous_cosine():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (2, 3), (1, 4), (5, 6)])
 def test_posterior_of_the_discrete_chain_by_enumeration(s, t):
-  """The reference q(x_s | x_t, x_0) is a product of one-step kernels on a fine line of points, not a closed form."""
+  """The reference q(x_s | x_t, x_0) is a product of one-step kernels on a fine grid of x values, not a closed form."""
   betas, x_0, x_t = np.array([0.1, 0.2, 0.15, 0.3, 0.25, 0.4]), 0.8, -0.4
   line = np.linspace(-8, 8, 1001)
   width = line[1] - line[0]

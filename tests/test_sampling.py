@@ -55,7 +55,7 @@ def in_precisions(cases):
 def test_samples_are_finite_on_the_shortest_grids(name, process, precision):
   """The grids have one or two steps, start at t_max or below, and end at 0 or above.
 
-  The test does not compile, because that would take far longer.
+  The sampler runs without compilation, because compiling takes far longer.
   """
   process, dtype = PROCESSES[process], PRECISIONS[precision]
   sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)
@@ -119,7 +119,10 @@ TRACES = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_depends_on_its_key_and_start_alone(name):
-  """Samples are the same in another order and alone under `vmap`, with one trace per call site and no recompilation."""
+  """The order of the batch has no effect, and samples alone under `vmap` are the same.
+
+  Each call of the network in the code is traced once, and other times do not recompile the program.
+  """
   process, traces = PROCESSES["vp"], []
 
   def denoise(x, t):
