@@ -179,7 +179,8 @@ class Checkpoints:
     """Restore trees and the data position from a checkpoint.
 
     Args:
-      templates: a dict from the name of each tree to read to its shapes, types and shardings. Other trees are not read.
+      templates: the trees to read, as a dict from name to a tree of shapes, types and shardings. Other trees are not
+        read.
       step: the step to restore; None for the newest undamaged checkpoint.
 
     Raises:

@@ -218,10 +218,12 @@ def unused_path(path: Path, suffix: str) -> Path:
 
 
 def check_writable(path: str | Path) -> None:
-  """Check that a path is writable, or the nearest parent folder that exists.
+  """Check that a path is writable.
+
+  If the path does not exist, its nearest existing parent folder is checked.
 
   Raises:
-    WriteError: if the folder is not writable.
+    WriteError: if the path or the folder is not writable.
   """
   path = Path(path).absolute()
   with (
