@@ -19,7 +19,7 @@ def matmul_flops(jaxpr: Any) -> float:
 
   The count is over all devices and before any optimization:
 
-  - Recomputation (rematerialization) counts again.
+  - Recomputed (rematerialized) operations count again.
   - Products with zeros of padding and dilation do not count, as in XLA's own count.
   - The body of `lax.scan` counts once for each iteration. The body of `lax.while_loop` counts once.
   - `lax.cond` counts as its most expensive branch, and `lax.platform_dependent` as its default branch.
@@ -38,8 +38,8 @@ class Collective(NamedTuple):
   Attributes:
     number: the number of collectives.
     bytes: the bytes of the full arrays, before they are scattered or after they are gathered.
-    sent: the minimum number of bytes that a device sends. In a group of g devices this is 2(g-1)/g of the full arrays
-      for an all-reduce, all of them for a collective-permute, and (g-1)/g for other kinds.
+    sent: the minimum number of bytes that a device sends. In a group of g devices this is `bytes` times 2(g-1)/g for an
+      all-reduce, times 1 for a collective-permute, and times (g-1)/g for other kinds.
   """
 
   number: int

@@ -23,8 +23,8 @@ class Chip(NamedTuple):
     memory: bytes of HBM or graphics memory.
     bandwidth: bytes a second between the memory and the chip.
     interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
-      A core has the number of its full chip, because the cores share the links, and data that both cores hold is sent
-      only once.
+      For a core this is the number of its full chip, because both cores share the links, and data that both hold is
+      sent only once.
   """
 
   name: str
@@ -112,7 +112,7 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak(chip: Chip | None, dtype: object) -> float | None:
-  """Return the peak dense FLOP/s of a device for a dtype (NumPy, JAX or a name), or None if the peak is unknown."""
+  """Return the peak dense FLOP/s of a device for a dtype or the name of one, or None if the peak is unknown."""
   name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
   return None if chip is None else chip.flops.get(name)
 
@@ -124,7 +124,7 @@ def utilization(flops_per_second: float, chip: Chip, num_devices: int, dtype: ob
 
   Args:
     flops_per_second: the FLOP/s of all devices together, such as `plan.flops_per_image` times images a second.
-    chip: the chip of each device.
+    chip: the kind of chip, the same for all devices.
     num_devices: the number of devices.
     dtype: the dtype that the network computes in.
 

@@ -47,7 +47,7 @@ def raise_gc_threshold() -> None:
   """Run Python's cyclic garbage collection once for every 100,000 new objects.
 
   The default is 700 (Python 3.12 and before) or 2,000 (later). Tracing creates millions of long-lived objects, and each
-  collection scans the new objects. By default this takes a tenth to a quarter of the time of tracing and lowering.
-  Arrays outside reference cycles are still freed immediately, and training and checkpoints create no cycles.
+  collection scans the new objects. By default the collections take a tenth to a quarter of the time of tracing and
+  lowering. Arrays outside reference cycles are still freed immediately, and training and checkpoints create no cycles.
   """
   gc.set_threshold(100_000)

@@ -106,7 +106,7 @@ def _split_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:
-  """Return the shapes and types of a state with shardings, either one for each leaf or one for all leaves."""
+  """Return the shapes and types of a state, with one given sharding for each leaf or for all leaves."""
   if isinstance(shardings, jax.sharding.Sharding):
     shardings = jax.tree.map(lambda _: shardings, state)
   return jax.tree.map(
@@ -190,13 +190,14 @@ def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Call
 def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any]:
   """Return compiler options for `jax.jit(f, compiler_options=...)`.
 
-  On CPUs, XLA uses YNNPACK for convolutions by default. Its gradients with respect to a kernel run at a third of the
-  speed of XLA's own code, and inside loops at a tenth. The options disable YNNPACK. Results change by rounding only.
+  On CPUs, XLA uses YNNPACK for convolutions by default. YNNPACK computes gradients with respect to the weights of a
+  convolution at a third of the speed of XLA's own code, and inside loops at a tenth. The options disable YNNPACK.
+  Results change by rounding only.
 
   Args:
     mesh: the mesh that the program is compiled for; None for the devices of the default backend.
-    once: whether the program runs only once. Then optimization is disabled on CPUs, because it takes longer than it
-      saves.
+    once: whether the program runs only once. If so, optimization is disabled on CPUs, because it would take longer
+      than it saves.
 
   Returns:
     XLA's options by name. They are empty on GPUs and TPUs.
@@ -299,8 +300,8 @@ def broadcast(value: int) -> int:
 def exit_distributed(code: int) -> None:
   """Exit immediately if this process is one of several.
 
-  Without an immediate exit, this process would wait for the other processes. They notice the exit within the heartbeat
-  timeout.
+  Without an immediate exit, this process would wait for the other processes. The others notice the exit within the
+  heartbeat timeout.
   """
   if not jax.distributed.is_initialized():
     return

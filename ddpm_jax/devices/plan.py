@@ -56,8 +56,8 @@ class Plan(NamedTuple):
     total_bytes: the sum of arguments, outputs, temporaries and code. If the compiler rejects the program, the bytes
       that its message states.
     memory: the memory of a device.
-    fits: whether the program fits: on a TPU, whether the compiler accepts it; otherwise, whether it also needs no more
-      than the usable memory.
+    fits: whether the program fits. On a TPU, it fits if the compiler accepts it. On other devices, it must also need no
+      more than the usable memory.
     bytes_accessed: bytes that the compiled program reads and writes according to XLA. XLA counts one iteration of each
       loop, and includes a TPU's on-chip memory.
     loops: the number of loops in the program.
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     peak_flops: the peak FLOP/s of a device for the dtype.
     compute_seconds: the time of the FLOPs at the peak.
     memory_seconds: the time to read the arguments and write the outputs once. Temporaries may stay on the chip.
-    communication_seconds: the time of the collectives over all links at once.
+    communication_seconds: the time of the collectives if they use all links at once.
     step_seconds: the largest known value of these three times, a lower bound for the time of a step.
     images_per_second: the batch size divided by `step_seconds`, an upper bound for the speed.
     traffic_bytes: bytes that the operations read from and write to the device's memory (`costs.operations`), with all
@@ -106,7 +106,7 @@ class Plan(NamedTuple):
 
 
 def compile_step(traced: jax.stages.Traced, devices: Sequence[Any]) -> jax.stages.Compiled | OutOfMemory:
-  """Compile a traced step, and return an `OutOfMemory` if the compiler reports that the step does not fit.
+  """Compile a traced step, or return an `OutOfMemory` if the compiler reports that the step does not fit.
 
   Args:
     traced: the step with abstract arguments, from `jax.jit(step, in_shardings=...).trace(state, batch)`.
@@ -141,10 +141,10 @@ def make_plan(
   """Compute the resources that a step needs, and bound its time by the chip's roofline.
 
   Args:
-    traced: the step before lowering. Its FLOPs are counted here, because compilers rewrite the operations.
+    traced: the step before lowering. The FLOPs are counted in this form, because compilers rewrite the operations.
     compiled: the result of `compile_step`.
     params: the network's parameters or their shapes.
-    state: everything that is stored between steps, as arrays or shapes. A leaf without a sharding is on every device.
+    state: everything that is stored between steps, as arrays or shapes. A leaf without a sharding counts in full.
     batch_size: images in a step, over all devices.
     devices: the devices that the step is compiled for.
     dtype: the dtype that the network computes in. It determines the peak FLOP/s.
@@ -200,7 +200,7 @@ def state_bytes(state: PyTree) -> float:
   """Return the bytes of a state on one device.
 
   Args:
-    state: arrays or their shapes. A leaf without a sharding is on every device.
+    state: arrays or their shapes. A leaf without a sharding counts in full.
   """
 
   def leaf_bytes(leaf: Any) -> int:
@@ -220,7 +220,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> str:
-  """Format a plan as a table with a name, a figure and a comment in each line. GB are 1e9 bytes."""
+  """Format a plan as a table with a name, a figure and a comment in each line. 1 GB is 1e9 bytes."""
   p = plan
   rows: list[tuple[str, str, str]] = [
     ("devices", f"{p.num_devices} x {p.chip}", f"{p.dtype}, {p.batch_size:,} images a step"),

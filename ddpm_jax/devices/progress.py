@@ -29,7 +29,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def heartbeat(name: str) -> Iterator[None]:
-  """Print regular messages during an operation without visible progress, such as a compilation."""
+  """Print a message at regular intervals during an operation without visible progress, such as a compilation."""
   done, start = threading.Event(), time.perf_counter()
 
   def print_messages() -> None:

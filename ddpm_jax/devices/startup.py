@@ -104,8 +104,8 @@ def start_devices(*, quiet: bool = True) -> None:
   """Start JAX's devices. Without this call, the first use of JAX would start them.
 
   Args:
-    quiet: whether to suppress warnings of libtpu, if it is installed, and messages of Gloo when it connects. On a
-      machine with a TPU, nothing is suppressed.
+    quiet: whether to suppress the warnings of libtpu and the messages that Gloo prints when it connects. On a machine
+      with a TPU, nothing is suppressed.
 
   Raises:
     ValueError: if JAX finds no device, for example because this machine does not have the platform of JAX_PLATFORMS.
@@ -150,6 +150,6 @@ def _without_output() -> Iterator[None]:
 
 
 def exit_on_sigterm() -> None:
-  """Undo JAX's handling of SIGTERM for several processes, so that SIGTERM ends this process immediately."""
+  """Remove the SIGTERM handler that JAX installs in a run of several processes, so that SIGTERM ends this process."""
   if jax.distributed.is_initialized():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -17,10 +17,10 @@ _CHECK_SECONDS, _NUM_CHECKS = 0.1, 30
 
 
 class Signals:
-  """Stop training after a step on SIGTERM or SIGINT.
+  """Let SIGTERM and SIGINT stop training at the end of a step.
 
-  A single process stops after the current step, and a second signal ends it immediately. Several processes handle only
-  SIGTERM, and all of them stop after the same step.
+  A single process stops after the current step, and a second signal ends it immediately. In a run of several processes,
+  only SIGTERM is handled, and all processes stop after the same step.
 
   Args:
     on_signal: called when a signal arrives, for example to stop waiting for data. With several processes,
@@ -63,7 +63,7 @@ class Signals:
     return bool(self.number)
 
   def stopped_late(self, step: int) -> bool:
-    """Return whether a signal has arrived by the end of the last step."""
+    """Return whether a signal has arrived, even if it arrived after the last call of `should_stop`."""
     if jax.process_count() > 1 and not self.number:
       # Check the following step numbers too. The processes may have agreed on a step that training does not reach.
       for offset in range(_NUM_CHECKS):

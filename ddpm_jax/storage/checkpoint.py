@@ -125,7 +125,7 @@ class Checkpoints:
 
     Args:
       step: the step of the checkpoint.
-      items: the trees to save by name.
+      items: the trees to save, as a dict from name to tree.
       data: the position in the data, as JSON.
       metrics: metrics of this step, to find the best checkpoints.
 
@@ -179,7 +179,8 @@ class Checkpoints:
     """Restore trees and the data position from a checkpoint.
 
     Args:
-      templates: the trees to read by name, as shapes, types and shardings. Other trees are not read.
+      templates: the trees to read, as a dict from name to a tree of shapes, types and shardings. Other trees are not
+        read.
       step: the step to restore; None for the newest undamaged checkpoint.
 
     Raises:

@@ -35,7 +35,7 @@ class WriteError(OSError):
 def atomic_file(path: str | Path) -> Iterator[Path]:
   """Yield a temporary path, and rename it to `path` at the end of the block.
 
-  Missing folders are created. If the block raises, `path` does not change.
+  Missing folders are created. If the block raises, the file at `path` is unchanged.
 
   Raises:
     WriteError: if the block or the rename raises an OSError, or a library reports a full disk.
@@ -196,7 +196,7 @@ def check_new_file(path: str | Path, suffix: str) -> None:
   """Check that a new file can be written at a path.
 
   Raises:
-    ValueError: if the path exists or has another suffix.
+    ValueError: if the path exists or does not end in the suffix.
     WriteError: if the path is not writable.
   """
   path = Path(path)
@@ -218,10 +218,12 @@ def unused_path(path: Path, suffix: str) -> Path:
 
 
 def check_writable(path: str | Path) -> None:
-  """Check that the nearest existing folder of a path is writable.
+  """Check that a path is writable.
+
+  If the path does not exist, its nearest existing parent folder is checked.
 
   Raises:
-    WriteError: if the folder is not writable.
+    WriteError: if the path or the folder is not writable.
   """
   path = Path(path).absolute()
   with (

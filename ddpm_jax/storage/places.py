@@ -8,8 +8,8 @@ from pathlib import Path
 def user_path(path: str | Path, name: str = "the path ") -> Path:
   """Return a local path with `~` expanded to the home folder.
 
-  A URI or an unknown home folder is refused. Otherwise a folder named "s3:" or "~" would be created in the current
-  folder.
+  A URI or an unknown home folder is refused. If such paths were accepted, a folder named "s3:" or "~" would be created
+  in the current folder.
 
   Args:
     path: the path as the user wrote it.

@@ -18,8 +18,9 @@ _HASH_BYTES = 2**26
 class ResumableArray:
   """Store an array on disk while its rows are computed in order.
 
-  Rows are written to `<path>.partial.npy`, and their number and notes to `<path>.partial.json`. The finished array
-  is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are computed again.
+  Rows are written to `<path>.partial.npy`, and the number of rows and the caller's notes to `<path>.partial.json`. The
+  finished array is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are
+  computed again.
 
   Args:
     path: the path without a suffix.
@@ -34,7 +35,7 @@ class ResumableArray:
 
   Attributes:
     done: the number of rows that are already stored.
-    notes: the notes of the last call of `write`: data of the caller, as JSON.
+    notes: the notes that the caller passed to the most recent call of `write`, as JSON.
   """
 
   def __init__(

@@ -79,7 +79,7 @@ def read_json(path: Path, *, exclude: str = "", required: bool = True) -> dict[s
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
-  """Write tensors to a safetensors file atomically, with `about` and their digest as metadata."""
+  """Write tensors to a safetensors file atomically, with `about` and a digest of the content as metadata."""
   import safetensors.numpy
 
   # safetensors writes the memory of an array and ignores its strides.
@@ -114,16 +114,16 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-  """Check digests of tensors against the metadata of their file.
+  """Check the digests of a file's tensors against the digest in the file's metadata.
 
   Metadata without a digest is accepted.
 
   Args:
-    sums: the digest of each tensor by name.
+    sums: a dict from the name of each tensor to its digest.
     metadata: the metadata of the file.
 
   Raises:
-    DamagedFileError: if the digests do not match the metadata.
+    DamagedFileError: if the digest in the metadata does not match.
   """
   about = {key: value for key, value in metadata.items() if key != KEY}
   if KEY in metadata and metadata[KEY] != _digest_tensors(sums, about):
@@ -188,7 +188,7 @@ def warn(text: str) -> None:
 
 
 def digest_json(content: Mapping[str, Any], exclude: str = "") -> str:
-  """Return the SHA-256 of an object as JSON, without the value of the key `exclude`."""
+  """Return the SHA-256 of the JSON text of an object, without the value of the key `exclude`."""
   content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != exclude}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
