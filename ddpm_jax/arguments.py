@@ -32,8 +32,8 @@ def check_types(function: F) -> F:
   """Make a function raise a ValueError if an argument does not match its annotation.
 
   The check distinguishes named tuples (such as `Process`), functions, arrays, numbers and strings. Other annotations
-  accept every value. Where a function expects an array, it also accepts a NumPy array or a number. Where it expects a
-  number, it also accepts a scalar array, traced or not.
+  accept every value. A NumPy array or a number also matches the annotation of an array. A scalar array, traced or not,
+  also matches the annotation of a number.
   """
   signature = inspect.signature(function)
   annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
@@ -118,7 +118,8 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
 def _name(function: Any) -> str:
   """Return a function's public name.
 
-  A function of ddpm_jax is qualified by its package if the package exports it, otherwise by its module.
+  For a function of ddpm_jax, the name starts with the package if the package exports the function, otherwise with the
+  module.
   """
   module, name = getattr(function, "__module__", None) or "", function.__qualname__
   if not module.startswith("ddpm_jax."):

@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 def widest(*values: Any) -> Any:
-  """Return the widest dtype of numbers and arrays, a float of at least 32 bits."""
+  """Return the float dtype, of at least 32 bits, that is wide enough for all numbers and arrays."""
   types = [jnp.asarray(value).dtype for value in values]
   with jax.numpy_dtype_promotion("standard"):
     return jnp.result_type(jnp.float32, *types)

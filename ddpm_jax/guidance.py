@@ -37,7 +37,7 @@ Scale = float | Schedule
 def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
   """Clip the estimate of x_0 to the data's range (Ho et al. 2020).
 
-  Samplers derive eps from the clipped estimate, so both stay consistent. A learned variance stays unchanged.
+  Samplers derive eps from the clipped estimate, so eps and x_0 stay consistent. A learned variance stays unchanged.
 
   Raises:
     ValueError: unless low < high.
@@ -92,13 +92,13 @@ def classifier_free(
     negative: the condition to guide away from, with the structure and shapes of `condition`. With the null class, u is
       the unconditional estimate. An unwanted class also works.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
-    rescale: how far to rescale each sample's estimate to the standard deviation of its c, from 0 (not at all) to 1
+    rescale: how far to rescale each sample's guided estimate to the standard deviation of c, from 0 (not at all) to 1
       (fully). It has no effect at a constant scale of 0. Source: Lin et al. 2024, equations 15 and 16, applied to x_0.
 
   Raises:
     ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions are not
-      arrays of equal shapes. The returned function raises it if it computes both c and u and the conditions do not
-      match the batch.
+      arrays of equal shapes. The returned function raises it if the conditions do not match the batch. It checks this
+      only in calls that compute both c and u.
   """
   _check_scale(scale)
   _check_conditions(condition, negative)
@@ -128,8 +128,8 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
   """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
   The estimate of the data interpolates between the estimates with the two conditions. The noise is derived from the
-  estimate with the negative condition. Only the rules `ddim`, `euler` and `euler_ancestral` of `sampling`, and `deis`
-  and `dpm_solver` of order 1, accept separate estimates for data and noise. Other rules raise an error.
+  estimate with the negative condition. Separate estimates for data and noise work only with the rules `ddim`, `euler`
+  and `euler_ancestral` of `sampling`, and with `deis` and `dpm_solver` if their order is 1. Other rules raise an error.
 
   Args:
     conditional: the conditional model, as in `classifier_free`.
@@ -138,7 +138,7 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
     scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
-    ValueError: if the scale is outside [0, 1]. The conditions raise the same errors as in `classifier_free`.
+    ValueError: if the scale is outside [0, 1], or the conditions are invalid in the sense of `classifier_free`.
   """
   if not 0 <= scale <= 1:
     raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6 for strong guidance.")
@@ -191,9 +191,9 @@ def classifier(
 
   With `sampling.ancestral` the result differs from the paper's algorithm 1. Algorithm 1 moves the mean of a step by
   `scale` times the variance of its noise times the gradient. This function moves the mean by
-  `scale alpha_s / alpha_t step_variance(t, s)` times the gradient, for any variance of the noise. This is the move of
-  algorithm 1 times alpha_s / alpha_t with variance="large", and times (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with
-  variance="small".
+  `scale (alpha_s / alpha_t) step_variance(t, s)` times the gradient, for any variance of the noise. The ratio of this
+  move to the move of algorithm 1 is alpha_s / alpha_t with variance="large", and
+  (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with variance="small".
 
   Args:
     denoise: the denoiser, conditional or unconditional.
@@ -297,8 +297,8 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
 def _both_branches(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
   """Compute the estimates with both conditions in one call.
 
-  The two rows of a sample are adjacent in the doubled batch. If the batch is sharded over devices, its samples
-  therefore stay on their devices.
+  The two rows of a sample are adjacent in the doubled batch. If the batch is sharded over devices, each sample
+  therefore stays on its device.
   """
   for leaf in jax.tree.leaves(condition):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:

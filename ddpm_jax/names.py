@@ -18,7 +18,7 @@ def hint(name: str, options: Iterable[str], shown: Callable[[str], str] = repr) 
 
 
 def choose(name: str, options, source: str) -> Any:
-  """Return the option with a name.
+  """Return the option that has a given name.
 
   Args:
     name: the user's input.

@@ -19,10 +19,10 @@ class Denoised(NamedTuple):
   Attributes:
     x_0: the estimate of the data [B, ...].
     fraction: the learned variance of the reverse step as a fraction [B, ...]. 0 is the variance of the posterior, and 1
-      is the variance of the forward step. The fraction interpolates their logarithms. None if the variance is not
-      learned.
+      is the variance of the forward step. A fraction between 0 and 1 interpolates the logarithms of these variances.
+      None if the variance is not learned.
     unguided: a second estimate of the data [B, ...], for the derivation of the noise (CFG++). None if the noise is
-      derived from `x_0` too.
+      derived from `x_0`.
   """
 
   x_0: Array
@@ -279,8 +279,8 @@ def classifier(
 ) -> Callable[[Array, Array], Array]:
   """Turn a classifier of noisy data into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
 
-  Classifier guidance differentiates one column with respect to x_t, and adds a multiple of this gradient to the score
-  (Dhariwal and Nichol 2021, section 4.1).
+  Classifier guidance differentiates the column of one class with respect to x_t, and adds a multiple of this
+  gradient to the score (Dhariwal and Nichol 2021, section 4.1).
 
   Args:
     apply: `apply(x_t, time) -> logits`, with input [B, ...], time [B] and logits [B, K]. Any callable works, as in

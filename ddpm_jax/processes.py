@@ -77,8 +77,8 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: a small time above 0. By default, the grids `log_snr` and `karras` step from it to 0. `losses.log_normal` and
-      `losses.logit_normal` sample no smaller time.
+    t_min: a small time above 0. By default, it is the last time before 0 in the grids `log_snr` and `karras`.
+      `losses.log_normal` and `losses.logit_normal` sample no smaller time.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """
@@ -259,7 +259,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
   Time runs from 0 to sigma_max. The time input is log(sigma) / 4.
 
   Args:
-    sigma_min: the default of the last sigma above 0 in the grids `log_snr` and `karras`, and the smallest sigma that
+    sigma_min: by default the last sigma above 0 in the grids `log_snr` and `karras`. It is also the smallest sigma that
       `losses.log_normal` and `losses.logit_normal` sample.
     sigma_max: the sigma of the prior.
 
@@ -299,7 +299,7 @@ def cosine(offset: float = 0.008, log_snr_min: float = -20.0) -> Process:
 
   Args:
     offset: the paper's `s`.
-    log_snr_min: the log-SNR at t = 1. The default is close to the last log-SNR of `schedules.cosine(1000)`, -19.8.
+    log_snr_min: the log-SNR at t = 1. The last log-SNR of `schedules.cosine(1000)`, -19.8, is close to the default.
 
   Raises:
     ValueError: if the offset is negative or not finite, or log_snr_min is outside [-30, 0).
@@ -399,7 +399,8 @@ def _step(t: Array, n: int) -> Array:
 def _piecewise(coefficients: Array, position: Array) -> Array:
   """Evaluate a piecewise polynomial at positions [...] in [0, N].
 
-  Piece i is a polynomial in position - i. Its coefficients are `coefficients[:, i]`, highest power first.
+  Piece i is a polynomial in the variable `position - i`. Its coefficients are `coefficients[:, i]`, highest power
+  first.
   """
   piece = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, coefficients.shape[1] - 1)
   fraction, value = position - piece.astype(position.dtype), jnp.zeros_like(position)

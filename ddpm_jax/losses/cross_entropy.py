@@ -42,7 +42,7 @@ def classification_loss(
     input_scale: computes the factor on x_t at the network's input, as for `predictions.classifier`.
 
   Returns:
-    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample before importance
+    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample without importance
     weights, and `correct` (1 where the most likely class is the true class, else 0).
 
   Raises:

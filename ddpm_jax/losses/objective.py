@@ -153,7 +153,8 @@ def denoising(
       effect without a learned variance.
 
   Raises:
-    ValueError: if the prediction does not determine x_0 at t_max, or has a learned variance for a continuous process.
+    ValueError: if the prediction does not determine x_0 at t_max, or if it has a learned variance and the process is
+      continuous.
   """
   check_prediction(process, prediction)
   if prediction.learned_variance and process.num_steps is None:

@@ -69,8 +69,9 @@ def evaluate(
 ) -> Evaluation:
   """Evaluate a network on data noised to random times.
 
-  The arguments, without `weighting`, and the errors are the same as for `denoising_loss`. A loss compares `output` with
-  `target`. With the same key and the same distribution of times, every loss gets the same times and noise.
+  The function has the arguments of `denoising_loss` except `weighting`, and raises the same errors. To get a loss,
+  compare `output` with `target`. With the same key and the same distribution of times, every loss gets the same times
+  and noise.
   """
   check_prediction(process, prediction)
   t, importance, eps, x_t = sample_noisy(key, process, x_0, times)
@@ -117,8 +118,8 @@ def denoising_loss(
     time_input: maps time [B] to the network's time input. Default: the time input of the process.
 
   Returns:
-    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, and the `loss` of each sample before importance
-    weights.
+    The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, and the `loss` of each sample without its
+    importance weight.
 
   Raises:
     ValueError: if the output does not have the shape of the data, or the prediction does not determine x_0 at t_max.

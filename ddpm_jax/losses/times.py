@@ -134,7 +134,7 @@ def update_moments(moments: LossMoments, t: Array, loss: Array) -> LossMoments:
   Args:
     moments: the recorded losses.
     t: the times [B], as in the details of a loss function.
-    loss: the losses [B] before importance weights, as in the details of a loss function.
+    loss: the losses [B] without importance weights, as in the details of a loss function.
 
   Returns:
     The new `LossMoments`.

@@ -130,7 +130,8 @@ def hybrid_loss(
   """Compute the denoising loss plus a weighted variational bound (Nichol and Dhariwal 2021, equation 16).
 
   The bound is in bits per dimension. It trains only the variance, because its gradient does not flow into the mean.
-  N times the term of one random step estimates the bound, so by default each term has the weight N / 1000.
+  The bound is estimated as N times the term of one random step. With the default `vlb_weight` of 1/1000, the term thus
+  has the weight N / 1000.
 
   Args:
     key: one key, or one key per sample [B].
@@ -178,5 +179,5 @@ def hybrid_loss(
 
 @check_types
 def mean_bits(nats: Array) -> Array:
-  """Convert nats [B, ...] to bits and average them over all dimensions [B]."""
+  """Convert nats [B, ...] to bits, and average them over the dimensions of each sample [B]."""
   return jnp.mean(nats.reshape(nats.shape[0], -1), axis=1) / math.log(2)

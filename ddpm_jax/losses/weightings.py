@@ -81,7 +81,7 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 def likelihood(process: Process) -> Weighting:
   """Make the loss equal to the diffusion term of the variational bound (Song et al. 2021b, theorem 1).
 
-  This is true for uniform times on [0, 1], except for the small times below the t_min of `losses.uniform`. The loss is
+  The two are equal for uniform times on [0, 1]. `losses.uniform` leaves out only the times below its t_min. The loss is
   in nats per dimension. The weight is g^2 / 2 on the error of the score, and g^2 / (2 sigma^2) on the error of eps. The
   latter is half the rate at which the log-SNR decreases with time.
   """

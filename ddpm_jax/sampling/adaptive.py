@@ -61,8 +61,8 @@ def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: in
 
   Args:
     process: the forward process.
-    rtol: the relative tolerance of the error in each adaptive step. The error is a root mean square over each sample
-      with one key per sample, or over the batch with one key.
+    rtol: the relative tolerance of the error in each adaptive step. With one key per sample, the error is the root mean
+      square over each sample. With one key, it is the root mean square over the batch.
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls in one step of the grid.
 
@@ -130,7 +130,7 @@ def integrate(
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls.
     per_sample: whether each sample has its own error, step sizes and times, so that sample i depends on x[i] alone. The
-      network runs on the whole batch until the last sample has reached s.
+      network runs on the whole batch until every sample has reached s.
 
   Returns:
     x [B, ...] at time s, and the number of network calls. The number is an integer scalar, or [B] with `per_sample`:

@@ -24,10 +24,10 @@ class Sampler(NamedTuple):
     init: `init(x) -> memory` returns the rule's first memory, any pytree.
     step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)` steps from scalar time t down to s < t. `key` is one
       key, or one key per sample. A step to s = 0 returns the estimate of x_0, without noise.
-    process: the process whose times the rule takes. `sample` checks the grid against it. None allows all times of at
-      least 0.
+    process: the rule's process. `sample` checks that all times of the grid are in [0, process.t_max]. None allows all
+      times of at least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
-    calls: the number of network calls in each of three kinds of steps: between noisy times, to clean data, and from or
+    calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step from or
       to a time without data (alpha = 0).
     prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
       it.

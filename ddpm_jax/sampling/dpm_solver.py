@@ -4,7 +4,7 @@ In lambda the solution of the flow has two terms: an exact linear term, and an i
 rule approximates the integral to some order. For the estimate of x_0 (DPM-Solver++) and h = lambda_s - lambda_t, order
 1 is
 
-  x_s = sigma_s / sigma_t x_t - alpha_s (exp(-h) - 1) x_0
+  x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) x_0
 
 The code calls the factors `decay` and `pull`. They are decay = sigma_s / sigma_t and pull = alpha_s - alpha_t decay.
 This form of the second factor needs no exponential, and is also correct where lambda is infinite. Lambda is infinite in
@@ -115,7 +115,7 @@ def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
 
 @check_types
 def dpmpp_2m(process: Process) -> Sampler:
-  """Build DPM-Solver++(2M), with x_0 extrapolated from the last two estimates (Lu et al. 2022b, algorithm 2).
+  """Build DPM-Solver++(2M), with x_0 extrapolated from the two newest estimates (Lu et al. 2022b, algorithm 2).
 
   A step calls the network once.
   """
@@ -136,8 +136,9 @@ def dpmpp_2m(process: Process) -> Sampler:
 def dpmpp_3m(process: Process) -> Sampler:
   """Build DPM-Solver++(3M), the multistep rule of order 3 (Lu et al. 2022b).
 
-  It integrates a parabola in lambda through the last three estimates of x_0 exactly. A step calls the network once. The
-  code of Lu et al., k-diffusion and diffusers halve the second difference. Their rule is therefore only of order 2.
+  The rule integrates exactly the parabola in lambda through the three newest estimates of x_0. A step calls the network
+  once. Three other implementations (by Lu et al., in k-diffusion and in diffusers) halve the second difference. Their
+  rule is therefore only of order 2.
   """
 
   def step(key, denoise, x_t, past: Past, t, s):

@@ -63,7 +63,7 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
   """Build k-diffusion's Euler ancestral rule.
 
   It takes an Euler step to a noise level below the level of s, and adds fresh noise to reach s. It differs from `ddim`
-  with the same eta only in its `spacing`, "time" on continuous processes too.
+  with the same eta only in its `spacing`, which is "time" on all processes.
 
   Args:
     process: the forward process.

@@ -2,7 +2,7 @@
 
 These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through these estimates.
 
-Multistep rules fit a polynomial in lambda to the network's last estimates. DPM-Solver++(3M), DEIS, and UniPC with at
+Multistep rules fit a polynomial in lambda to the network's newest estimates. DPM-Solver++(3M), DEIS, and UniPC with at
 least three estimates integrate the product of the polynomial and the exponential in the flow's solution exactly.
 DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates of eps.
 """
@@ -26,7 +26,7 @@ _DISTANCE = 1e12
 
 
 class Past(NamedTuple):
-  """Hold the last estimates [k] of the network, newest first, and their lambdas."""
+  """Hold the k most recent estimates of the network, newest first, and their lambdas."""
 
   values: tuple[Array, ...]
   lambdas: tuple[Array, ...]
@@ -80,8 +80,8 @@ def integral_of_eps(h, lambdas, values):
 def _integrate_polynomial(moments, lambdas, values):
   """Integrate the polynomial through `values` at `lambdas`, in the form of Newton's divided differences.
 
-  `moments` are the integrals of the weight times u^k. Each divided difference is multiplied by the integral of its
-  product (u - u_0)(u - u_1)...
+  `moments` are the integrals of w(u) u^k, where w is the exponential weight. Each divided difference is multiplied by
+  the integral of w(u) times its product (u - u_0)(u - u_1)...
   """
   differences = list(values)
   for order in range(1, len(values)):

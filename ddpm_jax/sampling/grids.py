@@ -65,8 +65,8 @@ def default_t_min(sampler: Sampler, process: Process) -> float:
   """Return the default `t_min` of `uniform` and `quadratic` for a rule.
 
   On a continuous process, a rule with the spacing "time" gets the process's t_min. Its grid then ends with a short step
-  from t_min to 0. In all other cases the result is 0, and the grid has no short last step. Rules of high order would
-  overshoot in the long step down to t_min.
+  from t_min to 0. In all other cases the result is 0, and the grid has no short last step. With t_min in the grid,
+  rules of high order would overshoot in the step down to t_min, because it is long in log-SNR.
   """
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
@@ -136,7 +136,7 @@ def trailing(process: Process, num_steps: int) -> np.ndarray:
 def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Return the times of steps n = 1, 1 + N//K, ... in falling order, then 0 (diffusers' "leading").
 
-  The grid may start below step N. With `open_end`, the result is the grid of K + 1 steps without n = 1, as in
+  The grid may start below step N. With `open_end`, the result is the grid for K + 1 steps with n = 1 left out, as in
   diffusers' multistep solvers.
   """
   if open_end:
@@ -149,8 +149,8 @@ def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.n
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  Both ends are included. The steps are equally spaced up to rounding. With `open_end`, the result is the grid of
-  K + 1 steps without n = 1, as in diffusers' multistep solvers.
+  Both ends are included. The steps are equally spaced up to rounding. With `open_end`, the result is the grid for
+  K + 1 steps with n = 1 left out, as in diffusers' multistep solvers.
   """
   if open_end:
     return np.delete(linspace(process, num_steps + 1), -2)

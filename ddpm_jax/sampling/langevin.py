@@ -15,7 +15,7 @@ from ddpm_jax.sampling.core import Sampler, add_calls, with_many_steps
 
 @check_types
 def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_steps: int = 1) -> Sampler:
-  """Run Langevin steps at each time before the step of `sampler` (Song et al. 2021, algorithms 2 to 5).
+  """Run Langevin steps before each step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
   A Langevin step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. The paper
   computes its step size from the norms of noise and score in each sample. This function uses the average values of

@@ -24,7 +24,7 @@ def deis(process: Process, order: int = 3) -> Sampler:
 
   Args:
     process: the forward process.
-    order: the number of estimates on the polynomial, from 1 (DDIM) to 3.
+    order: the number of estimates that determine the polynomial, from 1 (DDIM) to 3.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3.
@@ -49,13 +49,13 @@ def deis(process: Process, order: int = 3) -> Sampler:
 
 
 class _LastStep(NamedTuple):
-  """Hold UniPC's memory of its last step.
+  """Hold UniPC's memory of the previous step.
 
   Attributes:
     x: the corrected state at the start of the step.
     predicted: the predicted state at the end of the step.
     t: the time at the start of the step.
-    past: the last estimates.
+    past: the most recent estimates.
     steps: the number of steps so far.
   """
 
@@ -70,7 +70,7 @@ class _LastStep(NamedTuple):
 def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
   """Build UniPC on x_0 (Zhao et al. 2023).
 
-  Each estimate first corrects the last step, and then predicts the next step.
+  Each estimate first corrects the previous step, and then predicts the next step.
 
   Args:
     process: the forward process.
@@ -88,7 +88,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return 0.5 * (pull if variant == "bh2" else alpha * h)
 
   def correct(x_t, x_0, lambda_t, memory: _LastStep, t):
-    """Repeat the last step with the estimate at its end (UniC)."""
+    """Repeat the previous step with the estimate at its end (UniC)."""
     (last, *older), (lambda_last, *lambdas) = memory.past
     decay, pull = first_order_factors(process, memory.t, t)
     h = lambda_t - lambda_last

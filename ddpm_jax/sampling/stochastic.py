@@ -111,7 +111,7 @@ def multistep_consistency(process: Process, t_end: float = 0.0) -> Sampler:
   """
   if not 0 <= t_end < process.t_max:
     raise ValueError(
-      f"Got t_end={t_end}; expected it in [0, {process.t_max}): 0, or the process's t_min={process.t_min:g}."
+      f"Got t_end={t_end}; expected a time in [0, {process.t_max}), such as 0 or the process's t_min={process.t_min:g}."
     )
 
   def step(key, denoise, x_t, memory, t, s):
