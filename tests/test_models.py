@@ -211,7 +211,7 @@ def test_the_noise_of_a_low_resolution_image_has_the_level_that_the_network_rece
 
 def test_batches_of_wrong_names_or_shapes_are_errors():
   model, batch = make_model(), batch_of(5)
-  with pytest.raises(ValueError, match="a batch of classes, image for a model with the condition 'vector'"):
+  with pytest.raises(ValueError, match="a batch with classes, image for a model with the condition 'vector'"):
     model.encode_conditions(keys(5), {name: batch[name] for name in ("classes", "image")})
   with pytest.raises(ValueError, match=r"vector of shape \(5, 1\); expected \[B, 2\]"):
     model.encode_conditions(keys(5), batch | {"vector": batch["vector"][:, :1]})

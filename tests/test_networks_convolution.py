@@ -145,7 +145,7 @@ def test_doubling_and_convolving_matches_the_plain_form(x64, space):
 
 
 def test_doubling_and_convolving_needs_a_kernel_of_three_rows():
-  with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* expected 3 rows along each of 2"):
+  with pytest.raises(ValueError, match=r"Got a kernel of shape \(5, 5, 2, 2\) .* expected 3 rows along each of the 2"):
     double_and_convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((5, 5, 2, 2)))
 
 

@@ -18,7 +18,7 @@ PyTree = Any
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   """Return the shapes of the frozen parameters that `load` reads.
 
-  The results for the last 32 functions are cached, so that they do not run again.
+  The results of the 32 most recent functions `load` are cached, so that these functions do not run again.
   """
   # Call `load` outside `jax.eval_shape`: it may read a checkpoint or compute with values.
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
@@ -47,7 +47,7 @@ class Codec(NamedTuple):
 
     Args:
       data_shape: the shape of one sample of data, such as [H, W, C].
-      frozen: the frozen parameters, or their shapes. None reads them if the codec has any.
+      frozen: the frozen parameters, or their shapes. If None, this function calls `load` if the codec has it.
     """
     if frozen is None and self.load is not None:
       frozen = frozen_shapes(self.load)

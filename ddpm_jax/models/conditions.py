@@ -2,7 +2,8 @@
 
 A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
 data source or the user. `encode` converts items to the values that a network receives. Data sources, batches and
-`given` use the same name for a condition. The argument of a network has this name or the name of the condition's kind.
+`given` use the same name for a condition. A network receives the condition as the argument with this name, or as the
+argument named after the condition's kind.
 """
 
 import zlib
@@ -32,9 +33,9 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: how the network receives the condition, a pytree like `shape`: "classes" (an integer, embedded), "vector"
-      (added to the time embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or
-      "tokens" (for attention).
+    kind: how the network receives the condition, a pytree of strings with the structure of `shape`: "classes" (an
+      integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
+      (concatenated with x) or "tokens" (for attention).
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
@@ -45,8 +46,8 @@ class Condition(NamedTuple):
       needs a share above 0.
     num_values: for the kind "classes", the number of values, including the null value.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
-    default: `default(count) -> items [count, ...]`, for samples without a condition from the user. None if the user
-      must choose one.
+    default: `default(count) -> items [count, ...]`, used if the user gives no items of this condition. None if the
+      user must give them.
     from_data: `from_data(batch) -> items`, computed from the data [B, ...] of the batch. None if the batch must
       contain the condition's name.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
@@ -307,7 +308,7 @@ def encode(
     condition_keys = randomness.fold_in(randomness.fold_in(keys, _FOLD), zlib.crc32(name.encode()) & 0x7FFFFFFF)
     if name not in batch and condition.from_data is None:
       raise ValueError(
-        f"Got a batch of {', '.join(sorted(batch)) or 'nothing'} for a model with the condition {name!r}; expected {name!r} in the batch."
+        f"Got a batch with {', '.join(sorted(batch)) or 'no entries'} for a model with the condition {name!r}; expected {name!r} in the batch."
       )
     items = batch if name in batch else {**batch, name: _from_data(condition, batch)}
     value = _check_values(name, condition, condition.encode(frozen.get(name), condition_keys, items, train))

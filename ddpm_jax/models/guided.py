@@ -45,7 +45,7 @@ class Parameters(NamedTuple):
   Attributes:
     params: the model's parameters.
     frozen: the model's frozen parameters (see `Model.load_frozen`).
-    guides: pairs of parameters and frozen parameters of the guides, by their names in `Guides`.
+    guides: a dict from a guide's field name in `Guides` to the pair of its parameters and its frozen parameters.
   """
 
   params: PyTree

@@ -22,7 +22,8 @@ def parse_inputs(
 
   Args:
     conditions: the model's conditions by name.
-    texts: the texts by name. If there are fewer texts than samples, they are repeated.
+    texts: a list of texts for each condition, by name. If a list has fewer texts than there are samples, it is
+      repeated.
     count: the number of samples.
     only: whether to omit conditions without text. Otherwise they get their default.
 

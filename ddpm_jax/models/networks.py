@@ -95,8 +95,8 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
 
   Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. If `__call__` has an argument with
   the name of a condition, this argument receives the condition. Otherwise the argument named after the condition's kind
-  receives it: `classes` [B], `vector` [B, D], `level` [B] (or `vector`), `image` [B, *space, C] or `tokens`. Several
-  images, vectors or token arrays for one argument are concatenated.
+  receives it: `classes` [B], `vector` [B, D], `level` [B] (`vector` if there is no argument `level`),
+  `image` [B, *space, C] or `tokens`. Several images, vectors or token arrays for one argument are concatenated.
 
   `__call__` may have two more arguments: `train`, whether this is training, and `keys`, a key for each sample. Without
   the argument `keys`, dropout uses the rng "dropout".
@@ -445,7 +445,7 @@ def derived_arguments(
       if kind == "image" and tuple(leaf.shape[:-1]) != tuple(x_shape[:-1]):
         raise ValueError(
           f"Got the condition {name!r}, an image of shape {tuple(leaf.shape)}, for x of shape {tuple(x_shape)}; expected the"
-          f" spatial shape {tuple(x_shape[:-1])}, because the image is concatenated with x. Set its shape, or leave model.codec out."
+          f" spatial shape {tuple(x_shape[:-1])}, because the image is concatenated with x. Set the image's shape, or leave model.codec out."
         )
   kinds = [kind for condition in conditions.values() for kind in jax.tree.leaves(condition.kind)]
   if "level" in kinds and "vector" in kinds:

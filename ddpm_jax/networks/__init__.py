@@ -1,7 +1,7 @@
 """Provide networks in Flax Linen.
 
-Other packages call a network only through its functions `init` and `apply`. So a network of another library can replace
-it.
+The rest of `ddpm_jax` calls a network only through its functions `init` and `apply`. So a network of another library
+can take its place.
 """
 
 from ddpm_jax.networks.layers import trainable_mask

@@ -17,7 +17,7 @@ class ImageClassifier(nn.Module):
 
   Attributes:
     num_classes: the number of classes.
-    width: the channels of the first level. The other levels have twice as many.
+    width: the channels of the first level. The second and the third level each have `2 * width` channels.
     features: the size of the hidden layer. The layer's values before the activation function are the features.
   """
 

@@ -64,7 +64,7 @@ class Inception(nn.Module):
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps) or '(none)'} of images of shape {x.shape}; expected some of {', '.join(TAPS)}, and images"
+        f"Got the taps {', '.join(self.taps) or '(none)'} and images of shape {x.shape}; expected some of {', '.join(TAPS)}, and images"
         f" of shape [B, {SIZE}, {SIZE}, 3]."
       )
     outputs: dict[str, Array] = {}

@@ -92,8 +92,8 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   """Create a parameter that is initialized at random and never trained.
 
   Raises:
-    ValueError: if the name is not in `CONSTANTS`. Weight decay changes parameters without a gradient too, so
-      `trainable_mask` must know the names of all constants.
+    ValueError: if the name is not in `CONSTANTS`. Weight decay also changes parameters that have no
+      gradient, so `trainable_mask` must know the names of all constants.
   """
   if name not in CONSTANTS:
     raise ValueError(

@@ -30,13 +30,13 @@ class Backbone(nn.Module):
     blocks: the number of residual blocks per level on the downward path. The upward path has one more per level.
     attention_levels: the levels with self-attention after every block (but see `score_sde`). Level 0 is the finest.
     middle_attention: whether the middle has self-attention.
-    middle_attention_norm: whether the middle attention normalizes its input. Some diffusers models do not.
+    middle_attention_norm: whether the middle attention normalizes its input. In some models of diffusers it does not.
     heads: the number of attention heads, unless `head_channels` is set.
     head_channels: the features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
     dropout: the dropout rate inside residual blocks during training.
     groups: the number of groups in every normalization. 0 selects C / 4 for C features, rounded down, but at least 1
       and at most 32, as in EDM's networks (Karras et al. 2022).
-    epsilon: the constant added to the variance in every normalization: 1e-6, or 1e-5 in ADM.
+    epsilon: the constant added to the variance in every normalization: 1e-6 in DDPM, 1e-5 in ADM.
     time_embedding: "sin_cos" (DDPM), "cos_sin" (ADM), or "fourier" with random frequencies (NCSN++).
     time_features: the features of the time embedding before its dense layers. 0 uses `channels`.
     embedding_features: the features of the embedding that every block receives. 0 uses four times `channels`.
@@ -259,7 +259,7 @@ class Backbone(nn.Module):
     return block(features, self._block_options, resample, name=name)(x, embedding, keys)
 
   def _rematerialized(self, block: Any) -> Any:
-    """Return the block, wrapped so that the backward pass recomputes it if `remat` requires that."""
+    """Return the block, wrapped for recomputation in the backward pass if `remat` requires it."""
     if self.remat == "none":
       return block
     policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)

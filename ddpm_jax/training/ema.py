@@ -33,8 +33,8 @@ class ParamsEmaState(NamedTuple):
 def params_ema(*decays: Decay) -> optax.GradientTransformation:
   """Average the parameters, and leave the updates unchanged.
 
-  Put this transformation last in a chain. It averages the sums of the parameters and their updates, so the updates must
-  be final.
+  Put this transformation last in a chain. It computes the new parameters (the parameters plus the updates) and averages
+  these, so the updates must be final.
 
   Args:
     *decays: one function for each average, from `fixed`, `half_life`, `power` or your own. `decay(s)` in [0, 1] is the
@@ -213,7 +213,7 @@ def join(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
   """Join an optimizer's state and its averages, the two results of `split`.
 
   Raises:
-    ValueError: if there are averages but the state has no `params_ema`, or the state has several.
+    ValueError: if there are averages but the state has no `params_ema`, or the state has more than one `params_ema`.
   """
   if _find(opt_state) is None and averages:
     raise ValueError(
@@ -277,8 +277,8 @@ def reconstruction_weights(
     )
   if not ends.min() > 0 or not 0 < step <= ends.max():
     raise ValueError(
-      f"Got step={step} with snapshots of steps {ends.min():g} to {ends.max():g}; expected all above 0 and the step not after"
-      " the last snapshot."
+      f"Got step={step} with snapshots of steps {ends.min():g} to {ends.max():g}; expected steps above 0, and"
+      " a step not after the last snapshot."
     )
   gammas = np.array([gamma_of(width) for width in snapshot_stds])
   # Divide all steps by the new step, and normalize the profiles. Otherwise early or narrow profiles would make the

@@ -21,7 +21,7 @@ class Callback(NamedTuple):
 
   Attributes:
     every: the number of steps between two calls. The function is also called after step `num_steps`.
-    run: the function `run(step, state, metrics)`, with the last logged metrics.
+    run: the function `run(step, state, metrics)`, with the most recently logged metrics.
   """
 
   every: int
@@ -66,18 +66,19 @@ def fit(
     batches: the batches, pytrees of arrays [B, ...]. Training stops when there are no more batches.
     frozen: parameters that never change, with the shardings that the step expects; None for none.
     num_steps: the step to stop at.
-    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric of a step is
-      averaged over those steps since the last log whose loss and gradient norm are finite. `skipped` is the total
+    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric is averaged
+      over the steps since the last log, except steps whose loss or gradient norm is not finite. `skipped` is the total
       number of skipped steps. The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of
-      the time spent waiting for data. They are measured in wall-clock time since the last log, including callbacks.
+      the time spent waiting for data. These three are measured in wall-clock time since the last log, including
+      callbacks.
     log_every: the number of steps between two logs.
     callbacks: functions to call during training, in order.
     max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients
       or updates are not finite and the optimizer skips such steps (see `optim.skip_nonfinite`).
     hooks: functions that connect the loop to its environment.
-    rescue: called as `rescue(number, state)` with the last finished step if loading the next batch raises an error.
-      `fit` then raises this error. Not called before the first step, or if the last step
-      raises a FloatingPointError instead.
+    rescue: called as `rescue(number, state)` with the last finished step and its state, if loading the next batch
+      raises an error. `fit` then raises this error. `rescue` is not called if no step has finished, or if the check of
+      the last step raises a FloatingPointError, which `fit` raises instead.
     quiet: whether to hide the progress bar.
 
   Returns:
@@ -210,6 +211,6 @@ def _check_finite(number: int, metrics: Metrics, max_skipped: int) -> None:
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
       raise FloatingPointError(
-        f"The {name} is {float(metrics[name])} at step {number:,}. Restart training with a lower learning rate or gradient"
-        " clipping, or skip these steps (optim.skip_nonfinite)."
+        f"The {name} is {float(metrics[name])} at step {number:,}. Restart training with a lower learning rate or with gradient"
+        " clipping, or skip such steps (optim.skip_nonfinite)."
       )

@@ -96,8 +96,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
     arguments: the other arguments of the optimizer by name.
 
   Raises:
-    ValueError: if the name or an argument is unknown, a value is out of range, or the optimizer needs a constant rate,
-      or more than gradients and parameters, such as a line search.
+    ValueError: if the name or an argument is unknown, a value is out of range, or `rate` is a function but the
+      optimizer needs a number. Also if the optimizer needs more than gradients and parameters, as a line search does.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"Got {name!r} as an optimizer; expected one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
@@ -281,7 +281,7 @@ def _part_of(tree: PyTree, name: str) -> PyTree:
   if isinstance(tree, dict) and name in tree:
     return tree[name]
   raise ValueError(
-    f"Got parameters without a part {name!r}, but an optimizer for this part; expected a dict with it. Only objectives with extra"
+    f"Got parameters without a part {name!r}, but an optimizer for this part; expected a dict with this part. Only objectives with extra"
     " parameters have parts. For other objectives, omit `extra` in optim.chain."
   )
 
@@ -395,8 +395,8 @@ def chain(
 def _keeps_finite(name: str, arguments: dict[str, Any]) -> bool:
   """Return whether finite gradients always give finite updates at finite rates, for any state of the optimizer.
 
-  For Adam, the squares of the gradients and their averages are finite if the norm is finite, and averages of gradients
-  are never divided by less than `eps`.
+  For Adam, if the norm of the gradients is finite, their squares are finite, and so are the averages of the squares.
+  Adam never divides an average of gradients by less than `eps`.
   """
   return name == "lion" or (name in ("adam", "adamw") and arguments.get("eps", 1e-8) >= 1e-16)
 

@@ -29,11 +29,11 @@ def reconstruct(
       data under "steps".
     templates: the shapes and shardings of a snapshot's trees by name.
     steps: the steps of the snapshots, in rising order.
-    stds: the relative widths of the averages in each snapshot.
+    stds: the relative widths of the averages, in their order in a snapshot, the same for all snapshots.
     length: the relative width of the new average.
 
   Returns:
-    The averaged parameters, the step of the last snapshot that is not damaged, and the number of these snapshots.
+    The averaged parameters, the step of the last undamaged snapshot, and the number of undamaged snapshots.
 
   Raises:
     ValueError: if all snapshots are damaged, or a width is out of range.

@@ -148,12 +148,12 @@ def train_step(
     encode: `encode(frozen, keys, batch) -> batch` with keys [B] converts data to the inputs of the objective: `x`, and
       the network's conditions by name in `given`. It runs before the loss, outside the gradient and outside
       `distribute`.
-    accumulate: the number of parts that each device's shard is split into to save memory. The parts are processed one
-      after the other, and their gradients are averaged.
+    accumulate: the number of parts into which each device's shard is split, to save memory. The parts are processed
+      one after the other, and their gradients are averaged.
     unroll: whether to unroll the loop over these parts. On a CPU, gradients of convolutions take many times as long
       inside a loop as outside.
     distribute: a decorator that computes gradients on all devices under `jit`, such as `parallel.shard_gradient(mesh)`.
-    axis_name: the mapped axis to average gradients over under `pmap`; None under `jit`.
+    axis_name: under `pmap`, the mapped axis over which gradients are averaged; None under `jit`.
 
   Returns:
     The state after the step, and the metrics: `loss` and `grad_norm` (of all trained parameters, before clipping) as
@@ -244,6 +244,6 @@ def check_accumulate(batch_size: int, num_devices: int, accumulate: int) -> None
   """
   if accumulate < 1 or batch_size % (num_devices * accumulate):
     raise ValueError(
-      f"Got training.accumulate={accumulate} with a batch of {batch_size} on {num_devices} device(s), {batch_size // num_devices} each;"
-      " expected a divisor of the number of samples of each device."
+      f"Got training.accumulate={accumulate} with a batch of {batch_size} on {num_devices} device(s), {batch_size // num_devices} samples each;"
+      " expected a number that divides the samples of each device into equal parts."
     )

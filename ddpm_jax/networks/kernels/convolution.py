@@ -43,7 +43,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
   if not (1 <= axes <= 3 and kernel.ndim == x.ndim and kernel.shape[-2] == x.shape[-1] and kernel.dtype == x.dtype):
     raise ValueError(
       f"Got data of shape {x.shape} and type {x.dtype}, and a kernel of shape {kernel.shape} and type {kernel.dtype}; "
-      "expected [B, *space, C] with one to three spatial axes, and [*window, C, C'], of one type."
+      "expected data [B, *space, C] with one to three spatial axes, and a kernel [*window, C, C'], both of one type."
     )
   if len(strides) != axes or min(strides) < 1:
     raise ValueError(f"Got strides {strides}; expected {axes} integers of 1 or more, one for each spatial axis.")
@@ -109,8 +109,9 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
   """Convolve data of even sides with a 3x3 kernel, computing only 4/9 of the products.
 
   This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1). A tile has 4x4 numbers and overlaps its neighbors
-  by half. 16 sums of a tile and 16 sums of the kernel are multiplied pairwise, each pair by a matrix product. Sums of
-  the 16 products are the 2x2 results in the middle of the tile. The functions below compute these sums along one
+  by half. The numbers of a tile are combined into 16 sums, and the weights of the kernel into 16 sums. Each sum of the
+  tile is multiplied by the corresponding sum of the kernel, in a matrix product over channels. The 16 products are
+  combined into 2x2 sums, the results in the middle of the tile. The functions below compute all these sums along one
   axis.
   """
   batch, height, width, channels = x.shape

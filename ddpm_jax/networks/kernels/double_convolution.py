@@ -43,7 +43,7 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   axes = x.ndim - 2
   if kernel.shape[:-2] != (3,) * axes:
     raise ValueError(
-      f"Got a kernel of shape {kernel.shape} for data of shape {x.shape}; expected 3 rows along each of {axes} spatial axes."
+      f"Got a kernel of shape {kernel.shape} for data of shape {x.shape}; expected 3 rows along each of the {axes} spatial axes."
     )
   plain = partial(_double_and_convolve_plain, kernels=kernels)
   if kernels == "plain":

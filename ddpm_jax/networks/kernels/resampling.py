@@ -30,7 +30,7 @@ def halve(x: Array, weights: Sequence[float], *, padded: bool = False, kernels: 
   Args:
     x: the data. Zeros are added at the edges unless `padded` is set.
     weights: the filter's weights along an axis, an even number of them. They are scaled to sum to 1.
-    padded: whether x already includes the filter's margin at every edge: half the filter's length minus one.
+    padded: whether x already includes the filter's margin at every edge, which is n / 2 - 1 values for n weights.
     kernels: the allowed forms (see `networks.kernels`).
   """
   margin = 0 if padded else len(weights) // 2 - 1
@@ -63,8 +63,9 @@ def _double_plain(x: Array, weights: Sequence[float]) -> Array:
 def double(x: Array, weights: Sequence[float] = (1, 1), kernels: str = "tuned") -> Array:
   """Double and filter every spatial axis, [B, *space, C] -> [B, *2 space, C].
 
-  `weights` are the filter's 2 or 4 weights along an axis. They are scaled to sum to 2, so that the mean does not change
-  away from the edges. Beyond the edges, the data are zeros. The weights (1, 1) repeat each value (nearest neighbor).
+  `weights` are the filter's 2 or 4 weights along an axis. They are scaled to sum to 2, so that local means do not
+  change, except near the edges. Beyond the edges, the data are zeros. The weights (1, 1) repeat each value
+  (nearest neighbor).
   """
   normalized = [2 * weight / sum(weights) for weight in weights]
   plain = partial(_double_plain, weights=normalized)

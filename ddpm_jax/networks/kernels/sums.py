@@ -49,8 +49,8 @@ def _sum_tuned_jvp(primals, tangents):
 def _sum_tangent(x: Array) -> Array:
   """Compute `sum_positions`, on a CPU as a matrix product.
 
-  The transpose of a barrier would store the repeated values. The transpose of a product lets XLA repeat them where they
-  are used.
+  The transpose of this sum repeats values. With a barrier here, the transpose would store the repeated values. With a
+  product, XLA repeats the values where they are used.
   """
 
   def product(x: Array) -> Array:
