@@ -4,7 +4,7 @@ Each data set is a function that returns `Splits`. Its first argument `fit` desc
 of the images. A function that does not use `fit` may omit this argument. The other arguments are keys of the config.
 
 A user can write another data set, `def mine(fit: data.Fit, path: str) -> data.Splits`, and select it in a config as
-`my_file.py:mine(path='/data')`. An argument of type `Place` may change when a run resumes.
+`my_file.py:mine(path='/data')`. A resumed run may use another value for an argument of type `Place`.
 """
 
 import os
@@ -70,13 +70,13 @@ def mnist(fit: Fit) -> Splits:
 def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
   """Read images with any number of channels, and their classes, from an .npz file.
 
-  `read_arrays` lists the names of arrays that it accepts.
+  The documentation of `read_arrays` lists the accepted names of these two arrays.
 
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file, to read with the images. A condition takes the array that has
-      the name of the condition.
+    items: names of other arrays [N, ...] in the file, to read with the images. Each condition of the model takes the
+      array of the same name.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, or the images do not have the shape
@@ -92,9 +92,9 @@ def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
   Args:
     fit: how to crop and resize the images to one size.
     path: the folder.
-    train_split: name of the folder in `path` with the training images; "" if there is none.
-    eval_split: name of the folder in `path` with the evaluation images; "" if there is none. If neither folder exists,
-      all images are used for training.
+    train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
+    eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
+      folder exists, all images are used for training.
 
   Raises:
     ValueError: if a folder is missing or contains no images, the splits share images, or it is ambiguous which folders
@@ -113,9 +113,9 @@ def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
   Args:
     fit: the shape, crop and resize that the images were packed with.
     path: the folder.
-    train_split: name of the folder in `path` with the training images; "" if there is none.
-    eval_split: name of the folder in `path` with the evaluation images; "" if there is none. If neither folder exists,
-      `path` itself must be a pack.
+    train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
+    eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
+      folder exists, `path` itself must be a pack.
 
   Raises:
     ValueError: if a folder is missing or is no pack, the splits share images, or the images were packed with another
@@ -239,7 +239,7 @@ def _check_splits(splits: Sequence[str]) -> None:
 
 
 def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], present: Sequence[str]) -> bool:
-  """Return whether the sub-folders of `root` with images are classes rather than splits.
+  """Return whether the sub-folders of `root` that contain images are classes rather than splits.
 
   A class may also be called train or test.
   """
@@ -258,8 +258,8 @@ def _are_classes(root: Path, classes: Sequence[str], splits: Sequence[str], pres
     if splits and len(other_folders) > 1 and like_splits == other_folders:
       raise ValueError(
         f"Got the folder {root} with the sub-folders {', '.join(other_folders)}, which look like splits; expected"
-        " classes. Set --config.data.source.train_split and --config.data.source.eval_split to their names, or set both"
-        " to '' if they are classes."
+        " classes. Set --config.data.source.train_split and --config.data.source.eval_split to their names. If they"
+        " are classes, set both flags to ''."
       )
     return True
   if not other_folders or like_splits:

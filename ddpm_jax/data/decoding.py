@@ -69,8 +69,8 @@ def eight_bits(image: Any) -> Any:
   """Convert a PIL image to 8 bits per channel, scaled by the range of its pixel type.
 
   Raises:
-    ValueError: if the pixels are floats, signed or 32-bit integers, because their range is unknown, or if a 16-bit
-      TIFF stores white as 0.
+    ValueError: if the range of the pixels is unknown, because they are floats, signed integers or 32-bit integers,
+      or if a 16-bit TIFF stores white as 0.
   """
   return _to_eight_bits(image, _bits(image))
 

@@ -39,11 +39,11 @@ def read_inputs(
       `read_arrays`) are not resized.
     image_size: height and width; None to keep the size of the images. They must then all have the same size.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity; any number for an .npz file.
-    flag: the command-line flag with the path, for error messages.
+    flag: the command-line flag that gave `path`, for error messages.
 
   Raises:
-    ValueError: if there are no images, an image cannot be decoded, or the images have another shape or different
-      shapes.
+    ValueError: if there are no images, an image cannot be decoded, the images differ in shape, or the images in an .npz
+      file do not have the size and channels of the arguments.
   """
   path, image_size = Path(path), None if image_size is None else check_image_size(image_size)
   if path.suffix.lower() == ".npz" and path.is_file():

@@ -58,7 +58,7 @@ class Folder(NamedTuple):
 
 
 def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
-  """Return `root` and all folders under it by relative path, sorted by path.
+  """Return a dict from relative path to `Folder`, for `root` and all folders under it, sorted by path.
 
   Symbolic links to folders are followed, and each folder is listed once. Hidden folders and folders of the
   operating system are skipped. Unchanged folders come from the cache if `cached` is set.
@@ -159,9 +159,9 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
 
 
 def _kind(entry: os.DirEntry[bytes]) -> str:
-  """Return "folder", "file", "dangling link" or "other" for an entry or the target of a link.
+  """Return the kind of an entry: "folder", "file", "dangling link" or "other".
 
-  Other entries include pipes, and reading a pipe could block forever.
+  The kind of a link is the kind of its target. Pipes are among the other entries, and reading one could block forever.
   """
   try:
     if entry.is_dir():
@@ -185,7 +185,7 @@ def _cache_file(root: bytes) -> Path | None:
 def _load(cache: Path) -> dict[bytes, Folder]:
   """Load the folders from the cache file.
 
-  Return an empty dict if the file is missing, damaged, or from another version or set of extensions.
+  Return an empty dict if the file is missing or damaged, or was written by another version or for other extensions.
   """
   try:
     sealed.check_archive(cache)

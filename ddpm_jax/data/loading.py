@@ -33,7 +33,7 @@ def load(
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
       next image that can be decoded.
     hold_out: number of images to hold out from training if the data set has no evaluation split; `A_TENTH` for a tenth
-      of the images (1 to 500), 0 for none.
+      of the images, at least 1 and at most 500; 0 for none.
     check: a check of the classes, such as `classes_below(10)`; None for no check. If a source knows all classes,
       `load` checks them. Otherwise the class of each image is checked when the image is read.
     shape: the shape [H, W, C] that images must have; None for no check.
@@ -101,7 +101,7 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
 
 
 def _removal_flag(key: str) -> str:
-  """Return the flag that removes the condition of a key from the model, for error messages."""
+  """Return the flag that removes from the model the condition that `key` configures, for error messages."""
   condition = key.rpartition(".")[0]
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 

@@ -141,8 +141,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     The number of images written, and the names of the omitted images.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. This error comes
-      after all images are read, and names up to ten broken images. Also if the items differ in names, types or shapes.
+    ValueError: if the items differ in names, types or shapes; if images cannot be decoded and `broken` is "stop"; or if
+      no image can be decoded. Errors about broken images come after all images are read, and name up to ten of them.
   """
   path.mkdir(parents=True, exist_ok=True)
   classes: list[int] = []
@@ -205,7 +205,7 @@ class _Shards(contextlib.AbstractContextManager):
     self.record, self.counts = np.dtype([]), list[int]()
 
   def write(self, arrays: dict[str, np.ndarray]) -> None:
-    """Write one record, with the same names, types and shapes as the first record."""
+    """Write one record, which must have the same names, types and shapes as the first record."""
     self._first = self._first or arrays
     check_alike(arrays, self._first)
     self.record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])

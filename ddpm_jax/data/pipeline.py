@@ -29,7 +29,7 @@ _CHECK_SECONDS = 0.5
 class WorkerDied(RuntimeError):
   """Report that a worker process has died.
 
-  The process may have died while it owned locks, so the program should exit without cleaning up.
+  The worker may have died while it owned locks, so the main program should exit without cleaning up.
   """
 
 
@@ -136,7 +136,7 @@ class Batches:
 
   @property
   def state(self) -> dict[str, int]:
-    """Return the position in the data, for JSON.
+    """Return the position in the data as a dict that fits JSON.
 
     It does not depend on the number of threads, workers or processes.
     """
@@ -211,12 +211,13 @@ def batches(
     num_workers: processes that prepare batches ahead instead of threads, for images that are slow to decode; 0 for
       none. Python's "spawn" method starts them. They import the main file of the program again, so a script needs
       `if __name__ == "__main__":`.
-    rows: increasing indices [b] of the rows of each batch that this process reads; all rows by default. They do not
+    rows: the rows that this process reads of each batch, as increasing indices [b]; all rows by default. They do not
       affect which images and flips a row gets.
 
   Returns:
-    Batches as `put` returns them. `put` receives the arrays of the items by name. `image` is float32 [b, H, W, C] in
-    [-1, 1]. The other arrays [b, ...] have the types of `read`, such as `classes` int32 [b].
+    `Batches` that yields what `put` returns. The argument of `put` is a dict from name to array: `image` is float32
+    [b, H, W, C] in [-1, 1], and the other arrays [b, ...] have the types that `read` returns, such as `classes` int32
+    [b].
 
   Raises:
     ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range.

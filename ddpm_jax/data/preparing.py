@@ -36,12 +36,13 @@ def prepare(
     source: the function of the data set: `data.tfds`, `data.folder` or a user's function.
     keys: the arguments of `source` other than `fit`, such as {"path": "photos"}.
     fit: how to crop and resize the images.
-    output: a new folder for the packed images. For a TFDS data set, None packs nothing. Other data sets require it.
+    output: a new folder for the packed images. None packs nothing, and is allowed only for TFDS.
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
     check: a check of the classes, such as `data.classes_below(10)`; None for no check.
 
   Raises:
-    ValueError: if the data set needs no preparation or cannot be prepared, or `output` is missing or not empty.
+    ValueError: if the data set needs no preparation or cannot be prepared, `output` is None for a data set other
+      than TFDS, or `output` is a folder that is not empty.
   """
   signature = inspect.signature(source)
   is_fit = (Fit, "Fit", "data.Fit")

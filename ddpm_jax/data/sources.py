@@ -6,10 +6,10 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 - `classes`, an integer, if the images have classes,
 - other arrays or numbers, such as `vector`, for conditions or objectives.
 
-All items of a source have the same names, and each name has the same shape in all items.
+All items of a source have the same names, and arrays of the same name have the same shape.
 
-A source that can read many items at once also has a method `__getitems__(indices)`, which must return a batch of
-arrays [B, ...] with the names of an item. A source that knows all classes without reading images has an attribute
+A source that can read many items at once also has a method `__getitems__(indices)`, which must return a dict of
+arrays [B, ...] with the same names as an item. A source that knows all classes without reading images has an attribute
 `classes` [N].
 """
 
@@ -44,7 +44,7 @@ class Source(Protocol):
 
 
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
-  """Read the items at `indices` [B] into a batch of arrays [B, ...] by name.
+  """Read the items at `indices` [B] into one batch, a dict from name to array [B, ...].
 
   The types uint8 and bool do not change. Other integers become int32, and floats become float32.
 
@@ -176,7 +176,7 @@ def check_classes(classes: np.ndarray) -> np.ndarray:
 def complete_classes(source: Source) -> np.ndarray | None:
   """Return the classes [N] of all images, or None.
 
-  None means that an image has no class, or that finding the classes requires reading the images.
+  None means that at least one image has no class, or that finding the classes requires reading the images.
   """
   classes = getattr(source, "classes", None)
   return None if classes is None or np.min(classes) == NO_CLASS else classes
@@ -203,9 +203,9 @@ def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
 
 
 def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
-  """Return classes [count] in proportion to `counts` [num_classes].
+  """Return `count` classes whose frequencies are proportional to `counts` [num_classes].
 
-  The method of largest remainders rounds the number of each class. Each class is spread evenly over the result.
+  The method of largest remainders rounds the frequencies. Each class is spread evenly over the result.
   """
   quotas = count * counts / np.sum(counts)
   shares = np.floor(quotas).astype(int)
@@ -226,7 +226,7 @@ class SkipBroken:
     source: any source.
 
   Attributes:
-    broken: a dict from the name of each broken image found so far to the reason, in the order of discovery.
+    broken: the broken images found so far, in the order of discovery, as a dict from name to reason.
 
   Raises:
     ValueError: when an item is read, if no image can be decoded.
@@ -316,8 +316,8 @@ class ArraySource(_InMemory):
     items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
 
   Raises:
-    ValueError: if there are no images, they are not uint8 or floats in [-1, 1] with four axes, or another array has the
-      wrong type or length.
+    ValueError: if there are no images, `images` does not have four axes or is neither uint8 nor floats in [-1, 1], or
+      another array has the wrong type or length.
   """
 
   def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):
@@ -396,7 +396,7 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
   if not 0 < count < len(source):
     raise ValueError(
       f"Got data.hold_out={count} for {len(source)} images; expected 1 to {len(source) - 1}, so that some remain for"
-      f" training, or {A_TENTH} for a tenth of them. Set --config.data.hold_out."
+      f" training, or {A_TENTH} to hold out a tenth. Set --config.data.hold_out."
     )
   order = np.random.default_rng(0).permutation(len(source))
   return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))
@@ -414,8 +414,8 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
       next image that can be decoded.
 
   Raises:
-    ValueError: if images cannot be decoded and `broken` is "stop", or if no image can be decoded. The message has the
-      number of broken images and the first ten names. Also if the items differ in names, types or shapes.
+    ValueError: if the items differ in names, types or shapes; if images cannot be decoded and `broken` is "stop"; or if
+      no image can be decoded. Errors about broken images give their number and the first ten names.
   """
   if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
     return source

@@ -151,7 +151,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
   if str(builder.info.file_format.value) != "array_record":
     raise ValueError(
       f"Got the TFDS data set {name!r} in {builder.data_path}, prepared as {builder.info.file_format.value}; expected"
-      " array_record. Remove it, or choose another folder: --config.data.source.path=<folder>."
+      " array_record. Remove that data set, or choose another folder: --config.data.source.path=<folder>."
     )
   counts = {split: info.num_examples for split, info in builder.info.splits.items()}
   return str(builder.data_path), counts, was_prepared

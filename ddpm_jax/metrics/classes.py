@@ -15,9 +15,9 @@ class ClassStatistics(NamedTuple):
   The sums of several batches or processes can be added (see `merge_classes`).
 
   Attributes:
-    count: number of samples [S].
-    probs: sums of the class probabilities [S, K], float64.
-    negentropy: sums of the negative entropies in nats [S], float64.
+    count: [S] number of samples in each of S splits.
+    probs: [S, K] float64, the sum of the probabilities of each of K classes.
+    negentropy: [S] float64, the sum of the negative entropies in nats.
   """
 
   count: np.ndarray  # type: ignore[assignment]  # hides tuple.count
@@ -60,7 +60,7 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
 
 @functools.lru_cache(maxsize=4)
 def _assign_splits(total: int, splits: int) -> np.ndarray:
-  """Return the split [total] of each sample."""
+  """Return the number of the split of each sample, int32 [total]."""
   assigned = np.empty(total, np.int32)
   edges = np.array([i * total // splits for i in range(1, splits)])
   assigned[np.random.RandomState(_SEED).permutation(total)] = np.searchsorted(edges, np.arange(total), side="right")

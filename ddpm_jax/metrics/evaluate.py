@@ -22,10 +22,10 @@ class Settings(NamedTuple):
   Attributes:
     scores: names from `SCORES`.
     k: which nearest neighbor sets the radius of a ball (see `metrics.neighborhoods`).
-    pairwise_samples: the largest number of features of a set to store for pairwise scores. A larger set is sampled at
-      random.
+    pairwise_samples: how many feature vectors of a set of images to store at most, for pairwise scores. If the set is
+      larger, they are chosen at random.
     kernel_subsets: number of random subsets for the kernel distance.
-    kernel_size: features in each subset; 0 for the default of the function `kernel_size`.
+    kernel_size: number of feature vectors in each subset; 0 for the default of the function `kernel_size`.
     splits: number of splits for the class score.
     allow_singular: whether to compute a Frechet distance from too few samples for a covariance of full rank.
   """
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 class Summary(NamedTuple):
   """Store statistics of a set of images, enough to compute its scores.
 
-  Its size does not grow with the number of images, except that it stores up to `pairwise_samples` features.
+  Its size does not grow with the number of images, except that it stores up to `pairwise_samples` feature vectors.
 
   Attributes:
     count: number of images; 0 if it is unknown.
@@ -122,7 +122,7 @@ def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str,
 
 
 def check_counts(settings: Settings, generated: int, real: int | None) -> int:
-  """Check the numbers of images, and return the number of features to store for pairwise scores.
+  """Check the numbers of images, and return the number of feature vectors to store for pairwise scores.
 
   The number is 0 if there are no pairwise scores.
 
@@ -159,7 +159,7 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
     generated: summary of the images to score.
     reference: summary of the real images.
     settings: the scores and their settings. `settings.scores` may be empty.
-    names: names of the scores in this feature space, by their names in `SCORES` (see `score_names`).
+    names: a dict from the names in `SCORES` to the names in the result, such as "fid" (see `score_names`).
 
   Raises:
     ValueError: if a score is unknown, a summary lacks data for it, or there are too few samples for it.
@@ -226,7 +226,7 @@ def _missing_data(name: str, needed: str) -> ValueError:
 
 
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
-  """Return the names of the scores in a feature space, by their names in `SCORES`.
+  """Return a dict from the names in `SCORES` to the names of these scores in a feature space.
 
   Only scores of features of the published Inception network are called FID, sFID, KID and Inception Score.
   """

@@ -100,7 +100,7 @@ def check_images(images: np.ndarray) -> None:
 
 
 def check_memory(dimensions: int, num_stored: int, covariance: bool) -> None:
-  """Raise a ValueError if `num_stored` features and their covariance do not fit into the memory of the host."""
+  """Raise a ValueError if `num_stored` feature vectors and their covariance do not fit into the memory of the host."""
   needed = 8 * (dimensions**2 if covariance else 0) + 4 * dimensions * num_stored
   description = (
     f"features of {dimensions:,} dimensions ({num_stored:,} stored{', and their covariance' if covariance else ''})"

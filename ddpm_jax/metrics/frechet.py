@@ -77,7 +77,7 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
 def _factor(covariance: np.ndarray) -> tuple[np.ndarray, bool]:
   """Return L [D, R] with L L' = C, and whether C is far from singular.
 
-  If C is far from singular, rounding errors in products with it do not hide the smallest eigenvalues.
+  Far from singular means that in products with C, even the smallest eigenvalues stand out from rounding errors.
   """
   size, precision = len(covariance), float(np.finfo(np.float64).eps)
   try:

@@ -31,7 +31,8 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
   """Compute scores from balls around the points of two sets in float64.
 
   The radius of a ball is the distance from its center to the k-th nearest other point of the same set. Balls are
-  closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of a neighbor.
+  closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of the
+  k-th neighbor.
 
   - Precision is the fraction of generated points inside at least one real ball (Kynkaanniemi et al. 2019, equation 1).
   - Recall is the fraction of real points inside at least one generated ball (same equation).

@@ -56,8 +56,8 @@ def load_statistics(path: str | Path) -> Statistics:
   `save_statistics` or another tool may have written the file.
 
   Raises:
-    ValueError: if the file is missing or unreadable, has no `mu` and `sigma`, or they are empty, not real or not
-      finite, or `sigma` is not square and symmetric.
+    ValueError: if the file is missing or unreadable, or lacks `mu` or `sigma`; if `mu` or `sigma` is empty, not real or
+      not finite; or if `sigma` is not square and symmetric.
   """
   path = Path(path)
   if not path.is_file():
