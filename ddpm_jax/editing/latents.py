@@ -115,9 +115,9 @@ def slerp(a: Array, b: Array, fraction) -> Array:
   """Interpolate spherically between samples.
 
   The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and norms are those of
-  whole samples, over all axes but the first. Between two samples of noise the norm stays nearly constant. On a straight line it would be smaller
-  in the middle. Interpolation is linear where the angle is close to 0 or 180 degrees or a sample is 0. Source: Shoemake
-  1985; Song et al. 2021a, appendix D.3.
+  whole samples, over all axes but the first. Between two samples of noise the norm stays nearly constant. On a straight
+  line it would be smaller in the middle. Interpolation is linear where the angle is close to 0 or 180 degrees or a
+  sample is 0. Source: Shoemake 1985; Song et al. 2021a, appendix D.3.
 
   Args:
     a: array [B, ...], the exact result at fraction 0.

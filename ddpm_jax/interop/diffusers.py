@@ -361,7 +361,7 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
 def _weights_path(folder: Path) -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
-  safetensors come before .bin, and plain names before variants such as fp16.
+  Safetensors files have priority over .bin files, and then plain names over variants such as fp16.
 
   Raises:
     ValueError: if the folder has no weights, or several variants.
@@ -466,8 +466,8 @@ def check_exportable(model: Model) -> None:
   """Check that a model can be saved as a diffusers pipeline.
 
   Raises:
-    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec, or a custom
-      `time_input`.
+    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec, data other than
+      images [H, W, C], or a custom `time_input`.
   """
   image_names = _image_conditions(model)
   if image_names:

@@ -269,7 +269,8 @@ def from_torch(path: str, value: np.ndarray) -> np.ndarray:
 def to_torch(path: str, value: np.ndarray) -> np.ndarray:
   """Transpose a kernel from our [*space, in, out] to PyTorch's [out, in, *space].
 
-  This is the inverse of `from_torch`."""
+  This is the inverse of `from_torch`.
+  """
   return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
 
 

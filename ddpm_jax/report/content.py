@@ -86,7 +86,7 @@ def check_content(content: Content) -> None:
     shapes = {name: np.shape(content.schedule.get(name, ())) for name in ("t", "alpha", "sigma", "log_snr")}
     if len(set(shapes.values())) > 1 or len(shapes["t"]) != 1 or shapes["t"] == (0,):
       raise ValueError(
-        f"Got a schedule with shapes {shapes}; expected t, alpha, sigma and log_snr, all of the same shape [T] with T >= 1."
+        f"Got a schedule with shapes {shapes}; expected t, alpha, sigma and log_snr of one shape [T] with T >= 1."
       )
   if content.neighbors is not None:
     _check_neighbors(content.neighbors)
