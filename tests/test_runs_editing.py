@@ -320,7 +320,7 @@ WRONG = [
   ("inpaint", INPAINT | by("posterior(noise_std=0.1, iterations=0)"), "iterations=0"),
   ("inpaint", INPAINT | by("repaint(resamples=0)"), "resamples=0"),
   ("inpaint", INPAINT | by("repaint(jump=0)"), "jump=0"),
-  ("inpaint", INPAINT | {"sampler": "dpmpp_2m"}, "a rule that remembers its last steps"),
+  ("inpaint", INPAINT | {"sampler": "dpmpp_2m"}, "a rule that remembers previous steps"),
   (
     "restore",
     {},

@@ -1,4 +1,4 @@
-"""Replace the known pixels of x_t with new noisy samples at every step, for inpainting.
+"""Replace the known pixels of x_t at every step with the pixels of the image and new noise, for inpainting.
 
 Neither `replace` nor `repaint` samples the exact posterior. The network sees the known pixels only with noise, and each
 step draws this noise without regard to the unknown pixels. `editing.posterior` with `mask_operator(keep)` is more
@@ -32,8 +32,8 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
     keep: booleans that broadcast to x, such as [H, W, 1]. True marks a known pixel.
 
   Raises:
-    ValueError: if `image` does not hold floats, `keep` does not hold booleans, or their shapes do not broadcast. A step
-      raises it if they do not broadcast to the shape of x.
+    ValueError: if `image` does not hold floats, `keep` does not hold booleans, or the two shapes do not broadcast to a
+      common shape. A step raises it if the two do not broadcast to the shape of x.
   """
   _check_image(image, keep)
 
@@ -74,12 +74,12 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
     resamples: how often each step is taken, U in the paper. With 1 and a `jump` of 1, the rule is the same as
       `replace`, up to its random numbers.
     jump: the jump length in the paper. A step from t to s consists of this many parts, equal in t, and a single sample
-      of q(x_t | x_s) returns from s to t. For a discrete network, choose t and s a multiple of `jump` steps apart,
-      so that all intermediate times are steps of the network.
+      of q(x_t | x_s) returns from s to t. For a discrete network, use a grid in which the number of network steps
+      between t and s is a multiple of `jump`, so that all intermediate times are steps of the network.
 
   Raises:
-    ValueError: if the rule has a memory of more than call counts, `resamples` or `jump` is not an integer of at least
-      1, or `image` or `keep` is invalid for `replace`.
+    ValueError: if the rule has a memory (other than a count of its network calls), `resamples` or `jump` is not an
+      integer of at least 1, or `image` or `keep` is invalid for `replace`.
   """
   for name, value in (("resamples", resamples), ("jump", jump)):
     if value != int(value) or value < 1:
@@ -93,7 +93,7 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
     sampler.count_calls is not None and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in memory)
   ):
     raise ValueError(
-      "Got a rule that remembers its last steps; expected a rule without memory, because RePaint repeats steps. Use"
+      "Got a rule that remembers previous steps; expected a rule without memory, because RePaint repeats steps. Use"
       " sampling.ancestral, ddim, heun, dpm_solver, dpmpp_2s, dpmpp_sde or ode."
     )
 

@@ -114,10 +114,10 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 def slerp(a: Array, b: Array, fraction) -> Array:
   """Interpolate spherically between samples.
 
-  The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and norms extend over all
-  axes of a sample. Between two samples of noise the norm stays nearly constant. On a straight line it would be smaller
-  in the middle. Interpolation is linear where the angle is close to 0 or 180 degrees or a sample is 0. Source: Shoemake
-  1985; Song et al. 2021a, appendix D.3.
+  The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and norms are those of
+  whole samples, over all axes but the first. Between two samples of noise the norm stays nearly constant. On a straight
+  line it would be smaller in the middle. Interpolation is linear where the angle is close to 0 or 180 degrees or a
+  sample is 0. Source: Shoemake 1985; Song et al. 2021a, appendix D.3.
 
   Args:
     a: array [B, ...], the exact result at fraction 0.
@@ -133,7 +133,7 @@ def slerp(a: Array, b: Array, fraction) -> Array:
   if a.shape != b.shape or a.ndim < 1 or np.shape(fraction) not in ((), a.shape[:1]):
     raise ValueError(
       f"Got a of shape {a.shape}, b of shape {b.shape} and fraction of shape {np.shape(fraction)}; expected a and b of the"
-      " same shape [B, ...], and a scalar fraction or shape [B]."
+      " same shape [B, ...], and a fraction that is a scalar or has the shape [B]."
     )
   precision = widest(a, b)
   fraction = jnp.asarray(fraction, precision).reshape((-1,) + (1,) * (a.ndim - 1))

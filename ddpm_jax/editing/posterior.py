@@ -31,8 +31,8 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   posterior. `posterior` with covariance="tweedie" and enough iterations is exact for Gaussian data.
 
   One network call at x_t serves both the gradient and the step rule. Rules that call the network only at other points
-  need one additional call per step, and `sampling.nfe` (except for `ode`) and `sampling.solve` count it. These rules
-  are `ode` and rules that move x first, such as rules with churn, a corrector, or `replace`.
+  need one additional call per step. These rules are `ode` and rules that move x first, such as rules with churn, a
+  corrector, or `replace`. `sampling.nfe` (except for `ode`) and `sampling.solve` count the additional calls.
 
   Args:
     sampler: the step rule.
@@ -96,14 +96,15 @@ def posterior(
   Here m is the estimate of the argument `denoise`.
 
   - "tweedie": C is sigma^2 / alpha times the Jacobian of the estimate. This is the covariance of x_0 given x_t (Boys et
-    al. 2023; Rozet et al. 2024, moment matching posterior sampling). It is exact for Gaussian data. It takes one
-    network derivative per iteration, and one more at the end.
+    al. 2023; Rozet et al. 2024, moment matching posterior sampling). The result is exact for Gaussian data. This choice
+    takes one network derivative per iteration, and one more at the end.
   - "isotropic": pseudo-inverse guidance (PiGDM, Song et al. 2023, section 3). Inside the inverse, C is
     r^2 = sigma^2 / (alpha^2 + sigma^2), the value for data of variance 1. The outer C is the same as for "tweedie".
-    This estimate corresponds to the score of p(y | x_t) in the paper. It takes one network derivative.
+    The result corresponds to the score of p(y | x_t) in the paper. This choice takes one network derivative.
 
-  Conjugate gradients apply the inverse. They are exact after one iteration per distinct eigenvalue of A C A^T. The C of
-  a network may not be a valid covariance, so the iterations stop along directions in which the matrix is not positive.
+  Conjugate gradients apply the inverse matrix of the formula. They are exact after one iteration per distinct
+  eigenvalue of A C A^T. The C of a network may not be a valid covariance, so the iterations stop along directions in
+  which the matrix noise_std^2 + A C A^T is not positive.
   Where alpha is 0, the network does not determine C, and the result is the unconditional estimate. A learned variance
   is passed through unchanged.
 

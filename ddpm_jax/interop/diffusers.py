@@ -215,8 +215,8 @@ def _conditions(
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
     raise ValueError(
-      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected 0,"
-      " or a model with at least 2 classes, because the last class then means no class."
+      f"Got class_dropout={class_dropout} for a model with num_class_embeds={network.num_classes or None}; expected"
+      " class_dropout=0, or a model with at least 2 classes, the last of which means no class."
     )
   if network.num_classes:
     number = network.num_classes - 1 if class_dropout else network.num_classes
@@ -295,7 +295,7 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   if malformed:
     raise ValueError(
       f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and"
-      " the name of a class. Correct the file."
+      " the name of a class. Correct model_index.json."
     )
   return sorted(parts)
 
@@ -359,7 +359,9 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
 
 
 def _weights_path(folder: Path) -> Path:
-  """Return the path of the weights file, or of the index of sharded weights, in the order of `_FORMS`.
+  """Return the path of the weights file, or of the index of sharded weights.
+
+  Safetensors files have priority over .bin files, and then plain names over variants such as fp16.
 
   Raises:
     ValueError: if the folder has no weights, or several variants.
@@ -423,8 +425,8 @@ def save(
       step for each integer time input, such as 0..999.
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping.
-    variance: the variance of ancestral sampling: "small" or "large", or "learned" for a prediction with learned
-      variance. Such a prediction always uses "learned".
+    variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
+      "learned", even if this argument differs.
     spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
@@ -464,7 +466,8 @@ def check_exportable(model: Model) -> None:
   """Check that a model can be saved as a diffusers pipeline.
 
   Raises:
-    ValueError: if the model is not a U-Net that generates pixels from noise, with the time input of its process.
+    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec, data other than
+      images [H, W, C], or a custom `time_input`.
   """
   image_names = _image_conditions(model)
   if image_names:

@@ -6,8 +6,8 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   use_clipped_model_output=True.
 - Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
 - DEIS samples down to time 0. diffusers stops one step earlier.
-- Third-order rules take their first and last steps as the samplers of `sampling` do. All steps of dpmpp_3m differ from
-  those of diffusers.
+- The first and the last steps of third-order rules are those of our samplers and differ from diffusers' steps. For
+  dpmpp_3m, all steps differ.
 """
 
 import functools
@@ -249,7 +249,7 @@ def _check_ranges(config: Mapping[str, Any], name: str) -> None:
   if invalid:
     raise ValueError(
       f"Got a {name} with {invalid[0]}={config[invalid[0]]}; expected a positive number, or a list that is not empty."
-      " Correct the file."
+      " Correct the scheduler config."
     )
   if config.get("solver_order", 1) > 3:
     raise _unsupported(name, "solver_order", config["solver_order"], 1, 2, 3)
@@ -306,7 +306,9 @@ def to_config(
   variance: str = "large",
   spacing: str = "trailing",
 ) -> Config:
-  """Return the DDPMScheduler config of a process and a prediction, the inverse of `from_config`.
+  """Return the DDPMScheduler config of a process and a prediction.
+
+  This is the inverse of `from_config`.
 
   For a continuous variance-preserving process, the config contains a table of betas. They are computed from alpha at
   the integer time inputs of the network, such as 0..999.
@@ -315,8 +317,8 @@ def to_config(
     process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a time input that is linear in t.
     prediction: EPS, X0 or V, with or without learned variance.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping.
-    variance: the variance of ancestral sampling: "small" or "large", or "learned" for a prediction with learned
-      variance. Such a prediction always uses "learned".
+    variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
+      "learned", even if this argument differs.
     spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace".
 
   Raises:
@@ -361,8 +363,8 @@ def betas_of(process: Process) -> np.ndarray:
   A continuous process is discretized at its integer time inputs, such as 0..999.
 
   Raises:
-    ValueError: if the process is not variance-preserving, or its time input is not linear in t from 0 to a value
-      from 100 to 2000.
+    ValueError: if the process is not variance-preserving, or the time input of a continuous process is not linear
+      in t, does not start at 0, or does not end between 100 and 2000.
   """
   with jax.enable_x64(True):
     if process.num_steps:

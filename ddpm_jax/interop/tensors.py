@@ -29,8 +29,8 @@ _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torc
 class TensorFile:
   """Read the tensors of one network from a file.
 
-  The constructor reads all shapes, and `items` reads the values. The constructor of a pickle
-  (any suffix but .safetensors) reads the values too. The tensor names may have a common prefix, such as "module." or
+  The constructor reads all shapes, and `items` reads the values. For a pickle (any suffix but .safetensors), the
+  constructor already reads the values. The tensor names may have a common prefix, such as "module." or
   "state_dict.model.", and the file may contain other checkpoint entries.
 
   Args:
@@ -141,7 +141,7 @@ class ShardedFile:
     if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
       raise ValueError(
         f"Got {self.path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of"
-        " each tensor. Download it again."
+        " each tensor. Download the index again."
       )
     self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(file_names.values()))}
     shapes: Shapes = {}
@@ -267,7 +267,10 @@ def from_torch(path: str, value: np.ndarray) -> np.ndarray:
 
 
 def to_torch(path: str, value: np.ndarray) -> np.ndarray:
-  """Transpose a kernel from our [*space, in, out] to PyTorch's [out, in, *space], the inverse of `from_torch`."""
+  """Transpose a kernel from our [*space, in, out] to PyTorch's [out, in, *space].
+
+  This is the inverse of `from_torch`.
+  """
   return np.moveaxis(value, (-1, -2), (0, 1)) if path.endswith("/kernel") else value
 
 
@@ -294,7 +297,7 @@ def load(
 ) -> PyTree:
   """Load the parameters of a network from a file, in float32.
 
-  Peak memory is the size of the parameters plus one tensor, and for a pickle, the other contents of the file.
+  Peak memory is the size of the parameters plus one tensor. For a pickle, the other contents of the file add to it.
 
   Args:
     tensors: the file.
@@ -360,7 +363,7 @@ def _check_shapes(path: Path, expected: Shapes, shapes: Shapes) -> None:
 
 
 def _shorten(names: list[str]) -> str:
-  """Join names, and replace all after the first `_MAX_LISTED` by their number."""
+  """Join the first `_MAX_LISTED` names, and add how many names are left out."""
   ending = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
   return ", ".join(names[:_MAX_LISTED]) + ending
 

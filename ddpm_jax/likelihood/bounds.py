@@ -27,7 +27,7 @@ class VariationalBound(NamedTuple):
   """Hold the bound of a discrete model in bits per dimension.
 
   Attributes:
-    bits: the bound or its estimate, `prior` plus the sum over all steps [B].
+    bits: the bound or its estimate [B], `prior` plus the terms of all N steps. Step 1 has the term `decoder`.
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
     decoder: the term of step 1, -log2 p(x_0 | x_1) [B].
     terms: the terms of the evaluated steps [B, K]. If all steps are evaluated, K = N and column n - 1 holds step n.
@@ -148,10 +148,9 @@ def continuous_bound(
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as from `storage.images.from_uint8`.
     num_evaluations: the number of network calls per image, an even number of at least 2.
-    t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the time with log-SNR
-      13.3, as in Kingma et al., or the smallest training time if this time is larger. The smallest training time is
-      1e-5 t_max, or `process.t_min` for discrete processes and for processes with t_max above 1, such as
-      `processes.edm`.
+    t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the later of the
+      time with log-SNR 13.3, as in Kingma et al., and the smallest training time. The smallest training time is 1e-5
+      t_max, or `process.t_min` for discrete processes and for processes with t_max above 1, such as `processes.edm`.
 
   Raises:
     ValueError: if concrete data are not on 256 levels, the number of keys is wrong, or `num_evaluations` or `t_min` is

@@ -50,7 +50,7 @@ def summary(bits, axis: int = 0) -> Summary:
 
 
 def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
-  """Check the data of a likelihood and its keys.
+  """Check the data and the keys that a likelihood gets.
 
   Args:
     key: one key, or one key per sample [B].

@@ -1,6 +1,6 @@
 """Write one HTML file that shows an evaluation.
 
-The page shows scores, samples, nearest training images, curves and provenance. It loads nothing from the network. This
+The page shows scores, samples, nearest training images, curves and provenance. It loads nothing from the internet. This
 package only presents arrays and dicts. It does not depend on configs, processes or runs.
 """
 

@@ -14,7 +14,7 @@ class Neighbors(NamedTuple):
   Attributes:
     samples: the samples, uint8 [K, H, W, C].
     nearest: the M nearest training images of each sample, uint8 [K, M, H, W, C], nearest first.
-    distances: their distances [K, M] in the feature space.
+    distances: the distances [K, M] from each sample to its nearest images, in the feature space.
     real_distances: the distances [R] of held-out real images to their nearest training images, as a reference for
       samples that are not memorized. Empty if unknown.
   """
@@ -86,7 +86,7 @@ def check_content(content: Content) -> None:
     shapes = {name: np.shape(content.schedule.get(name, ())) for name in ("t", "alpha", "sigma", "log_snr")}
     if len(set(shapes.values())) > 1 or len(shapes["t"]) != 1 or shapes["t"] == (0,):
       raise ValueError(
-        f"Got a schedule with shapes {shapes}; expected t, alpha, sigma and log_snr, all of the same shape [T], T >= 1."
+        f"Got a schedule with shapes {shapes}; expected t, alpha, sigma and log_snr of one shape [T] with T >= 1."
       )
   if content.neighbors is not None:
     _check_neighbors(content.neighbors)
@@ -105,8 +105,8 @@ def _check_neighbors(neighbors: Neighbors) -> None:
   _check_images("neighbors.nearest", nearest, "[K, M, H, W, C]")
   if (nearest.shape[:1], nearest.shape[2:]) != (samples.shape[:1], samples.shape[1:]) or nearest.shape[1] == 0:
     raise ValueError(
-      f"Got neighbors.nearest of shape {nearest.shape} for samples of shape {samples.shape}; expected [K, M, H, W, C]"
-      " for [K, H, W, C], M >= 1."
+      f"Got neighbors.nearest of shape {nearest.shape} for samples of shape {samples.shape}; expected shape"
+      " [K, M, H, W, C] with M >= 1 for samples [K, H, W, C]."
     )
   if np.shape(distances) != nearest.shape[:2]:
     raise ValueError(

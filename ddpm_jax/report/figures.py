@@ -122,7 +122,7 @@ def line(
 def needs_log_axis(values: Any) -> bool:
   """Return whether values suit a logarithmic axis.
 
-  Finite values do if all are positive and the largest is more than ten times the smallest. Other values are ignored.
+  They do if all are positive and the largest is more than ten times the smallest. NaN and infinity are ignored.
   """
   values = np.asarray(values, np.float64)
   values = values[np.isfinite(values)]

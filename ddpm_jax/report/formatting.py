@@ -98,7 +98,7 @@ def format_number(value: Any) -> str:
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
   """Format a number and its error, both rounded to the second significant digit of the error.
 
-  Both have at most 8 decimals. The error is "" unless it is positive and finite, and the number is finite.
+  Both have at most 8 decimals. The error is "" if the number is not finite, or the error is not positive and finite.
   """
   if not (is_number(value) and is_number(error) and math.isfinite(value) and 0 < float(error) < math.inf):
     return format_number(value), ""

@@ -1,4 +1,4 @@
-"""Render a report as one HTML file that loads nothing from the network."""
+"""Render a report as one HTML file that loads nothing from the internet."""
 
 import base64
 import hashlib

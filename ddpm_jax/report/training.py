@@ -128,7 +128,7 @@ def _drops(y: np.ndarray) -> bool:
 
 
 def _lower_end(level: str) -> float:
-  """Return the lower end of a range of log-SNR, such as "-5_to_0", "below_-5" or "above_5", for sorting."""
+  """Return the lower end of a log-SNR range with a name such as "-5_to_0", "below_-5" or "above_5", for sorting."""
   first, _, end = level.partition("_")
   try:
     return {"below": -math.inf, "above": float(end) + 1e-6}[first] if first in ("below", "above") else float(first)
