@@ -46,8 +46,8 @@ class Slot(NamedTuple):
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
     must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has at least one
       of these parameters. They tell apart functions that have equal types but belong to different slots.
-    direct_parameter: the name of a parameter, such as `log_snr`. A function of the package fills the slot without a call
-      if this is its only required parameter. A custom function may require other parameters.
+    direct_parameter: the name of a parameter, such as `log_snr`. A function of the package fills the slot without a
+      call if this is its only required parameter. A custom function may require other parameters.
     is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
       these arguments.
   """
