@@ -12,7 +12,7 @@ The decoded training set takes 2 GB, so images are decoded during training.
 To decode them only once, pack them as 64x64 records: add --output=<new folder> to --mode=prepare, then train with
 --config.data.source=packed --config.data.source.path=<new folder>.
 Hardware: one GPU or a TPU slice. The paper trained 500,000 steps with 128 images each.
-Score: in the paper, FID 3.26 with 1000 ancestral steps with the large variance, and 6.53 with 100 steps of DDIM. Not
+Score: in the paper, FID 3.26 for 1000 ancestral steps with the large variance, and 6.53 for 100 steps of DDIM. Not
 yet reproduced with this code.
 """
 

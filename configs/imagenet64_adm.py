@@ -12,7 +12,7 @@ repeatedly with box filters, then resized with bicubic interpolation and cropped
 (data.resize=adm). Packed images take 14 GB, and training decodes no JPEG. Training also works on the folder itself,
 but only as fast as the host decodes JPEG.
 To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into the folder
-downloads/manual of TFDS. In both commands, replace the flags for the folder by
+downloads/manual of TFDS. In both commands, replace --output and all --config.data.source flags by
 --config.data.source="tfds(name='imagenet2012', eval_split='validation')".
 For the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
 Hardware: a TPU slice or 8 GPUs. The paper trained 540,000 steps with 2048 images each.

@@ -1,7 +1,7 @@
 """Define the commands of the command line, one module for each.
 
-The module of a command has a docstring (its help), `EXAMPLES` (two command lines), `FLAGS` and `run(args)`. Only
-`run` imports JAX, directly or through other modules. So help and errors in flags appear at once.
+The module of a command has a docstring (its help), `EXAMPLES` (two command lines), `FLAGS` and `run(args)`. JAX
+is imported when `run` is called, not when the module is imported. So help and errors in flags appear at once.
 """
 
 import importlib

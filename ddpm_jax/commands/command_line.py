@@ -35,7 +35,7 @@ _COMMON = Group(
 
 
 def answer(words: Sequence[str]) -> str | None:
-  """Return the help, the version or the list of recipes, or None for any other command line."""
+  """Return the help, version or list of recipes that a command line asks for, or None if it asks for none of them."""
   if "--version" in words:
     return f"ddpm_jax {ddpm_jax.__version__}"
   if {"--help", "-h"} & {*words}:
@@ -50,11 +50,11 @@ def parse(words: Sequence[str]) -> Args:
   """Parse a command line.
 
   Returns:
-    The values of all flags. `mode` is the mode, and `keys` holds the text of each `--config.<key>` flag by the dotted
-    name of its key.
+    The values of all flags. `mode` is the mode. `keys` is a dict from the key of each `--config.<key>=<text>` flag to
+    the text.
 
   Raises:
-    ValueError: if the mode, a flag or a value is invalid, or a mode without config gets a `--config.<key>` flag.
+    ValueError: if the mode, a flag or a value is invalid, or a mode that reads no config gets a `--config.<key>` flag.
   """
   config = config_flags.split(words)
   mode = _mode(words)

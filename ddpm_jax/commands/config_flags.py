@@ -11,7 +11,7 @@ class ConfigFlags(NamedTuple):
 
   Attributes:
     recipe: the value of --config, or None.
-    keys: the text of each `--config.<key>` flag by the dotted name of its key, in the order of the command line.
+    keys: a dict from the key of each `--config.<key>=<text>` flag to the text, in the order of the command line.
     remaining: all other words.
   """
 

@@ -1,6 +1,7 @@
 """Declare the flags that several commands share, and turn them into configs and options of runs.
 
-Only function bodies import JAX, directly or through other modules. So help and errors in flags appear at once.
+The functions import JAX when they are called; importing this module does not. So help and errors in flags appear at
+once.
 """
 
 import argparse
@@ -155,7 +156,7 @@ def output_path(args: Args, content: str, example: str) -> Path:
 
   Args:
     args: the parsed flags.
-    content: the name of the content, for the error message: "the model".
+    content: what is written, such as "the model", for the error message.
     example: a path, for the error message.
 
   Raises:
@@ -167,14 +168,15 @@ def output_path(args: Args, content: str, example: str) -> Path:
 
 
 def config_keys(args: Args, **short: Any) -> dict[str, str]:
-  """Return the text of each config key that flags set, by its dotted name.
+  """Return the config keys that flags set, a dict from the dotted name of a key to its value as text.
 
-  Keys are set by --config.<key> flags and by short forms of such flags, for example --sampler. The result leaves out
-  --guidance_scale.
+  Keys are set by --config.<key> flags and by short forms of such flags, for example --sampler. The key that
+  --guidance_scale sets is left out.
 
   Args:
     args: the parsed flags.
-    **short: values of short forms that replace the values in `args`. Any other name is a key of `config.evaluation`.
+    **short: further values by name. For the name of a short form, the value replaces the one in `args`. Any other name
+      is a key of `config.evaluation`.
 
   Raises:
     ValueError: if a short form and a --config.<key> flag set the same key.
@@ -236,7 +238,8 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
     The experiment, and the pretrained model if there is one.
 
   Raises:
-    ValueError: if there is no run or model, a key or value is invalid, or --pretrained has flags that choose weights.
+    ValueError: if there is neither a run nor a pretrained model, a key or value is invalid, or --pretrained is combined
+      with a flag that chooses weights.
   """
   from ddpm_jax import config, runs
 
@@ -276,7 +279,7 @@ def steering(args: Args) -> "Steering":
 
 
 def _by_condition(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
-  """Group the values of a flag and its short form by condition. Only the values of classes are split at commas."""
+  """Group the values of a flag and its short form by condition. Only values of `classes` are split at commas."""
   values: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
   for one in texts or ():
     name, equals, value = one.partition("=")

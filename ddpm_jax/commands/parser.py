@@ -17,8 +17,8 @@ class Flag(NamedTuple):
     parse: `parse(text, name) -> value`. For invalid text, it raises a ValueError that names the flag.
     help: the description in the help of the command.
     default: the value if the flag is absent.
-    metavar: the placeholder of the value in help; empty for the placeholder of `parse` or, if it has none, the name of
-      the flag.
+    metavar: the placeholder of the value in help. If empty, help shows the placeholder that belongs to `parse`, or the
+      name of the flag if `parse` has no placeholder.
     is_repeatable: whether the flag may be repeated. The value is then a list, or `default` if the flag is absent.
   """
 

@@ -55,7 +55,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def _exit_processes(code: int) -> None:
-  """Exit at once if this is one of several processes, because the others may be waiting for it."""
+  """Exit at once if the run has several processes, because the other processes may be waiting for this one."""
   sys.stdout.flush()
   sys.stderr.flush()
   # The processes are connected only if this module is loaded. An interrupt may have stopped its import halfway.
@@ -70,7 +70,7 @@ def interrupt(training: Path | None) -> NoReturn:
   A normal exit would wait for a running compilation, which cannot be stopped.
 
   Args:
-    training: the folder of the run in training, or None for other commands.
+    training: the run folder if the command trains, or None for other commands.
   """
   if not _INTERRUPT_LOCK.acquire(blocking=False):
     # Another thread is already ending the program.

@@ -120,7 +120,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
   try:
     call = ast.parse(f"f({call_text}", mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-      raise ValueError("it goes on after the closing parenthesis of its arguments")
+      raise ValueError("more text follows the closing parenthesis of the arguments")
     return {KEY: name, **_arguments(call)}
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
     quotes = "; put quotes around text with special characters, such as a path"

@@ -25,15 +25,16 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
 
   Args:
     name: `my_file.py:name` or `my_module:name`.
-    where: the config key that names it, for error messages.
+    where: the config key that names the component, for error messages.
     digest: the required SHA-256 of the file; empty to accept any content.
-    folder: a run folder. If the file is missing or has another digest, the copy in this folder is used.
+    folder: a run folder. Its copy of the file is used if the file itself is missing or does not have this digest.
 
   Returns:
     The component and the digest of its file.
 
   Raises:
-    ValueError: if the file, module or name does not exist, the file has another digest, or it raises an error.
+    ValueError: if the file, module or name does not exist, neither the file nor its copy has the digest, or the file
+      raises an error.
   """
   source, _, attribute = name.rpartition(":")
   if digest not in _LOADED:
@@ -122,7 +123,7 @@ def _digest(content: bytes) -> str:
 
 @contextlib.contextmanager
 def importable(*folders: Path) -> Iterator[None]:
-  """Let a file import other modules in these folders, as a script can. Installed modules take precedence."""
+  """Let code in the block import modules from these folders, after installed modules of the same name."""
   names = [str(folder.absolute()) for folder in folders]
   sys.path.extend(names)
   try:
@@ -157,11 +158,11 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
     path: the path of the file.
     call: the function to call, without arguments.
     where: the flag or key that names the file, for the message.
-    function: the function in the file that `call` calls, if any. The message gives its first line if the error has no
-      line in the file.
+    function: the function in the file that `call` calls, if any. If the traceback has no line of the file, the message
+      gives the line where this function starts.
 
   Raises:
-    ValueError: if the code raises an error. The message has the file, the error and, if it is known, the line.
+    ValueError: if the code raises an error. The message has the file, the error and, if known, the line number.
   """
   try:
     return call()
@@ -179,7 +180,7 @@ def run(path: Path, call: Any, where: str, function: Any = None) -> Any:
 
 
 def line_in(name: str, error: BaseException) -> str:
-  """Return the line of a file that comes last in an error's traceback, such as " in line 3", or "" if there is none."""
+  """Return where in a file an error occurred, such as " in line 3", or "" if its traceback has no line of the file."""
   frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
   if isinstance(error, SyntaxError):
     frames.append((error.filename or "", error.lineno))

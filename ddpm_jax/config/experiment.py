@@ -30,8 +30,8 @@ class Experiment(NamedTuple):
     objective: the objective that training minimizes.
     sampler: the sampler.
     times: the sampler's grid of times [K + 1].
-    guidance: the rule of guidance with its arguments from the config, a function of the arguments that are known only
-      when samples are generated, such as denoisers.
+    guidance: the rule of guidance, with the arguments that the config sets already filled in. It is a function of the
+      other arguments, such as denoisers, which are known only when samples are generated.
     data, optimizer, ema, training, parallel, sampling, editing, evaluation: the sections of `config.sections`.
   """
 

@@ -21,7 +21,7 @@ def read(
 
   Args:
     recipe: the path or name of a recipe, or None.
-    keys: the text of each `--config.<key>` flag, by the dotted name of the key.
+    keys: a dict from the key of each `--config.<key>=<text>` flag to the text.
     folder: the run folder; None for the current folder.
     default: nested keys to use if there is neither a recipe nor a run; None to raise an error.
 
@@ -100,7 +100,7 @@ def write(folder: Path, tree: Tree) -> None:
 
 
 def _replace_prefix(value: Any, before: str, after: str) -> Any:
-  """Replace a prefix in all strings of a config that start with it."""
+  """Replace the prefix `before` by `after` in all strings that have it, anywhere in a config."""
   if isinstance(value, Mapping):
     return {name: _replace_prefix(item, before, after) for name, item in value.items()}
   if isinstance(value, str) and value.startswith(before):

@@ -11,12 +11,12 @@ from ddpm_jax.config.tree import Tree
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
   """Return a copy of a config with the values of flags.
 
-  A flag that replaces a component is applied before flags that set its arguments. Their order on the command line does
-  not matter.
+  A flag that selects a component is applied before the flags that set arguments of this component, whatever the order
+  of the flags on the command line.
 
   Args:
     config: the config.
-    keys: the text of each flag by the dotted name of its key.
+    keys: a dict from the key of each `--config.<key>=<text>` flag to the text.
 
   Raises:
     ValueError: if a key is unknown, or a value cannot be parsed or is invalid.
@@ -38,7 +38,7 @@ def _read(config: Tree, path: str, text: str) -> Any:
 def _new_parameter(config: Tree, path: str) -> Parameter:
   """Return the parameter of a key that the config does not have.
 
-  The key may be unknown. `tree.expand` refuses it later.
+  An unknown key raises no error here, because `tree.expand` refuses it later.
 
   Raises:
     ValueError: if a parent of the key is a value and not a section.

@@ -7,7 +7,7 @@ Each key has a role:
 - "sampling": the key affects samples. It may change.
 - "free": the key may change at any time. One exception: `training.steps` cannot change if the learning rate decays
   until the last step.
-- "speed": the key affects speed or memory, and results only by rounding. It may change.
+- "speed": the key affects speed or memory, and changes results only by rounding errors. It may change.
 - "place": the key is the path of a file or folder. It may change if the files are the same.
 
 Roles decide which keys may change when a run is resumed, and which results an interrupted evaluation can reuse.

@@ -39,15 +39,15 @@ class Slot(NamedTuple):
 
   Attributes:
     description: the slot in words, for error messages: "a sampler".
-    kinds: the types of the built values, as classes or types of functions. A string names a class of `module`, for
-      modules that `config` must not import.
-    module: the name in `MODULES` of the module to search if a component's name has no module.
+    kinds: the allowed types of the built value. Each is a class, a type of functions or, if `config` must not import
+      `module`, the name of a class in `module`.
+    module: the module to search if the name of a component does not include its module; a key of `MODULES`.
     example: a component that fits, for error messages.
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
     must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has at least one
-      of these parameters. The parameters separate functions of equal types that belong to different slots.
-    direct_parameter: the only required parameter of the package's functions that fill the slot without a call, such as
-      `log_snr`. Custom functions may require others.
+      of these parameters. They tell apart functions that have equal types but belong to different slots.
+    direct_parameter: the name of a parameter, such as `log_snr`. A function of the package fills the slot without a
+      call if this is its only required parameter. A custom function may require other parameters.
     is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
       these arguments.
   """
@@ -85,7 +85,7 @@ _SLOTS = (
 
 
 def slot_of(annotation: Any, supplied: tuple[Any, ...] = ()) -> Slot | None:
-  """Return the slot of an argument of this type, or None if the argument takes no component."""
+  """Return the slot for arguments of a type, or None if such arguments take no component."""
   # Compare by identity: `Weighting` and `Operator` are equal types of functions.
   matches = [slot for slot in _SLOTS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
   if not matches:

@@ -29,7 +29,7 @@ def plain(annotation: Any) -> Any:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-  """Return the types of a union, or a single type, without `Annotated` metadata."""
+  """Return the types in a union, or only the type itself if it is not a union, without `Annotated` metadata."""
   annotation = plain(annotation)
   if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
     return typing.get_args(annotation)
