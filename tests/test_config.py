@@ -503,6 +503,6 @@ def test_a_key_needs_a_config(tmp_path):
 
 
 def test_invalid_names_of_conditions_are_refused():
-  for name, message in (("negative_hue", "does not start with 'negative_'"), ("2d", "expected a word")):
+  for name, message in (("negative_hue", "does not start with 'negative_'"), ("2d", "expected a Python identifier")):
     with pytest.raises(ValueError, match=message):
       configs.replace(tree_of(tiny_config()), "model.conditions", {name: "classes(number=2)"})

@@ -119,7 +119,7 @@ def test_sampling_or_exporting_a_classifier_is_refused_and_writes_nothing(finish
 def test_wrong_configs_are_refused_before_anything_is_written(tmp_path):
   for keys, message in (
     ({"model__network__out_channels": 1}, "out_channels=1; expected 2 or more classes"),
-    ({"model__network__out_channels": 9}, "classes 0 to 9 for model.network.out_channels=9"),
+    ({"model__network__out_channels": 9}, "classes 0 to 9 for config.model.network.out_channels=9"),
     ({"evaluation__num_samples": 101}, "num_samples=101 with 100 held-out images to classify"),
     (
       {"init_from": "somewhere"},
