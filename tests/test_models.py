@@ -130,7 +130,7 @@ def test_vectors_and_levels_are_parsed_from_text():
   np.testing.assert_array_equal(VECTOR.parse("1,-2.5"), np.float32([1, -2.5]))
   assert conditions.level("level").parse("0.25") == 0.25
   for condition, text in ((VECTOR, "1"), (VECTOR, "1,x"), (VECTOR, "1,inf"), (conditions.level("level"), "1,2")):
-    with pytest.raises(ValueError, match="expected (2 finite numbers|a finite number|a number)"):
+    with pytest.raises(ValueError, match="expected (2 finite numbers|one finite number)"):
       condition.parse(text)
 
 
