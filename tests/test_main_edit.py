@@ -129,7 +129,7 @@ def test_blurred_images_are_restored(run, tmp_path):
     "--task=img2img with config.editing.operator; expected an operator with --task=restore and with no other",
   )
   code, output = call(*where[:3], "--task=restore")
-  assert_refused(code, output, "--task=restore without config.editing.operator; expected the operator .*blur")
+  assert_refused(code, output, "--task=restore without config.editing.operator; expected an operator .*blur")
 
 
 def test_inpainting_and_inversion_save_their_results(run):

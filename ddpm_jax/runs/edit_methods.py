@@ -55,8 +55,8 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     )
   if (task == "restore") != (c.operator is not None):
     raise ValueError(
-      f"Got --task={task} {'without' if c.operator is None else 'with'} config.editing.operator; expected an operator with --task=restore and with no other task."
-      " The operator describes the damage to the images, such as --config.editing.operator='blur(std=2)'."
+      f"Got --task={task} {'without' if c.operator is None else 'with'} config.editing.operator; expected an operator with"
+      " --task=restore and with no other task. The operator describes the damage to the images, such as --config.editing.operator='blur(std=2)'."
     )
   if generation.low_res_name(experiment) is not None and task != "superres":
     raise ValueError(

@@ -76,8 +76,8 @@ def run_edit(
     raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
-      f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint and with no other task. The mask is an image"
-      " that is white where new content is painted, or a word such as lower."
+      f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint and with"
+      " no other task. The mask is an image that is white where new content is painted, or a word such as lower."
     )
   mesh = parallel.make_mesh()
   experiment, method = edit_methods.with_method(experiment, edit.task)

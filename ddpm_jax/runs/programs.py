@@ -24,7 +24,7 @@ Arrays = Mapping[str, Array]
 def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
   """Return a denoiser with the experiment's clipping of estimates.
 
-  Call this function after all guidance is applied, because the gradient of a clipped value is zero.
+  Call this function on a denoiser that includes all guidance, because clipping stops the gradient of what it clips.
   """
   clip = experiment.sampling.clip
   return denoise if clip is None else clip(denoise=denoise)

@@ -8,9 +8,10 @@ takes seconds to a minute. The second command compiles train steps of recipes. E
 need libtpu (pip install '.[plan]'). These columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
 
 - minimum: the bytes that every program must move. The backward pass needs activations. Every program writes each
-  activation once and reads it once. It also reads the weights once, in the data type of the computation. A block also reads its
-  inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
-  step also reads and writes its state once. Activations that follow from others by elementwise operations do not count.
+  activation once and reads it once. It also reads the weights once, in the data type of the computation. A block also
+  reads its inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A
+  train step also reads and writes its state once. Activations that follow from others by elementwise operations do not
+  count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
 - XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
