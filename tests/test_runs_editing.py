@@ -386,7 +386,11 @@ def test_wrong_guides_are_refused(root, tmp_path):
   rescaled = {"guidance": "classifier_free(scale=2, rescale=0.5)"}
   judge, weak = {"classifier": root / "judge"} | given, {"weak": root / "gray"} | given
   for steering, keys, message in (
-    ({"classifier": root / "judge"}, {}, "Got --classifier without --classes; expected a class for each image"),
+    (
+      {"classifier": root / "judge"},
+      {},
+      "Got --classifier without --classes; expected one class, or one for each image",
+    ),
     (judge | weak, {}, "Got --classifier and --weak; expected one guide"),
     (
       {"classifier": root / "gray"} | given,
