@@ -33,9 +33,9 @@ def denoise(x, t):
 
 
 def exact_posterior(operator):
-  """Return the mean and covariance of x_0 given y = A x_0 + noise, and y [1, ...].
+  """Return three values: the posterior mean of x_0, its posterior covariance, and the measurement y [1, ...].
 
-  The value of y is A applied to `TRUTH`, without noise.
+  The posterior is that of y = A x_0 + noise. The value of y is A applied to `TRUTH`, without noise.
   """
   matrix = np.asarray(operator(jnp.eye(8).reshape(8, *SHAPE)), np.float64).reshape(8, -1).T
   y = matrix @ TRUTH.ravel()

@@ -82,7 +82,7 @@ def kill(folder, rng, while_saving):
 
 
 def state(folder):
-  """Return the digests of all leaves of the last checkpoint, the data position, and the logged losses."""
+  """Return the digests of all leaves of the final checkpoint, the data position, and the logged losses."""
   path = folder / "checkpoints"
   content = json.loads((path / str(STEPS) / "meta" / "metadata").read_text())["content"]
   losses = [(line["step"], line["loss"]) for line in records.read(folder / "metrics.jsonl")]

@@ -3,9 +3,9 @@
 python experiments/sampler_orders.py --output=docs/figures
 
 The script writes sampler_errors.png and sampler_trajectories.png to the folder. If the parent folder has a page
-samplers.md, it also updates the tables on that page. The data are a Gaussian mixture in the plane. Its denoiser has a
-closed form, so all errors come from the samplers. The script takes four minutes on two CPU cores. With --quick, it uses
-fewer samples and takes one minute.
+samplers.md, the script also updates the tables on that page. The data are a Gaussian mixture in the plane. Its denoiser
+has a closed form, so all errors come from the samplers. The script takes four minutes on two CPU cores. With --quick,
+it uses fewer samples and takes one minute.
 """
 
 import argparse

@@ -5,10 +5,10 @@ python experiments/steering.py classifier --data=digits --workdir=/tmp/digits_vp
   --classifier=/tmp/digits_classifier --output=/tmp/classifier.png
 python experiments/steering.py inpainting --data=digits --workdir=/tmp/digits_vp
 
-The script samples from the finished run of a recipe on the command line, with several guidance scales or inpainting
-methods. A k-nearest-neighbor classifier (k = 3) of real training digits determines the digit in each sample. It removes
-the slant of all digits first. Without this, it misclassifies one in eighteen held-out MNIST digits. Precision and
-recall (k = 5, pixels) compare the samples with held-out digits.
+The script calls the command line to sample from the finished run of a recipe, with several guidance scales or
+inpainting methods. A k-nearest-neighbor classifier (k = 3) of real training digits determines the digit in each sample.
+The slant of all digits is removed first. Otherwise the classifier is wrong on one in eighteen held-out MNIST digits.
+Precision and recall (k = 5, pixels) compare the samples with held-out digits.
 
 The script prints a table, with real digits as a reference. With --output, it also plots the scores of guidance. It
 passes unknown flags, such as --sampler=dpmpp_2m --num_steps=20, on to `python -m ddpm_jax.main`.

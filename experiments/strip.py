@@ -2,7 +2,8 @@
 
 python experiments/strip.py [--output=docs/figures/strip.png]
 
-The figures are samples and edits of models that the recipes trained. The page with a figure also has its command.
+The figures are samples and edits of models that the recipes trained. The page that shows a figure also has the command
+that makes the figure.
 """
 
 import argparse

@@ -124,10 +124,12 @@ def test_blurred_images_are_restored(run, tmp_path):
     assert np.any(result[:, 0] != result[:, 1])
   code, output = call(*where, "--task=img2img")
   assert_refused(
-    code, output, "--task=img2img with config.editing.operator; expected the operator with --task=restore only"
+    code,
+    output,
+    "--task=img2img with config.editing.operator; expected an operator with --task=restore and with no other",
   )
   code, output = call(*where[:3], "--task=restore")
-  assert_refused(code, output, "--task=restore without config.editing.operator; expected the operator .*blur")
+  assert_refused(code, output, "--task=restore without config.editing.operator; expected an operator .*blur")
 
 
 def test_inpainting_and_inversion_save_their_results(run):

@@ -324,9 +324,9 @@ WRONG = [
   (
     "restore",
     {},
-    "--task=restore without config.editing.operator; expected the operator .*--config.editing.operator='blur",
+    "--task=restore without config.editing.operator; expected an operator .*--config.editing.operator='blur",
   ),
-  ("img2img", BLUR, "--task=img2img with config.editing.operator; expected the operator with --task=restore"),
+  ("img2img", BLUR, "--task=img2img with config.editing.operator; expected an operator with --task=restore"),
   ("restore", {"editing__operator": "blur(std=-1.0)"}, "config.editing.operator=editing.blur: Got std=-1.0"),
   ("restore", {"editing__operator": "blurr"}, "editing.operator='blurr'; .*Did you mean 'blur'"),
   ("restore", BLUR | by("repaint"), "--method=repaint with --task=restore; expected one of posterior, dps"),

@@ -34,7 +34,7 @@ TASKS: dict[str, dict[str, str]] = {
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
-  """Check the edit's settings, and return the experiment with a method for the task, and the method's name.
+  """Check the edit's settings, and return two values: the experiment with the task's method, and the method's name.
 
   If the config sets no method, the experiment gets the task's default. The name is "" for a task without methods.
 
@@ -55,8 +55,8 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     )
   if (task == "restore") != (c.operator is not None):
     raise ValueError(
-      f"Got --task={task} {'without' if c.operator is None else 'with'} config.editing.operator; expected the operator with --task=restore only."
-      " It describes the damage to the images, such as --config.editing.operator='blur(std=2)'."
+      f"Got --task={task} {'without' if c.operator is None else 'with'} config.editing.operator; expected an operator with"
+      " --task=restore and with no other task. The operator describes the damage to the images, such as --config.editing.operator='blur(std=2)'."
     )
   if generation.low_res_name(experiment) is not None and task != "superres":
     raise ValueError(
@@ -78,12 +78,12 @@ def compile_edit(
 ) -> Callable[[Parameters, Any, Any, Images], Images]:
   """Compile `edit(parameters, seed, first, batch) -> images by name`.
 
-  Its arguments are those of the function that `programs.generate` compiles. In addition to the conditions, the batch
+  `edit` takes the arguments of the function that `programs.generate` compiles. In addition to the conditions, the batch
   holds:
     image: the images [B, ...] in [-1, 1]. To colorize, enlarge or restore, these are the measurements.
     keep: for `inpaint`, booleans [B, H, W, 1]. Pixels that are True do not change.
     other: for `interpolate`, the images [B, ...] at which the interpolation ends.
-  A super-resolution model reads the small image under the name of its condition instead.
+  For a super-resolution model, the small image has the name of the model's condition instead of `image`.
 
   The result holds `output`: images [B, ...], or [B, F, ...] for `interpolate`. For `invert` it also holds `latent`.
 
@@ -162,7 +162,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
   names = argument_names(method)
 
   def apply_method(denoise, batch):
-    """Return the sampler and the denoiser, one of them wrapped by the method."""
+    """Return the sampler and the denoiser. The method wraps one of the two."""
     image, sampler = batch["image"], experiment.sampler
     arguments: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     if task == "inpaint":

@@ -76,8 +76,8 @@ def run_edit(
     raise ValueError("Got no --input; expected an image, a folder of images or an .npz file to edit.")
   if bool(edit.mask) != (edit.task == "inpaint"):
     raise ValueError(
-      f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint only. The mask is an image"
-      " that is white where new content is painted, or a word such as lower."
+      f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint and with"
+      " no other task. The mask is an image that is white where new content is painted, or a word such as lower."
     )
   mesh = parallel.make_mesh()
   experiment, method = edit_methods.with_method(experiment, edit.task)
@@ -111,7 +111,7 @@ def run_edit(
 
 
 def with_reversible_sampler(experiment: Experiment) -> Experiment:
-  """Return the experiment with DDIM in place of a sampler that adds noise and so cannot encode images."""
+  """Return the experiment, with DDIM as its sampler if its own sampler adds noise and so cannot encode images."""
   if experiment.sampler.reversible:
     return experiment
   print_line(f"{experiment.sampler_name} adds noise and cannot encode images; using ddim instead")
@@ -163,7 +163,7 @@ def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> gen
 def _steer(
   experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
 ) -> Guided:
-  """Return the edit's guides and inputs. The inputs leave out missing conditions."""
+  """Return the edit's guides and inputs. Conditions that the user did not give are not among the inputs."""
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}
     for name, values in getattr(steering, field).items():
@@ -204,7 +204,7 @@ def _write(
   """Save the arrays and a picture.
 
   The picture has a row for each of the first `_MAX_ROWS` images. A row shows the input, its measurement or latent if
-  there is one, and the results. To interpolate, a row shows a pair of images with the frames between them.
+  there is one, and the results. For `interpolate`, a row shows a pair of images with the frames between them.
   """
   output = images.to_uint8(results["output"])
   arrays = {

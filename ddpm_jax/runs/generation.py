@@ -141,7 +141,7 @@ class Stage(NamedTuple):
   low_res: str
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
-    """Enlarge samples (uint8), given the inputs whose names are conditions of this model."""
+    """Enlarge samples (uint8), conditioned on the inputs. Inputs that are not conditions of this model are ignored."""
     experiment = self.experiment
     height, width = experiment.model.data_shape[:2]
     print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")
@@ -310,7 +310,8 @@ def cached_rows(
     identity: everything that determines the rows, as JSON values.
     name: the name of the array in its file.
     shape_dtype: the shape and the dtype of the array.
-    compute: `compute(done, notes)` yields blocks of rows after the first `done`, with notes about all rows so far.
+    compute: `compute(done, notes)` takes the number of saved rows and the notes saved with them. It yields pairs of a
+      block of further rows and new notes about all rows so far.
 
   Returns:
     The array in the main process, None in other processes.

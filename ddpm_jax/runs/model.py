@@ -28,8 +28,8 @@ class WeightsChoice(NamedTuple):
   Attributes:
     ema: True for the EMA, False for the raw parameters.
     ema_length: the relative width of an EMA to reconstruct from snapshots; None for the EMA in the checkpoint.
-    step: the checkpoint's step in digits, "best", or "" for the newest. To reconstruct an EMA, it is the last step to
-      use snapshots of.
+    step: the checkpoint's step in digits, "best", or "" for the newest. If an EMA is reconstructed, snapshots of later
+      steps are not used.
   """
 
   ema: bool = True
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 def make_state(
   experiment: Experiment, mesh: jax.sharding.Mesh, frozen: PyTree = None, params: PyTree = None
 ) -> tuple[Callable[[], training.TrainState], training.TrainState]:
-  """Return a function that makes the first state, and the state's shapes with their shardings.
+  """Return two values: a function that makes the first state, and the shapes and shardings of this state.
 
   Args:
     experiment: the experiment to train.
@@ -149,7 +149,7 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
 
 
 def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: WeightsChoice) -> tuple[PyTree, int]:
-  """Return an EMA of any width and its step, as a weighted sum of snapshots (Karras et al. 2024, section 3.2)."""
+  """Return an EMA of any width, a weighted sum of snapshots (Karras et al. 2024, section 3.2), and the EMA's step."""
   length = choice.ema_length
   assert length is not None
   if not choice.ema:

@@ -12,7 +12,7 @@ from ddpm_jax.runs import frozen, model, scoring, stepping
 
 
 def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
-  """Compile the train step for a TPU slice or for devices of this machine, and print the memory and time that it needs.
+  """Compile the train step for a TPU slice or for devices of this machine, and print the step's memory and time.
 
   Args:
     tree: the config to train. Neither its data nor a run's folder is opened.

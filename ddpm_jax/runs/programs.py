@@ -24,14 +24,14 @@ Arrays = Mapping[str, Array]
 def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
   """Return a denoiser with the experiment's clipping of estimates.
 
-  Clip last, after all guidance: clipping stops the gradient where it takes effect.
+  Call this function on a denoiser that includes all guidance, because clipping stops the gradient of what it clips.
   """
   clip = experiment.sampling.clip
   return denoise if clip is None else clip(denoise=denoise)
 
 
 def initial_noise(experiment: Experiment, keys: Array) -> Array:
-  """Return the noise [B, ...] that sampling starts from, with one key per sample [B]."""
+  """Draw the noise [B, ...] that sampling starts from. Each sample has its own key in `keys` [B]."""
   return experiment.model.process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *experiment.model.shape))
 
 
@@ -82,7 +82,7 @@ def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) ->
 def denoising_frames(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Return a compiled function that generates samples at intermediate times, and these times.
+  """Return two values: a compiled function that generates samples at intermediate times, and these times.
 
   Args:
     experiment: the experiment with the model and the sampler.

@@ -21,8 +21,8 @@ class Steering(NamedTuple):
   """Describe the conditions of samples, and the runs that guide them.
 
   Attributes:
-    given: values as text by the name of the condition, repeated to fill all samples. Missing conditions have their
-      default values.
+    given: a dict from the names of conditions to lists of values as text. Each list is repeated to fill all samples.
+      Missing conditions have their default values.
     negative: values to guide away from, in the same form.
     classifier: the run folder of a classifier that guides the samples.
     weak: the run folder of a weaker model to guide away from. It may be the run folder of the sampled model, to use an
@@ -41,9 +41,9 @@ class Guided(NamedTuple):
   """Hold an experiment together with its guides and inputs.
 
   Attributes:
-    experiment: the experiment, with the guidance rule of the guides.
+    experiment: the experiment, with a guidance rule that uses the guides.
     guides: the models that guide.
-    load: a function that loads the guides' parameters, by their names in `Guides`.
+    load: a function that loads a dict from the names of guides, as in `Guides`, to their parameters.
     inputs: the conditions of the samples, arrays [count, ...] by name.
   """
 

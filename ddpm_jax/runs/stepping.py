@@ -106,7 +106,7 @@ def params_ema(experiment: Experiment) -> optax.GradientTransformation:
 def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
   """Return the training batch for the objective, with the encoded data `x` and the encoded conditions `given`.
 
-  Other items of the data stay in the batch, except the image.
+  The image is removed from the batch. All other items of the data stay.
   """
   encoded = {
     "x": model.encode(keys, batch["image"], frozen),

@@ -232,7 +232,7 @@ class _Trainer:
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
     """Move checkpoints of later steps than `restored` to the damaged folder, and describe problems in `self.damaged`.
 
-    Incomplete checkpoints and snapshots of later steps are deleted.
+    Incomplete checkpoints are deleted. Snapshots of later steps are deleted too.
 
     Args:
       restored: the checkpoint that training resumes from; None to start at step 0.

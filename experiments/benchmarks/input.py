@@ -91,7 +91,7 @@ def sources(root: Path, count: int, size: int) -> dict:
 def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> float:
   """Return records per second.
 
-  Three batches before the measurement start the threads or workers.
+  Three batches are read before the measurement, so that the time to start threads or workers does not count.
   """
   batches = data.batches(source, batch_size, seed=0, flip=True, **kwargs)
   for _ in range(3):

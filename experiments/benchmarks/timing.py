@@ -41,7 +41,7 @@ def time_alternately(
   them equally. One untimed call of each function precedes the first round.
 
   Args:
-    functions: the functions to time by name.
+    functions: a dict from names to the functions to time.
     rounds: the number of rounds.
     min_seconds: repeat a function until a measurement takes at least this long, for functions of a few milliseconds.
     warm_up: whether to make an untimed call before each measurement. The previous function changes caches and memory:
@@ -49,7 +49,7 @@ def time_alternately(
     quiet: whether to print nothing.
 
   Returns:
-    The seconds per call in every round by name.
+    A dict from each function's name to its seconds per call in every round.
   """
   times: Times = {name: [] for name in functions}
   repeats = dict.fromkeys(functions, 1)

@@ -7,16 +7,17 @@ The first command compiles single layers and small blocks, forward and backward,
 takes seconds to a minute. The second command compiles train steps of recipes. Each takes minutes. Both commands
 need libtpu (pip install '.[plan]'). These columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
 
-- minimum: the bytes that every program must move. The backward pass needs activations. Every program writes each of
-  them once and reads it once. It reads the weights once, in the data type of the computation. A block also reads its
-  inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
-  step also reads and writes its state once. Activations that follow from others by elementwise operations do not count.
+- minimum: the bytes that every program must move. The backward pass needs activations. Every program writes each
+  activation once and reads it once. It also reads the weights once, in the data type of the computation. A block also
+  reads its inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A
+  train step also reads and writes its state once. Activations that follow from others by elementwise operations do not
+  count.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
 - XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
   reads from on-chip memory.
 - temporaries: the peak of live memory besides arguments and results.
-- ratio: the number in the column before, divided by the minimum.
+- ratio: the number in the column to the left, divided by the minimum.
 
 The column "ms, estimated" is the sum of the compiler's cycle estimates over all operations, at the clock rate that
 corresponds to the chip's peak. --operations=N lists the N operations with the most cycles. --json=<file> saves the
@@ -48,7 +49,7 @@ COLUMNS = ["minimum", "memory", "ratio", "XLA", "ratio", "temporaries", "ms, est
 
 
 class Block(nn.Module):
-  """Wrap a function of data and of a network's options as a module."""
+  """Make a module from a function whose arguments are a network's options and data."""
 
   function: object
   dtype: object

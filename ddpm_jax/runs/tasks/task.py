@@ -68,11 +68,11 @@ class Task(Protocol):
     """Return the scorer of a run's weights."""
 
   def check_can_sample(self, what: str) -> None:
-    """Raise a ValueError if the run's model cannot generate samples. The message calls the run `what`."""
+    """Raise a ValueError if the run's model cannot generate samples. `what` names the run in the message."""
     return
 
   def check_can_classify(self, what: str) -> None:
-    """Raise a ValueError if the run's model cannot classify noisy data. The message calls the run `what`."""
+    """Raise a ValueError if the run's model cannot classify noisy data. `what` names the run in the message."""
     return
 
 
