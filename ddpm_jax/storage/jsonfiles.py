@@ -58,7 +58,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: str, *, required: bool = False) -> None:
-  """Check that values have the expected types and that numbers are finite.
+  """Check that values have the expected types and that numbers are in range (see `matches`).
 
   Args:
     content: the JSON object.

@@ -49,7 +49,7 @@ class Task(Protocol):
   """Define the checks, previews, scores and reports of a run.
 
   In a config, a task is a function that returns a `Task`. A user's own task may inherit from this class, and must
-  define `scorer`. The other methods of this class make no previews, need no classes and accept all models.
+  define `scorer`. The other methods have defaults: no previews, no needed classes, and all models accepted.
   """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
