@@ -316,8 +316,8 @@ class ArraySource(_InMemory):
     items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
 
   Raises:
-    ValueError: if `images` is empty, does not have four axes, or is neither uint8 nor floats in [-1, 1]; or if another array
-      has the wrong type or length.
+    ValueError: if `images` is empty, does not have four axes, or is neither uint8 nor floats in [-1, 1]; or if another
+      array has the wrong type or length.
   """
 
   def __init__(self, images: np.ndarray, classes: np.ndarray | None = None, **items: np.ndarray):

@@ -23,8 +23,8 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
   is near 0, and the steps change a distribution that is already correct.
 
   On VP, the paper (algorithm 5) and score_sde's code also multiply `e` by 1 - beta_n, where beta_n is the variance of
-  step n in their 1,000-step discretization. This factor lies between 0.98 and 1. This function omits the factor, because
-  it depends on the discretization and not on the process alone.
+  step n in their 1,000-step discretization. This factor lies between 0.98 and 1. This function omits the factor,
+  because it depends on the discretization and not on the process alone.
 
   Args:
     sampler: the predictor. The predictor `ode` follows the flow from each time of the grid to the next.
