@@ -95,7 +95,7 @@ def test_devices_share_the_work(run, tmp_path):
 
 @pytest.fixture
 def quick(script, run, tmp_path, monkeypatch):
-  """Return a function that runs a benchmark of `gpu.py --quick` and returns its results."""
+  """Return a function that runs one benchmark, with the options of `gpu.py --quick`, and returns the results."""
   monkeypatch.setattr(script("timing"), "matmul_peak", functools.partial(script("timing").matmul_peak, size=256))
 
   def quick(name):

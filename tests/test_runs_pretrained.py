@@ -272,7 +272,11 @@ def classes(**arguments):
 
 def test_classes_that_do_not_match_the_model_are_an_error(exported, tmp_path):
   code, output = call(RECIPE, f"--config.init_from={exported}", classes(number=10), f"--workdir={tmp_path / 'a'}")
-  assert_refused(code, output, "conditions.classes with config.init_from=.*without conditions.*conditions.classes=None")
+  assert_refused(
+    code,
+    output,
+    "conditions.classes, but the model of config.init_from=.*expected no conditions.*conditions.classes=None",
+  )
   code, output = call(
     RECIPE, f"--config.init_from={exported}", classes(number=10, dropout=0.1), f"--workdir={tmp_path / 'a'}"
   )

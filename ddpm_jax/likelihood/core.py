@@ -1,4 +1,4 @@
-"""Check data on 256 levels, choose the start time, and summarize likelihoods."""
+"""Check that data have 256 levels, choose the start time, and summarize likelihoods."""
 
 import math
 from typing import NamedTuple

@@ -92,9 +92,10 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
   for name, node in tree.values["model"].get("conditions", {}).items():
     condition = model.conditions.get(name)
     if condition is None:
-      known = f"with the conditions {', '.join(model.conditions)}" if model.conditions else "without conditions"
+      allowed = f"only {', '.join(model.conditions)}" if model.conditions else "no conditions"
       raise ValueError(
-        f"Got config.model.conditions.{name} with {flag}, a model {known}; expected only conditions of the model. Set --config.model.conditions.{name}=None."
+        f"Got config.model.conditions.{name}, but the model of {flag} does not have this condition; expected {allowed}."
+        f" Set --config.model.conditions.{name}=None."
       )
     if name != "classes" and node.get("dropout", condition.dropout) != condition.dropout:
       raise ValueError(

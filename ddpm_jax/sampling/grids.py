@@ -195,7 +195,9 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
     )
   last = last_step(process)
   if not min_steps <= num_steps <= last:
-    raise ValueError(f"Got num_steps={num_steps}; expected {min_steps} to {last}, the number of steps up to t_max.")
+    raise ValueError(
+      f"Got num_steps={num_steps}; expected {min_steps} to {last}, because the process has {last} steps up to t_max."
+    )
   return last, process.num_steps
 
 

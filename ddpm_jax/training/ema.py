@@ -255,8 +255,8 @@ def reconstruction_weights(
   where m is the smaller and M the larger of T_a and T_b. This is the integral of the product of both profiles.
 
   Args:
-    snapshot_steps: the number of averaged steps (`ParamsEmaState.steps`) at each snapshot, above 0. Averages of several
-      widths at one step count as several snapshots.
+    snapshot_steps: the number of averaged steps (`ParamsEmaState.steps`) at each snapshot, above 0. If one
+      step has averages of several widths, each of them is a separate snapshot.
     snapshot_stds: the width of each snapshot, as in `power`.
     step: the step of the new average, above 0 and not after the last snapshot.
     std: the width of the new average, in (0, 1/sqrt(12)). The approximation is good for widths inside or slightly
