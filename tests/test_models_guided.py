@@ -206,7 +206,7 @@ WRONG = {
   "another schedule": (
     plain(classifier()),
     {"classifier": classifier_of(model__process=discrete("cosine"))},
-    r"--classifier, a model trained on another process \(.*1000 steps\), for a model trained on .*1000 steps; .*model\.process",
+    r"--classifier, a guide trained on another process \(.*1000 steps\), for a model trained on .*1000 steps; .*model\.process",
   ),
   "another process": (
     config_of(classifier(), model__process=spec("processes.vp")),
@@ -216,7 +216,7 @@ WRONG = {
   "another process of the weak model": (
     config_of(autoguidance()),
     {"weak": config_of(model__process=spec("processes.edm"))},
-    "--weak, a model trained on another process",
+    "--weak, a guide trained on another process",
   ),
   "other classes of the weak model": (
     config_of(autoguidance()),

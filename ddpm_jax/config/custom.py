@@ -105,7 +105,7 @@ def _copy_path(source: str, digest: str, folder: Path) -> Path:
 
 
 def _find_file(source: str, where: str) -> Path | None:
-  """Return the file at a path or of a module, or None if there is none."""
+  """Return the file that a path or a module name refers to, or None if there is no such file."""
   if source.endswith(".py"):
     path = user_path(source, f"{where}=")
     return path if path.is_file() else None

@@ -23,8 +23,8 @@ class Chip(NamedTuple):
     memory: bytes of HBM or graphics memory.
     bandwidth: bytes a second between the memory and the chip.
     interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
-      For a core this is the number of its full chip, because both cores share the links, and data that both hold is
-      sent only once.
+      For a core, this is the rate of the entire chip. Both cores share the links, and data
+      that both hold is sent only once.
   """
 
   name: str

@@ -198,7 +198,8 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
 def _keys(x: Array) -> Array:
   """Return one key per sample.
 
-  Deterministic rules do not use the values of keys. But with one key, the steps of `ode` would depend on the batch.
+  Deterministic rules ignore the values of keys, but not their number: with a single key for the batch, the
+  steps that `ode` takes for a sample would depend on the other samples.
   """
   return jax.random.split(jax.random.key(0), x.shape[0])
 

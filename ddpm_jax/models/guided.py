@@ -304,8 +304,9 @@ def _check_same_noise(flag: str, model: Model, other: Model, *, time_input: bool
       is_same = is_same and np.allclose(first, second, rtol=1e-3, atol=1e-4)
   if not is_same:
     raise ValueError(
-      f"Got {flag}, a model trained on another process ({_format_process(other_process)}), for a model trained on"
-      f" {_format_process(process)}; expected the same noise at every time. Train a guide with the same config.model.process."
+      f"Got {flag}, a guide trained on another process ({_format_process(other_process)}), for a model trained on"
+      f" {_format_process(process)}; expected equal alpha and sigma at each time. Train a guide with the same"
+      " config.model.process."
     )
 
 

@@ -347,7 +347,7 @@ def _part(key: Any) -> str:
   for name in ("name", "idx", "key"):
     if hasattr(key, name):
       return str(getattr(key, name))
-  raise TypeError(f"Got the step {key!r} of a path; expected the name of a field, an index or a key.")
+  raise TypeError(f"Got {key!r} in the path of a pytree leaf; expected a field name, an index or a key.")
 
 
 def _nested(name: str, leaves: _Leaves) -> PyTree:

@@ -126,8 +126,9 @@ def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callabl
     times = _many_step_times(experiment, sampler)
   elif not sampler.reversible:
     raise ValueError(
-      f"Got --sampler={experiment.sampler_name}, which adds noise with its present arguments, for --task={task}; expected a deterministic"
-      " sampler that can also encode images, such as --sampler=ddim or --sampler=heun without eta, churn or corrector steps."
+      f"Got --task={task} with --sampler={experiment.sampler_name}, which adds noise with its present arguments; expected a"
+      " deterministic sampler that can also encode images: --sampler=ddim without eta, or --sampler=heun without churn, and"
+      " without corrector steps."
     )
 
   def edit(keys, denoise, batch, parameters):
