@@ -264,7 +264,7 @@ def test_wrong_arguments_are_errors():
     (lambda: e.invert(ddim, denoise, process, image, times[:-1][::-1]), "increasing times"),
     (lambda: e.invert(ddim, denoise, process, image.astype(int), times), "expected floats"),
     (lambda: e.slerp(image, image[:1], 0.5), "expected a and b of the same shape"),
-    (lambda: e.slerp(image, image, jnp.zeros(3)), "a scalar fraction"),
+    (lambda: e.slerp(image, image, jnp.zeros(3)), "a fraction that is a scalar"),
     (
       lambda: e.interpolate(ddim, denoise, process, image, image[:1], times, [0.5]),
       "expected a and b of the same shape",

@@ -388,8 +388,8 @@ BROKEN = {
   ),
   "truncated": (lambda f: os.truncate(weights_path(f), weights_path(f).stat().st_size - 100), "truncated or damaged"),
   "empty": (lambda f: os.truncate(weights_path(f), 0), "truncated or damaged"),
-  "no safetensors": (lambda f: weights_path(f).write_bytes(b"<html>not found</html>" * 20), "has another format"),
-  "a pickle": (lambda f: weights_path(f).write_bytes(pickle.dumps({"a": 1})), "has another format"),
+  "no safetensors": (lambda f: weights_path(f).write_bytes(b"<html>not found</html>" * 20), "have another format"),
+  "a pickle": (lambda f: weights_path(f).write_bytes(pickle.dumps({"a": 1})), "have another format"),
   "no weights": (lambda f: weights_path(f).unlink(), "contains no weights"),
   "no config": (
     lambda f: (f / "unet" / "config.json").unlink(),

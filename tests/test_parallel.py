@@ -264,7 +264,7 @@ def test_invalid_sizes_are_errors():
     parallel.make_mesh(3, 2)
   with pytest.raises(ValueError, match="fsdp=16 on 8"):
     parallel.make_mesh(fsdp=16)
-  with pytest.raises(ValueError, match="accumulate=3 with a batch of 16 on 8.*2 each"):
+  with pytest.raises(ValueError, match="accumulate=3 with a batch of 16 on 8.*2 samples each"):
     training.check_accumulate(16, 8, 3)
 
 
