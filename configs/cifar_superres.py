@@ -43,6 +43,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 30, "batch_size": 100})
-  # The settings of the scores above. With so few samples, compare scores only with each other.
+  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

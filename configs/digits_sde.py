@@ -43,6 +43,6 @@ def get_config():
   config.sampler = spec("sampling.ode", rtol=1e-4, atol=1e-4)
   config.sampling.update({"batch_size": 500})
   config.sampling.clip = None
-  # The settings of the scores above.
+  # The scores in the docstring were computed with these settings.
   config.evaluation.update({"num_samples": 500, "features": "pixels"})
   return config

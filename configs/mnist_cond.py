@@ -49,6 +49,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 50, "batch_size": 125})
-  # The settings of the scores above. With so few samples, compare scores only with each other.
+  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

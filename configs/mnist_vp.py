@@ -42,6 +42,6 @@ def get_config():
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 125})
-  # The settings of the scores above. With so few samples, compare scores only with each other.
+  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

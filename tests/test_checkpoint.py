@@ -263,3 +263,10 @@ def test_checkpoints_of_the_first_release_are_read():
   assert (restored.step, restored.data, restored.damaged) == (5, {"batch": 5}, [])
   np.testing.assert_array_equal(restored.items["params"]["b"], np.arange(3.0))
   assert int(restored.items["training"]["step"]) == 10
+
+
+def test_a_step_before_the_newest_checkpoint_is_not_saved(tmp_path):
+  save(tmp_path, 5)
+  with pytest.raises(OSError, match=r"step 3 .*later checkpoint, of step 5\. Choose another folder\."):
+    save(tmp_path, 3)
+  assert checkpoint.Checkpoints.steps(tmp_path) == [5]

@@ -279,7 +279,9 @@ def test_held_out_images_are_not_training_images():
   again = data.hold_out(source, 20)[1]
   np.testing.assert_array_equal(data.read(again, range(20))["image"], data.read(held_out, range(20))["image"])
   for count in (50, 0, -2):
-    with pytest.raises(ValueError, match=f"hold_out={count} for 50 images; expected 1 to 49.*or -1 to hold out a tenth"):
+    with pytest.raises(
+      ValueError, match=f"hold_out={count} for 50 images; expected 1 to 49.*or -1 to hold out a tenth"
+    ):
       data.hold_out(source, count)
 
 

@@ -24,7 +24,8 @@ def _formats() -> tuple[str, ...]:
   from PIL import Image
 
   Image.init()
-  # Decoding a small image takes a third longer if its format is tried last.
+  # Pillow tries the formats in this order. Put common formats first: a small image takes a third longer if its format
+  # comes last.
   return tuple(sorted(Image.OPEN.keys() - _NOT_DECODED, key=lambda name: (name not in _COMMON, name)))
 
 

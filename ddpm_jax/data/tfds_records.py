@@ -125,7 +125,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
   try:
     builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
     was_prepared = builder.is_prepared()
-    # Check for TensorFlow now. TFDS would fail only after the download, which may take hours.
+    # Check for TensorFlow before the download. Otherwise, TFDS would fail after hours of downloading.
     if not was_prepared and _is_public(builder) and importlib.util.find_spec("tensorflow") is None:
       raise ModuleNotFoundError(name="tensorflow")
     if builder.name == "lsun":

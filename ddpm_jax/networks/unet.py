@@ -1,4 +1,7 @@
-"""Define the U-Net of the diffusion papers, and a classifier from its first half, for one to three spatial axes."""
+"""Define a U-Net for diffusion models, and a classifier that consists of its first half.
+
+Both accept data with one to three spatial axes.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -7,9 +7,9 @@ import numpy as np
 
 from ddpm_jax.storage import files
 
-# The maximum number of samples in a picture without a column for each class.
+# The maximum number of samples in a picture that does not sort them by class.
 SHOWN = 64
-# The maximum numbers of columns and rows of a picture with one column for each class.
+# The maximum numbers of columns and rows of a picture that has one column for each class.
 _MAX_COLUMNS, _ROWS = 20, 10
 # The gray value of the lines between images and of unused cells of a grid.
 _BACKGROUND = 64

@@ -179,7 +179,7 @@ def std_of(gamma: float) -> float:
 
 
 def ema_params(opt_state: PyTree, index: int = 0) -> PyTree | None:
-  """Return the averaged parameters in an optimizer's state, or None if it has no `params_ema`.
+  """Return averaged parameters from the state of an optimizer, or None if the optimizer computes no averages.
 
   Args:
     opt_state: the state of an optimizer, in which `params_ema` may be nested.
