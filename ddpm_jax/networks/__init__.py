@@ -4,8 +4,9 @@ The rest of `ddpm_jax` calls a network only through its functions `init` and `ap
 can take its place.
 """
 
+from ddpm_jax.networks.autoencoder import Autoencoder
 from ddpm_jax.networks.discriminator import PatchDiscriminator
 from ddpm_jax.networks.layers import trainable_mask
 from ddpm_jax.networks.unet import Classifier, UNet
 
-__all__ = ["Classifier", "PatchDiscriminator", "UNet", "trainable_mask"]
+__all__ = ["Autoencoder", "Classifier", "PatchDiscriminator", "UNet", "trainable_mask"]
