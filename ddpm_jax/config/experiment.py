@@ -154,9 +154,7 @@ def _objective(tree: Tree, model: Model) -> losses.Objective:
     "dimensions": len(model.shape) - 1,
     "conditions": {},
   }
-  if any(
-    slots.is_supplied(one, [losses.Autoencoder]) for one in tree.components["objective"].signature.values()
-  ):
+  if any(slots.is_supplied(one, [losses.Autoencoder]) for one in tree.components["objective"].signature.values()):
     with _named_errors(tree, "objective"):
       supplied[losses.Autoencoder] = models.networks.autoencoder(model.network, model.shape)
   return make(tree, "objective", supplied)
