@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax import losses, models, sampling
+from ddpm_jax import guidance, losses, models, sampling
 from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.config.sections import Data, Parts, Root, Sampling
@@ -99,6 +99,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)
+  _check_clip(model, parts["sampling"].clip)
   if parts["sampling"].clip is not None:
     # Call the rule once, because it checks its arguments only when it is called.
     with _named_errors(tree, "sampling.clip"):
@@ -131,17 +132,26 @@ def _model(tree: Tree, data: Data) -> Model:
   process = make(tree, "model.process")
   prediction = make(tree, "model.prediction", {Process: process})
   codec = make(tree, "model.codec", {"data_shape": data.shape})
-  conditions = {
-    name: make(tree, f"model.conditions.{name}", {"data_shape": data.shape, "name": name})
-    for name in tree.at("model.conditions")
-  }
   with _named_errors(tree, "model.codec"):
     x_shape = codec.shape(data.shape)
+  conditions = {
+    name: make(tree, f"model.conditions.{name}", {"data_shape": data.shape, "x_shape": x_shape, "name": name})
+    for name in tree.at("model.conditions")
+  }
   channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
   network = make(tree, "model.network", models.networks.derived_arguments(conditions, x_shape, channels))
   with _named_errors(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)
+
+
+def _check_clip(model: Model, rule: Any) -> None:
+  """Raise a ValueError if estimates of latents are clipped to the range of pixels."""
+  if model.codec.is_latent and getattr(rule, "func", None) is guidance.clip and rule.keywords["high"] == 1:
+    raise ValueError(
+      "Got config.sampling.clip=clip(high=1) for a model of latents; expected None, because latents do not have the range"
+      " [-1, 1] of pixels. Set --config.sampling.clip=None."
+    )
 
 
 def _sampler(tree: Tree, model: Model) -> Sampler:
