@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.floats import with_promotion
+from ddpm_jax.networks.kernels import attention
 from ddpm_jax.networks.kernels.attention import attend
 
 # Queries, keys, heads and channels. The kernel halves rows of 256 keys twice, rows of 130 keys once, and rows of 9 or
@@ -35,6 +36,51 @@ def test_values_and_derivatives_match_jax(x64, case):
   ):
     # JAX computes the softmax in float32 for every type.
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@pytest.mark.parametrize("queries", [64, 61])
+def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, implementation, monkeypatch):
+  values = inputs(queries, 48, 2, 8, np.float32)
+
+  def with_derivatives():
+    def function(*values):
+      return attend(*values, implementation)
+
+    def compute(*values):
+      output, pull = jax.vjp(function, *values)
+      return output, *pull(jnp.cos(output)), jax.jvp(function, values, tuple(map(jnp.sin, values)))[1]
+
+    return jax.jit(compute)(*values), str(jax.make_jaxpr(compute)(*values))
+
+  expected, whole = with_derivatives()
+  # A block has at most 7 of the queries.
+  monkeypatch.setattr(attention, "_MAX_BATCH_BYTES", 4 * 2 * 2 * queries * 48 - 1)
+  monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 2 * 7 * 48)
+  results, blocks = with_derivatives()
+  assert ("scan" in whole, "scan" in blocks) == (False, True)
+  for result, value in zip(results, expected, strict=True):
+    np.testing.assert_allclose(result, value, rtol=1e-5, atol=2e-6)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_positions():
+  """At 16,384 positions, all scores take 1 GiB."""
+  shapes = [jax.ShapeDtypeStruct((1, 2**14, 1, 32), jnp.float32)] * 3
+
+  def loss(*values):
+    return jnp.sum(jnp.sin(attend(*values)))
+
+  def forward_mode(*values):
+    return jax.jvp(loss, values, values)
+
+  for function in (loss, jax.grad(loss, (0, 1, 2)), forward_mode):
+    compiled = jax.jit(function).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 300 * 2**20
+  # Each platform computes in blocks: no array has all scores.
+  for platform in ("tpu", "cuda"):
+    lowered = jax.jit(jax.grad(loss)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert "while" in lowered
+    assert "16384x16384" not in lowered
 
 
 def test_attention_is_exact_to_float32_rounding(x64):

@@ -4,7 +4,8 @@ The rest of `ddpm_jax` calls a network only through its functions `init` and `ap
 can take its place.
 """
 
+from ddpm_jax.networks.autoencoder import Autoencoder
 from ddpm_jax.networks.layers import trainable_mask
 from ddpm_jax.networks.unet import Classifier, UNet
 
-__all__ = ["Classifier", "UNet", "trainable_mask"]
+__all__ = ["Autoencoder", "Classifier", "UNet", "trainable_mask"]

@@ -350,12 +350,12 @@ class ResidualBlock(nn.Module):
   resample: str = ""
 
   @nn.compact
-  def __call__(self, x: Data, embedding: Array, keys: Array | None) -> Array:
+  def __call__(self, x: Data, embedding: Array | None = None, keys: Array | None = None) -> Array:
     """Map x [B, *space, C] to [B, *space, features].
 
     Args:
       x: the data.
-      embedding: the embedding [B, E].
+      embedding: the embedding [B, E]. None for a block without an embedding, as in an autoencoder.
       keys: A dropout key for each sample [B], or None for no dropout.
     """
     options, dtype, kernels = self.options, self.options.dtype, self.options.kernels
@@ -366,11 +366,15 @@ class ResidualBlock(nn.Module):
       change = partial(halve if self.resample == "down" else double, weights=options.filter, kernels=kernels)
       x, h = jax.tree.map(change, x), h if doubled else jax.tree.map(change, h)
     h = conv(h, self.features, "conv1", dtype, doubled=doubled, kernels=kernels)
-    width = 2 * self.features if options.scale_shift else self.features
-    shift = Dense(width, dtype, kernels=kernels, name="time_emb_proj")(nn.swish(embedding))
-    if not options.scale_shift:
-      h = add_vector(h, shift, kernels)
-    h = options.norm("norm2")(h, *(jnp.split(shift, 2, axis=-1) if options.scale_shift else ()))
+    scale_and_shift: Sequence[Array] = ()
+    if embedding is not None:
+      width = 2 * self.features if options.scale_shift else self.features
+      shift = Dense(width, dtype, kernels=kernels, name="time_emb_proj")(nn.swish(embedding))
+      if options.scale_shift:
+        scale_and_shift = jnp.split(shift, 2, axis=-1)
+      else:
+        h = add_vector(h, shift, kernels)
+    h = options.norm("norm2")(h, *scale_and_shift)
     h = drop(nn.swish(h), options.dropout, keys, self.name or "")
     # Every residual branch starts at zero. Otherwise random output would dominate the first gradients.
     h = conv(h, self.features, "conv2", dtype, kernel_init=ZEROS, kernels=kernels)
@@ -402,6 +406,17 @@ def project_heads(x: Array, heads: int, name: str, options: BlockOptions, kernel
   """Project x [B, N, C] to [B, N, heads, C / heads]."""
   y = Dense(x.shape[-1], options.dtype, kernel_init, kernels=options.kernels, name=name)(x)
   return y.reshape(*x.shape[:-1], heads, -1)
+
+
+def rematerialize(block: Any, remat: str) -> Any:
+  """Return a block, wrapped for recomputation in the backward pass if `remat` requires it.
+
+  The words of `remat` are those of `networks.UNet`.
+  """
+  if remat == "none":
+    return block
+  policy = None if remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, remat)
+  return nn.remat(block, policy=policy)
 
 
 class Downsample(nn.Module):

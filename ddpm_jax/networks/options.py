@@ -1,4 +1,4 @@
-"""Check the options of a U-Net when a model is built, before anything compiles."""
+"""Check the options of networks when a model is built, before anything compiles."""
 
 import math
 from collections.abc import Sequence
@@ -33,6 +33,41 @@ def check(network: Any) -> None:
   _check_size(network)
 
 
+def check_autoencoder(network: Any) -> None:
+  """Check that the options of an `Autoencoder` are valid and compatible with each other.
+
+  Raises:
+    ValueError: if an option is invalid or conflicts with another one, or the network is too large.
+  """
+  n = network
+  _check_numbers(n, ("multipliers", "epsilon"), ("num_codes",))
+  if n.latent_channels < 1 or n.groups < 0 or not n.epsilon > 0:
+    raise ValueError(
+      f"Got latent_channels={n.latent_channels}, groups={n.groups}, epsilon={n.epsilon}; expected latent_channels of 1 or"
+      " more, groups of 0 or more and epsilon above 0."
+    )
+  _check_choices(n, ("bottleneck", (n.bottleneck,), ("kl", "vq")))
+  if (n.bottleneck == "vq") != (n.num_codes > 0):
+    raise ValueError(
+      f"Got bottleneck={n.bottleneck!r} with num_codes={n.num_codes}; expected num_codes above 0 for 'vq', and 0 for 'kl'."
+    )
+  _check_computation(n)
+  for multiplier in (1, *n.multipliers):
+    features = n.channels * multiplier
+    groups = n.groups or default_groups(round(features))
+    if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % groups:
+      raise ValueError(
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={n.groups}; expected an"
+        " integer divisible by groups. Change channels, multipliers or groups."
+      )
+  widths = [round(n.channels * multiplier) for multiplier in n.multipliers]
+  # A lower bound on the number of parameters: two convolutions for each block of the encoder and of the decoder.
+  count = 2 * (2 * n.blocks + 1) * sum(3**n.dimensions * width**2 for width in widths) + n.num_codes * n.latent_channels
+  _check_blocks(n, (2 * n.blocks + 1) * len(widths), count)
+  title = f"an autoencoder of channels={n.channels} and num_codes={n.num_codes}"
+  memory.check(title, 4 * count, None, "Set fewer channels or codes.")
+
+
 def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
   """Return one way of resampling, "conv" or "residual", for each of `count` levels."""
   return (ways,) * count if isinstance(ways, str) else tuple(ways)
@@ -40,18 +75,7 @@ def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
 
 def _check_values(network: Any) -> None:
   n = network
-  numbers = {"multipliers": n.multipliers, "frequency_shift": [n.frequency_shift], "epsilon": [n.epsilon]}
-  for name, values in numbers.items():
-    if not all(math.isfinite(value) for value in values):
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected finite numbers.")
-  for name in _COUNTS:
-    if getattr(n, name) < 0:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
-  if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
-    raise ValueError(
-      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
-      " one block and one output channel, and only positive multipliers."
-    )
+  _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), _COUNTS)
   if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(
       f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, heads of 1 or"
@@ -62,20 +86,53 @@ def _check_values(network: Any) -> None:
     raise ValueError(
       f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to {last}."
     )
-  for name, values, choices in (
+  _check_choices(
+    n,
     ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
     ("vector_embedding", (n.vector_embedding,), _VECTORS),
     ("downsample", per_level(n.downsample, last), ("conv", "residual")),
     ("upsample", per_level(n.upsample, last), ("conv", "residual")),
     ("filter", (tuple(n.filter),), ((1, 1), (1, 3, 3, 1))),
-    ("dimensions", (n.dimensions,), (1, 2, 3)),
-    ("attention", (n.attention,), ("", "xla", "cudnn")),
-    ("kernels", (n.kernels,), KERNELS),
-  ):
+  )
+  _check_computation(n)
+
+
+def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
+  """Check the options that are numbers: those named `finite`, those that may be 0, and the sizes that may not."""
+  n = network
+  for name in finite:
+    value = getattr(n, name)
+    if not all(math.isfinite(number) for number in (value if isinstance(value, Sequence) else [value])):
+      raise ValueError(f"Got {name}={value}; expected finite numbers.")
+  for name in counts:
+    if getattr(n, name) < 0:
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
+  if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
+    raise ValueError(
+      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
+      " one block and one output channel, and only positive multipliers."
+    )
+
+
+def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[Any]]) -> None:
+  """Check options that have a few allowed values, each given as its name, its values and the allowed values."""
+  n, last = network, len(network.multipliers) - 1
+  for name, values, choices in options:
     is_per_level = name in ("downsample", "upsample")
     if any(value not in choices for value in values) or (is_per_level and len(values) != last):
       count = f", or {last} of them, one for each pair of neighboring levels" if is_per_level else ""
       raise ValueError(f"Got {name}={getattr(n, name)!r}; expected one of {', '.join(map(repr, choices))}{count}.")
+
+
+def _check_computation(network: Any) -> None:
+  """Check the options that say how a network computes, not what."""
+  n = network
+  _check_choices(
+    n,
+    ("dimensions", (n.dimensions,), (1, 2, 3)),
+    ("attention", (n.attention,), ("", "xla", "cudnn")),
+    ("kernels", (n.kernels,), KERNELS),
+  )
   _check_dtype(n.dtype)
   if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
     raise ValueError(
@@ -124,6 +181,30 @@ def _check_features(network: Any) -> None:
     raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for the time embedding.")
 
 
+def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:
+  """Check that a network that halves data between its levels accepts data of `shape` [..., *space, C].
+
+  Raises:
+    ValueError: if there are too few axes, too many positions, or the sides cannot be halved often enough.
+  """
+  if len(shape) < dimensions + 1:
+    raise ValueError(
+      f"Got data of shape {tuple(shape)} for a network of dimensions={dimensions}; expected [B, *space, C] with"
+      f" {dimensions} spatial axes."
+    )
+  space = tuple(shape[-1 - dimensions : -1])
+  check_space(space, shape[-1])
+  if any(size % 2 ** (levels - 1) or size < 1 for size in space):
+    max_levels = 1
+    while not any(size % 2**max_levels or size < 1 for size in space):
+      max_levels += 1
+    raise ValueError(
+      f"Got data of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
+      f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
+      " resize the data."
+    )
+
+
 def check_space(space: Sequence[int], channels: int) -> None:
   """Raise a ValueError if a sample has more positions than a 32-bit integer can count."""
   positions = math.prod(space)
@@ -143,11 +224,16 @@ def _check_size(network: Any) -> None:
   count += (
     embedding * (embedding + (n.time_features or n.channels)) + (n.num_classes + n.augmentation_features) * n.channels
   )
-  blocks = n.blocks * len(widths)
-  if blocks > _MAX_BLOCKS:
-    raise ValueError(
-      f"Got blocks={n.blocks} at each of {len(widths)} levels, with parameters of at least {memory.format_bytes(4 * count)}; expected at most"
-      f" {_MAX_BLOCKS:,} blocks in total, because each is compiled separately. Set fewer blocks and more channels."
-    )
+  _check_blocks(n, n.blocks * len(widths), count)
   advice = "Set fewer channels, embedding_features, time_features, augmentation_features or classes."
   memory.check(f"a network of channels={n.channels} and num_classes={n.num_classes}", 4 * count, None, advice)
+
+
+def _check_blocks(network: Any, blocks: int, count: int) -> None:
+  """Check the number of residual blocks of a network with at least `count` parameters."""
+  if blocks > _MAX_BLOCKS:
+    raise ValueError(
+      f"Got blocks={network.blocks} at each of {len(network.multipliers)} levels, with parameters of at least"
+      f" {memory.format_bytes(4 * count)}; expected at most {_MAX_BLOCKS:,} blocks in total, because each is compiled"
+      " separately. Set fewer blocks and more channels."
+    )

@@ -121,23 +121,7 @@ class Backbone(nn.Module):
       ValueError: if an option is invalid, or the network does not support the shape.
     """
     options.check(self)
-    if len(shape) < self.dimensions + 1:
-      raise ValueError(
-        f"Got data of shape {tuple(shape)} for a network of dimensions={self.dimensions}; expected [B, *space, C] with"
-        f" {self.dimensions} spatial axes."
-      )
-    space = tuple(shape[-1 - self.dimensions : -1])
-    options.check_space(space, shape[-1])
-    levels = len(self.multipliers)
-    if any(size % 2 ** (levels - 1) or size < 1 for size in space):
-      max_levels = 1
-      while not any(size % 2**max_levels or size < 1 for size in space):
-        max_levels += 1
-      raise ValueError(
-        f"Got data of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
-        f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
-        " resize the data."
-      )
+    options.check_shape(shape, self.dimensions, len(self.multipliers))
 
   def attended_levels(self) -> set[int]:
     """Return the levels whose features are split into heads."""
@@ -263,10 +247,7 @@ class Backbone(nn.Module):
 
   def _rematerialized(self, block: Any) -> Any:
     """Return the block, wrapped for recomputation in the backward pass if `remat` requires it."""
-    if self.remat == "none":
-      return block
-    policy = None if self.remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, self.remat)
-    return nn.remat(block, policy=policy)
+    return layers.rematerialize(block, self.remat)
 
   def _resample(self, h: Array, embedding: Array, keys: Array | None, name: str, direction: str, way: str) -> Array:
     if way == "residual":

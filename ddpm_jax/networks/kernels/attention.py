@@ -1,4 +1,7 @@
-"""Compute attention in a plain form, a CPU form without large transposes, and a TPU form that splits the batch."""
+"""Compute attention in a plain form, a CPU form without large transposes, and a TPU form that splits the batch.
+
+Where the scores would be large, all forms compute them for one block of queries after another.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +30,10 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
   product of the weights and v rather than the weights, because the product usually has fewer columns. If the weights
   do not fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
 
+  If the scores q k^T would exceed 256 MiB, they are computed for one block of queries after another, forward and
+  backward, so that no array of scores exceeds 64 MiB (Rabe and Staats 2021). On a TPU, parts of the batch come first.
+  The implementation "cudnn" never stores the scores.
+
   Args:
     q: queries [B, N, heads, C].
     k: keys [B, M, heads, C].
@@ -47,16 +54,19 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
       " [B, N, heads, C], and keys and values [B, M, heads, C]."
     )
   plain = partial(_attend_plain, implementation=implementation)
-  if implementation is not None or kernels == "plain":
+  if kernels == "plain" or implementation == "cudnn":
     return plain(q, k, v)
+  if implementation is not None:
+    return _attend_in_blocks(q, k, v, attend=plain)
   # With this checkpoint, JAX saves only the inputs of the CPU form for the backward pass. Without the checkpoint, JAX
   # would save the weights of the CPU form and of the default form, and a memory plan would count both. XLA merges the
   # recomputation with the forward pass, so nothing is computed twice.
-  cpu = jax.checkpoint(_attend_tuned_cpu, prevent_cse=False)
+  cpu = partial(_attend_in_blocks, attend=jax.checkpoint(_attend_tuned_cpu, prevent_cse=False))
   # On a TPU the backward pass always recomputes the weights. In a train step, saving and reading them would cost more
   # memory and traffic than the recomputation (docs/benchmarks.md).
-  tpu = partial(_attend_tuned_tpu, attend=plain) if _exceeds_chip_memory(q, k) else jax.checkpoint(plain)
-  return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=plain)
+  blocks = partial(_attend_in_blocks, attend=plain)
+  tpu = partial(_attend_tuned_tpu, attend=blocks) if _exceeds_chip_memory(q, k) else jax.checkpoint(blocks)
+  return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=blocks)
 
 
 def _attend_tuned_cpu(q: Array, k: Array, v: Array) -> Array:
@@ -81,8 +91,32 @@ def _row_maximum(x: Array) -> Array:
   return jnp.max(x, axis=-1, keepdims=True)
 
 
+# Larger scores of a batch are computed in blocks of queries. The scores of a block take at most `_BLOCK_BYTES`, because
+# the backward pass stores several arrays of this size.
+_MAX_BATCH_BYTES, _BLOCK_BYTES = 2**28, 2**26
+
+
+def _attend_in_blocks(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
+  """Apply attention to one block of queries after another, if all scores would exceed `_MAX_BATCH_BYTES`.
+
+  The backward pass recomputes the scores of a block.
+  """
+  batch, queries, heads, channels = q.shape
+  total = batch * _score_bytes(q, k)
+  if total <= _MAX_BATCH_BYTES or queries == 1:
+    return attend(q, k, v)
+  count = -(-queries // max(_BLOCK_BYTES * queries // total, 1))
+  size = -(-queries // count)
+  # The last block may be short. Zero queries complete it.
+  padded = jnp.pad(q, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
+  blocks = jnp.moveaxis(padded.reshape(batch, count, size, heads, channels), 1, 0)
+  recomputed = jax.checkpoint(attend, prevent_cse=False)
+  results = lax.map(lambda block: recomputed(block, k, v), blocks)
+  return jnp.moveaxis(results, 0, 1).reshape(batch, count * size, heads, channels)[:, :queries]
+
+
 # A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`, or one sample at a
-# time if the scores of one sample are larger.
+# time if the scores of one sample are larger. These may be computed in blocks in turn.
 _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 
