@@ -62,6 +62,7 @@ class Codec(NamedTuple):
     compress: `compress(frozen, data) -> compact` [B, ...]: moments for a KL autoencoder, codes for a vector-quantized
       one. None for codecs without a latent data set.
     expand: `expand(frozen, keys, compact) -> x`. None for codecs without a latent data set.
+    module: the module of the autoencoder, for callers that read its options. None for codecs without one.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
@@ -69,6 +70,7 @@ class Codec(NamedTuple):
   load: Callable[[], PyTree] | None = None
   compress: Callable[[PyTree, Array], Array] | None = None
   expand: Callable[[PyTree, Array, Array], Array] | None = None
+  module: Any = None
 
   @property
   def is_pixels(self) -> bool:
@@ -123,6 +125,7 @@ class Autoencoder(NamedTuple):
     quantize: `quantize(params, z) -> (codes, vectors)` for an autoencoder with codes: the nearest entries of the
       codebook, and their numbers int32 [B, ...]. None for a KL autoencoder.
     lookup: `lookup(params, codes) -> vectors`. None for a KL autoencoder.
+    module: the module that the functions call, such as a `networks.Autoencoder`, for callers that read its options.
   """
 
   encode: Callable[[PyTree, Array], Array]
@@ -130,6 +133,7 @@ class Autoencoder(NamedTuple):
   downsampling: int
   quantize: Callable[[PyTree, Array], tuple[Array, Array]] | None = None
   lookup: Callable[[PyTree, Array], Array] | None = None
+  module: Any = None
 
 
 def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
@@ -184,4 +188,4 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
       _, z = quantize(frozen["autoencoder"], z)
     return decode_tiles(frozen["autoencoder"], z)
 
-  return Codec(encode, decode, load, compress, expand)
+  return Codec(encode, decode, load, compress, expand, autoencoder.module)

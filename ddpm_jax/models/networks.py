@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
+from ddpm_jax.models import codecs
 from ddpm_jax.models.conditions import Condition, check_given
 from ddpm_jax.names import hint
 
@@ -129,6 +130,20 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
     return _with_kernels(module, train).apply({"params": params}, x, time, **options)
 
   return Network(init, apply, module)
+
+
+def autoencoder(module: Any) -> codecs.Autoencoder:
+  """Return the functions of a `networks.Autoencoder`, for `codecs.latent`."""
+
+  def method(name: str) -> Callable[..., Any]:
+    def apply(params, x):
+      return _with_kernels(module, train=True).apply({"params": params}, x, method=name)
+
+    return apply
+
+  has_codes = module.bottleneck == "vq"
+  quantize, lookup = (method("quantize"), method("lookup")) if has_codes else (None, None)
+  return codecs.Autoencoder(method("encode"), method("decode"), module.downsampling, quantize, lookup, module)
 
 
 def _with_kernels(module: Any, train: bool) -> Any:
