@@ -16,7 +16,6 @@ import torch
 
 from ddpm_jax import interop, sampling
 from ddpm_jax.interop import autoencoder_kl
-from ddpm_jax.models import networks
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import images
 from tests.conftest import ROOT
@@ -134,7 +133,9 @@ def test_values_and_gradients_match_diffusers(name, tmp_path):
   largest = max(float(value.grad.abs().max()) for value in theirs.values())
   for path, gradient in flat.items():
     expected = theirs[layout.name_of(path)].grad.numpy()
-    np.testing.assert_allclose(interop.tensors.to_torch(path, np.asarray(gradient)), expected, rtol=0, atol=1e-4 * largest)
+    np.testing.assert_allclose(
+      interop.tensors.to_torch(path, np.asarray(gradient)), expected, rtol=0, atol=1e-4 * largest
+    )
 
 
 @pytest.mark.parametrize(("channels", "convolutions", "count"), [(4, True, 83_653_863), (16, False, 83_819_683)])
@@ -333,11 +334,17 @@ BROKEN = {
   "other input channels": (set_config(in_channels=4), "in_channels=4, which is not supported; expected 3"),
   "an unknown option": (set_config(use_magic=True), "use_magic=True, which is not supported"),
   "no channels": (set_config(latent_channels=0), "latent_channels=0; expected at least 1"),
-  "groups that do not divide": (set_config(norm_num_groups=3), "with groups=3; expected an integer divisible by groups"),
+  "groups that do not divide": (
+    set_config(norm_num_groups=3),
+    "with groups=3; expected an integer divisible by groups",
+  ),
   "no scale": (set_config(scaling_factor=0), "scaling_factor=0 and latents_std=None; expected a factor other than 0"),
   "a scale that is no number": (set_config(scaling_factor="1"), "scaling_factor='1'; expected a finite number"),
   "too few means": (set_config(latents_mean=[0.0]), "with 1 latents_mean; expected 4"),
-  "two shifts": (set_config(latents_mean=[0.0] * 4, shift_factor=1.0), "shift_factor and latents_mean; expected at most"),
+  "two shifts": (
+    set_config(latents_mean=[0.0] * 4, shift_factor=1.0),
+    "shift_factor and latents_mean; expected at most",
+  ),
   "no config": (lambda copy: (copy / "config.json").unlink(), "has no config.json of an autoencoder"),
 }
 
@@ -356,7 +363,9 @@ def test_wrong_arguments_are_errors(folder, tmp_path):
     interop.diffusers.read_codec(folder, dtype="float16")
   with pytest.raises(ValueError, match="posterior"):
     interop.diffusers.read_codec(folder, posterior="median")
-  with pytest.raises(ValueError, match="Got data of 9x8 for a network with 2 levels; expected every side divisible by 2"):
+  with pytest.raises(
+    ValueError, match="Got data of 9x8 for a network with 2 levels; expected every side divisible by 2"
+  ):
     codec.encode(frozen, jax.random.key(0), jnp.zeros((1, 9, 8, 3)))
   with pytest.raises(ValueError, match="out_channels=3; expected 3 channels"):
     codec.encode(frozen, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -397,7 +406,9 @@ def test_loading_needs_little_more_memory_than_the_parameters(dtype, tmp_path):
 
 def write_pipeline(folder, part="vqvae", **changes):
   """Write an LDMPipeline of random parameters, and return it."""
-  unet = random_unet({"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16,), **levels(DOWN)})
+  unet = random_unet(
+    {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16,), **levels(DOWN)}
+  )
   scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
   peer = random_peer(options(8, 16, **{"scaling_factor": 1.7} | changes))
   pipeline = diffusers.LDMPipeline(vqvae=peer, unet=unet, scheduler=scheduler)
