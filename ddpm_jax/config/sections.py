@@ -36,7 +36,11 @@ _PROCESS = slots.slot_of(processes.Process)
 _PREDICTION = slots.slot_of(predictions.Prediction, supplied=(processes.Process,))
 _CODEC = Slot("a codec", (models.Codec,), "codecs", "pixels", supplied=("data_shape",))
 _CONDITIONS = Slot(
-  "a condition", (models.Condition,), "conditions", "classes(number=10, dropout=0.1)", supplied=("name", "data_shape", "x_shape")
+  "a condition",
+  (models.Condition,),
+  "conditions",
+  "classes(number=10, dropout=0.1)",
+  supplied=("name", "data_shape", "x_shape"),
 )
 _NETWORK = Slot(
   "a network",

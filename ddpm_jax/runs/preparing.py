@@ -85,7 +85,8 @@ def _encoded(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yield the items of a source with `latent` in place of `image`."""
   codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
-  assert codec.compress is not None and codec.expand is not None
+  assert codec.compress is not None
+  assert codec.expand is not None
   compress, expand = codec.compress, codec.expand
   sharded, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
 
