@@ -104,7 +104,6 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     # Call the rule once, because it checks its arguments only when it is called.
     with _named_errors(tree, "sampling.clip"):
       parts["sampling"].clip(denoise=lambda x_t, t: x_t)
-  model_parts = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
   # The scale at which guidance has no effect: 0 for rules that add a classifier's gradient, 1 for rules that combine
   # two estimates.
   outside = 0.0 if "log_prob" in tree.components["guidance"].signature else 1.0
@@ -115,7 +114,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     task=make(tree, "task"),
     data=data,
     model=model,
-    objective=make(tree, "objective", supplied | model_parts | {"time_input": model.time_input}),
+    objective=_objective(tree, model),
     sampler=sampler,
     times=_times(tree, model, sampler, parts["sampling"]),
     guidance=make(tree, "guidance", supplied | {"outside": outside}),
@@ -152,6 +151,23 @@ def _check_clip(model: Model, rule: Any) -> None:
       "Got config.sampling.clip=clip(high=1) for a model of latents; expected None, because latents do not have the range"
       " [-1, 1] of pixels. Set --config.sampling.clip=None."
     )
+
+
+def _objective(tree: Tree, model: Model) -> losses.Objective:
+  supplied: dict[Any, Any] = {
+    Process: model.process,
+    Prediction: model.prediction,
+    Model: model,
+    losses.Apply: model.network.apply,
+    "time_input": model.time_input,
+    # For a network that the objective trains, such as a discriminator of the data.
+    "dimensions": len(model.shape) - 1,
+    "conditions": {},
+  }
+  if any(slots.is_supplied(one, [losses.Autoencoder]) for one in tree.components["objective"].signature.values()):
+    with _named_errors(tree, "objective"):
+      supplied[losses.Autoencoder] = models.networks.autoencoder(model.network, model.shape)
+  return make(tree, "objective", supplied)
 
 
 def _sampler(tree: Tree, model: Model) -> Sampler:

@@ -55,7 +55,14 @@ _OBJECTIVE = Slot(
   (losses.Objective,),
   "losses",
   "denoising(weighting=min_snr(gamma=5))",
-  supplied=(losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
+  supplied=(
+    losses.Apply,
+    losses.Autoencoder,
+    processes.Process,
+    predictions.Prediction,
+    models.Model,
+    "time_input",
+  ),
 )
 _SAMPLER = slots.slot_of(sampling.Sampler, supplied=(processes.Process,))
 _GRID = Slot(

@@ -71,9 +71,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   model = experiment.model
   if c.method is None:
     if task == "inpaint" and model.codec.is_latent:
-      raise ValueError(
-        f"Got --task=inpaint without --method for a model of latents; expected {_LATENT_METHODS}."
-      )
+      raise ValueError(f"Got --task=inpaint without --method for a model of latents; expected {_LATENT_METHODS}.")
     default = next(iter(methods), "")
     return (experiment.replace(editing__method=methods[default]) if methods else experiment), default
   name = experiment.tree.short_name("editing.method")
