@@ -1,8 +1,8 @@
 """Edit images with a trained diffusion model and no further training.
 
 The package covers inpainting, restoration from measurements, image-to-image sampling and inversion. `replace`,
-`repaint` and `dps` wrap a `Sampler`. `posterior` and `replace_decoded` wrap `denoise`. `img2img`, `invert` and `interpolate` run
-`sampling.sample` on images. Data are in [-1, 1].
+`repaint` and `dps` wrap a `Sampler`. `posterior` and `replace_decoded` wrap `denoise`. `img2img`, `invert` and
+`interpolate` run `sampling.sample` on images. Data are in [-1, 1].
 """
 
 from ddpm_jax.editing.inpainting import repaint, replace, replace_decoded, shrink_mask

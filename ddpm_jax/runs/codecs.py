@@ -91,7 +91,7 @@ def _from_run(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: 
   if dtype != "float32":
     network = models.networks.from_linen(network.module.clone(dtype=jnp.dtype(dtype)), {})
   mean, std = (np.asarray(statistics[name], np.float32) for name in ("mean", "std"))
-  arrays = {"scale": 1 / std, "shift": mean}
+  arrays: dict[str, np.ndarray] = {"scale": 1 / std, "shift": mean}
 
   def cast(params: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -113,7 +113,7 @@ def _from_run(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: 
 
 def _with_statistics(codec: Codec, mean: Sequence[float], std: Sequence[float]) -> Codec:
   """Return the codec with another mean and standard deviation of z."""
-  arrays = {"scale": 1 / np.asarray(std, np.float32), "shift": np.asarray(mean, np.float32)}
+  arrays: dict[str, np.ndarray] = {"scale": 1 / np.asarray(std, np.float32), "shift": np.asarray(mean, np.float32)}
   load = codec.load
   assert isinstance(load, Loader)
 
