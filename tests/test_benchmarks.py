@@ -17,6 +17,7 @@ from ddpm_jax import interop, losses, metrics, randomness
 from ddpm_jax.devices import hardware, heap, parallel
 from ddpm_jax.losses.squared_error import sample_noisy
 from ddpm_jax.networks import UNet
+from ddpm_jax.runs import reading
 from ddpm_jax.training import ema
 from tests.conftest import CACHE, ROOT
 from tests.flags import OPTIMIZED

@@ -312,4 +312,4 @@ def test_models_of_latents_edit_images_and_refuse_measurements(mine, tmp_path, u
   with pytest.raises(ValueError, match=r"because pixels are measured.* To inpaint, use --method=repaint"):
     edit("inpaint", "dps", **painted)
   with pytest.raises(ValueError, match="because pixels are measured"):
-    edit("restore", "posterior", operator="blur(std=1)")
+    edit("restore", "dps", operator="blur(std=1)")

@@ -11,6 +11,7 @@ from ddpm_jax import runs
 from ddpm_jax.config import spec
 from ddpm_jax.devices import plan
 from ddpm_jax.metrics import evaluate
+from ddpm_jax.runs import reading
 from ddpm_jax.runs.tasks.classify import noise_levels
 from ddpm_jax.storage import checkpoint
 from ddpm_jax.training import ema

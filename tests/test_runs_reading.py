@@ -9,7 +9,7 @@ from PIL import Image
 from configs import folder
 from ddpm_jax import data, interop, metrics
 from ddpm_jax.config import spec
-from ddpm_jax.runs import reading, spaces
+from ddpm_jax.runs import preparing, reading, spaces
 from ddpm_jax.storage.places import user_path
 from tests.commands import DENSE, assert_refused, call
 from tests.pictures import truncate
