@@ -1,5 +1,6 @@
 """Test codecs of autoencoders, tiles, latent data sets, and edits of models of latents."""
 
+import functools
 import json
 import shutil
 
@@ -313,3 +314,19 @@ def test_models_of_latents_edit_images_and_refuse_measurements(mine, tmp_path, u
     edit("inpaint", "dps", **painted)
   with pytest.raises(ValueError, match="because pixels are measured"):
     edit("restore", "dps", operator="blur(std=1)")
+
+
+def test_models_of_latents_form_a_cascade(mine, tmp_path, unscored):
+  large = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
+  np.savez(tmp_path / "data.npz", images=large)
+  data_keys = {"data__source": f"arrays(path={tmp_path / 'data.npz'})", "data__image_size": 16, "data__hold_out": 5}
+  runs.run_train(latent_tree(mine), tmp_path / "base")
+  upsampler = latent_tree(mine, model__conditions__low="low_resolution(factor=2)", **data_keys)
+  runs.run_train(upsampler, tmp_path / "large")
+  experiment = runs.load_experiment(None, tmp_path / "base")
+  sample = functools.partial(runs.run_sample, num_samples=3, seed=0, choice=runs.WeightsChoice())
+  sample(experiment, tmp_path / "base", upsamplers=[tmp_path / "large"])
+  (path,) = (tmp_path / "base" / "samples").glob("*.npz")
+  with np.load(path) as found:
+    assert found["stage_0"].shape == (3, 8, 8, 1)
+    assert found["samples"].shape == (3, 16, 16, 1)
