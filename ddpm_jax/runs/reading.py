@@ -104,4 +104,4 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
   tree = experiment.tree
   source, keys = tree.components["data.source"].value, tree.arguments("data.source")
   fit, check = fit_of(experiment), check_of(experiment)
-  data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)
+  data.prepare(source, keys, fit, output, fields=experiment.data.fields, broken=experiment.data.broken, check=check)
