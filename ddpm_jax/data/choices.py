@@ -108,7 +108,10 @@ def folder(
   """
   root = _resolve(path, "a folder of images", "<folder>")
   splits = _read_splits(
-    root, (train_split, eval_split), lambda folder, names: FolderSource(folder, *fit, names, fields)
+    root,
+    (train_split, eval_split),
+    lambda folder, names: FolderSource(folder, *fit, names, fields),
+    has_class_folders=not fields.chosen,
   )
   if fields.classes and isinstance(splits.train, FolderSource):
     _report_classes(splits.train)
@@ -136,7 +139,7 @@ def packed(
       shape, crop or resize than `fit`, or with other fields than `fields`.
   """
   root = _resolve(path, "a folder of packed images", "<folder>")
-  splits = _read_splits(root, (train_split, eval_split), PackedSource)
+  splits = _read_splits(root, (train_split, eval_split), PackedSource, has_class_folders=False)
   for source in splits:
     if isinstance(source, PackedSource):
       _check_settings(source, fit, fields)
@@ -217,18 +220,15 @@ def _check_settings(source: PackedSource, fit: Fit, fields: Fields) -> None:
     )
 
 
-def _read_splits(root: Path, names: tuple[str, str], make_source: MakeSource) -> Splits:
+def _read_splits(root: Path, names: tuple[str, str], make_source: MakeSource, *, has_class_folders: bool) -> Splits:
   train_split, eval_split = names
   splits = [split for split in names if split]
   _check_splits(splits)
   present = [split for split in splits if (root / split).is_dir()]
-  if not present or (len(present) == 1 and make_source is not PackedSource):
+  # A single folder with the name of a split may be a class.
+  if not present or (len(present) == 1 and has_class_folders):
     source = make_source(root, None)
-    if (
-      not isinstance(source, FolderSource)
-      or source.fields.chosen
-      or _are_classes(root, source.class_names, splits, present)
-    ):
+    if not has_class_folders or _are_classes(root, source.class_names or (), splits, present):
       return Splits(source)
   if present != splits or not train_split:
     missing = next((split for split in splits if split not in present), "train")
