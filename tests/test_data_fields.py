@@ -1,15 +1,19 @@
 """Test image folders whose metadata.jsonl gives the classes, the layout of Hugging Face's ImageFolder."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.config import spec
 from ddpm_jax.data import metadata
 from ddpm_jax.runs import reading
+from tests.conftest import ROOT
 from tests.pictures import random_pixels, truncate
 from tests.recipes import experiment_of, tiny_config
 
@@ -27,8 +31,6 @@ def write(root, groups, lines=None):
 
   `lines` replaces the lines. A line is an object or text.
   """
-  from PIL import Image
-
   for index, name in enumerate(groups):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(random_pixels(index)).save(root / name)
@@ -269,6 +271,19 @@ def test_a_config_selects_fields_and_a_pack_keeps_them(tmp_path):
     ValueError, match=r"images packed with .*'fields\.classes': 'group'.*Set .*--config\.data\.fields\.classes=group"
   ):
     reading.read_sources(experiment("data.packed", {"classes": "text"}, path=pack))
+
+
+def test_flags_select_fields_and_prepare_packs_them(tmp_path):
+  write(tmp_path / "images", GROUPS)
+  command = [sys.executable, "-m", "ddpm_jax.main", "--mode=prepare", "--config=tests/recipes.py"]
+  command += ["--config.data.source=folder", f"--config.data.source.path={tmp_path / 'images'}"]
+  command += ["--config.data.fields.classes=group", f"--output={tmp_path / 'pack'}"]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+  assert "classes from the field 'group': 0 apple, 1 fig, 2 pear" in result.stdout
+  packed = data.PackedSource(tmp_path / "pack")
+  assert packed.class_names == ["apple", "fig", "pear"]
+  assert sorted(packed.classes) == [0, 1, 2, 2]
 
 
 def test_a_source_without_fields_refuses_them():
