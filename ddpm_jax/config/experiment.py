@@ -11,6 +11,7 @@ from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
+from ddpm_jax.data import Fields, Fit, Splits
 from ddpm_jax.models import Model
 from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
@@ -90,7 +91,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   """
   # Expand again, because arguments without a default must be set now.
   tree = trees.expand(tree.values, tree.folder)
-  data = Data(**tree.values["data"] | {"source": lambda fit: make(tree, "data.source", {type(fit): fit, "fit": fit})})
+  data = _data(tree)
   model = _model(tree, data) if model is None else model
   supplied = {Process: model.process}
   parts: dict[str, Any] = {
@@ -120,6 +121,23 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     guidance=make(tree, "guidance", supplied | {"outside": outside}),
     **parts,
   )
+
+
+def _data(tree: Tree) -> Data:
+  """Build the section of the data, whose source is a function of a `data.Fit`."""
+  fields = Fields(**tree.values["data"]["fields"])
+  component = tree.components["data.source"]
+  if fields.chosen and not any(slots.is_supplied(one, [Fields]) for one in component.signature.values()):
+    flags = " and ".join(f"--config.data.fields.{item}=''" for item in fields.chosen)
+    raise ValueError(
+      f"Got config.data.fields={fields.chosen} with config.data.source={component.name}, which reads no fields; expected"
+      f" a source that does, such as data.folder. Set {flags}, or choose another source."
+    )
+
+  def source(fit: Fit) -> Splits:
+    return make(tree, "data.source", {Fit: fit, "fit": fit, Fields: fields})
+
+  return Data(**tree.values["data"] | {"source": source, "fields": fields})
 
 
 def _model(tree: Tree, data: Data) -> Model:

@@ -40,7 +40,7 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
   source, keys = tree.components["data.source"].value, tree.arguments("data.source")
   fit, check = reading.fit_of(experiment), reading.check_of(experiment)
   if not experiment.model.codec.is_latent:
-    data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)
+    data.prepare(source, keys, fit, output, fields=experiment.data.fields, broken=experiment.data.broken, check=check)
     return
   if output is None:
     raise ValueError("Got no --output; expected a new folder for the encoded images, such as --output=/data/latents.")
