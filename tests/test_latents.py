@@ -319,7 +319,12 @@ def test_models_of_latents_edit_images_and_refuse_measurements(mine, tmp_path, u
 def test_models_of_latents_form_a_cascade(mine, tmp_path, unscored):
   large = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), np.uint8)
   np.savez(tmp_path / "data.npz", images=large)
-  data_keys = {"data__source": f"arrays(path='{tmp_path / 'data.npz'}')", "data__image_size": 16, "data__hold_out": 5, "evaluation__num_samples": 4}
+  data_keys = {
+    "data__source": f"arrays(path='{tmp_path / 'data.npz'}')",
+    "data__image_size": 16,
+    "data__hold_out": 5,
+    "evaluation__num_samples": 4,
+  }
   runs.run_train(latent_tree(mine), tmp_path / "base")
   upsampler = latent_tree(mine, model__conditions__low="low_resolution(factor=2)", **data_keys)
   runs.run_train(upsampler, tmp_path / "large")

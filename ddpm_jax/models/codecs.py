@@ -65,6 +65,7 @@ class Codec(NamedTuple):
     compress: `compress(frozen, data) -> compact` [B, ...]: moments for a KL autoencoder, codes for a vector-quantized
       one. None for codecs without a latent data set.
     expand: `expand(frozen, keys, compact) -> x`. None for codecs without a latent data set.
+    module: the module of the autoencoder, for callers that read its options. None for codecs without one.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
@@ -72,6 +73,7 @@ class Codec(NamedTuple):
   load: Callable[[], PyTree] | None = None
   compress: Callable[[PyTree, Array], Array] | None = None
   expand: Callable[[PyTree, Array, Array], Array] | None = None
+  module: Any = None
 
   @property
   def is_pixels(self) -> bool:
@@ -172,4 +174,4 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     z = z if quantize is None else quantize(params, z)[1]
     return tiles.apply(decode, z, tile) if tile else decode(z)
 
-  return Codec(encode, decode, load, compress, expand)
+  return Codec(encode, decode, load, compress, expand, autoencoder.module)

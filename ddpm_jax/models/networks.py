@@ -144,13 +144,13 @@ def _with_kernels(module: Any, train: bool) -> Any:
   return module.clone(kernels=kernels)
 
 
-def autoencoder(network: Network, data_shape: tuple[int, ...]) -> Autoencoder:
+def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencoder:
   """Return the parts of an autoencoder as pure functions.
 
   Args:
     network: the network of a Linen module with the methods `encode`, `decode_features`, `decode_output` and, if its
       attribute `bottleneck` is "vq", `quantize`, such as `networks.Autoencoder`.
-    data_shape: the shape of one sample of data.
+    data_shape: the shape of one sample of data, for an objective with a discriminator.
 
   Raises:
     ValueError: if the network has no such module.
@@ -170,7 +170,8 @@ def autoencoder(network: Network, data_shape: tuple[int, ...]) -> Autoencoder:
     # These functions run in training and outside of loops, so gradients in loops do not matter.
     return lambda params, x: _with_kernels(module, train=True).apply({"params": params}, x, method=name)
 
-  return Autoencoder(*map(method, methods[:3]), method("quantize") if methods[3:] else None, tuple(data_shape))
+  quantize = method("quantize") if methods[3:] else None
+  return Autoencoder(*map(method, methods[:3]), quantize, tuple(data_shape), module)
 
 
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
