@@ -16,7 +16,6 @@ import torch
 
 from ddpm_jax import interop, sampling
 from ddpm_jax.interop import autoencoder_kl
-from ddpm_jax.models import networks
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import images
 from tests.conftest import ROOT

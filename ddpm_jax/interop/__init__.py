@@ -1,7 +1,8 @@
 """Load models that other libraries wrote, and save models for them.
 
 `diffusers` reads and writes diffusers' folders, `guided_diffusion` reads guided-diffusion's checkpoints, `inception`
-reads the weights of the FID network, `features` reads networks for perceptual losses, and `tensors` reads and writes files of weights.
+reads the weights of the FID network, `features` reads networks for perceptual losses, and `tensors` reads and writes
+files of weights.
 """
 
 import importlib

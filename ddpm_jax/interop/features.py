@@ -133,7 +133,9 @@ def vgg(
       lambda path: f"{names[path.split('/')[0]]}.{tensors.leaf_name(path)}",
       is_ignored=lambda name: name.rpartition(".")[0] not in names.values(),
     )
-    return tensors.load(tensors.TensorFile(_path(weights, "vgg"), "features.0.weight", "VGG16 network"), template, layout)
+    return tensors.load(
+      tensors.TensorFile(_path(weights, "vgg"), "features.0.weight", "VGG16 network"), template, layout
+    )
 
   return Features(apply, load)
 

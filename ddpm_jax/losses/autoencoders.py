@@ -57,12 +57,12 @@ def autoencoding(
     vectors come from the memory, and `project` copies them into the parameters.
 
   With a discriminator, the loss also has `adversarial_weight` times the adaptive weight times the generator's loss, and
-  the discriminator's hinge loss. The adaptive weight is a number without a gradient: the ratio of the norms of two
-  gradients at the kernel of the decoder's last layer (Esser et al. 2021, equation 7), one of the first two terms and one
-  of the generator's loss. Both are gradients of the entire batch of the step before, so the weight does not depend on
-  how a batch is split. Before `adversarial_start` all adversarial terms are exactly 0 and the discriminator does not
-  change. In step `adversarial_start`, only the discriminator learns, because there is no step before to compute the
-  weight from.
+  the discriminator's hinge loss. The adaptive weight is the ratio of the norms of two gradients at the kernel of the
+  decoder's last layer: that of the first two terms, and that of the generator's loss (Esser et al. 2021, equation 7).
+  The weight itself receives no gradient. It comes from the gradients of the entire batch in the step before, so it does
+  not depend on how a batch is split. Before `adversarial_start` all adversarial terms are exactly 0 and the
+  discriminator does not change. In step `adversarial_start` only the discriminator learns, because the weight is still
+  0.
 
   One step trains the autoencoder and the discriminator. Neither receives gradients of the other one's loss.
 
@@ -151,12 +151,10 @@ def autoencoding(
     return value + jnp.mean(losses), details | more
 
   def update(key: Array, memory: PyTree, params: PyTree, details: PyTree) -> PyTree:
-    new = {}
+    new: dict[str, Any] = {}
     if "codebook" in memory:
       rates = {"decay": codebook_decay, "restart": codebook_restart}
-      new["codebook"] = codebook.update_codebook(
-        key, memory["codebook"], details["latents"], details["codes"], **rates
-      )
+      new["codebook"] = codebook.update_codebook(key, memory["codebook"], details["latents"], details["codes"], **rates)
     if "adaptive_weight" in memory:
       gradients = [jnp.mean(details["last_layer"][name], axis=0) for name in ("reconstruction", "generator")]
       new["adaptive_weight"] = adversarial.adaptive_weight(*gradients)

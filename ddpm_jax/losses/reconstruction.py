@@ -91,9 +91,9 @@ def reconstruction_error(x: Array, y: Array, error: Literal["l1", "l2"] = "l1") 
 def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
   """Compute the distance of two batches of images in the features of a network, for each sample [B].
 
-  At each position of each map, the features are divided by their Euclidean norm. The distance is the squared difference,
-  summed over channels and averaged over positions and maps. These are equations 1 of Zhang et al. (2018) without their
-  learned weights, which belong to their own networks.
+  At each position of each map, the features are divided by their Euclidean norm. The distance is the squared
+  difference, summed over channels and averaged over positions and maps. This is equation 1 of Zhang et al. (2018)
+  without their learned weights, which belong to their own networks.
 
   Args:
     maps: the feature maps of the first images, arrays [B, ..., D] as `Features.apply` returns them.

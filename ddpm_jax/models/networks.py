@@ -170,8 +170,9 @@ def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencod
     # These functions run in training and outside of loops, so gradients in loops do not matter.
     return lambda params, x: _with_kernels(module, train=True).apply({"params": params}, x, method=name)
 
-  quantize = method("quantize") if methods[3:] else None
-  return Autoencoder(*map(method, methods[:3]), quantize, tuple(data_shape), module)
+  encode, decode_features, decode_output = map(method, methods[:3])
+  quantize = method("quantize") if "quantize" in methods else None
+  return Autoencoder(encode, decode_features, decode_output, quantize, tuple(data_shape), module)
 
 
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:

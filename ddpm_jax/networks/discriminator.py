@@ -76,7 +76,7 @@ class PatchDiscriminator(nn.Module):
     for level in range(self.levels + 1):
       features = self.channels * min(2**level, 8)
       strides = 2 if level < self.levels else 1
-      # Padding at both ends for strides of 2 halves even sides exactly. Without strides, one more at the end keeps them.
+      # A kernel of 4 needs a total padding of 2 to halve even sides, and of 3 to keep them.
       padding = ((1, 1 if strides == 2 else 2),) * self.dimensions
       h = layers.conv(h, features, f"conv_{level}", self.dtype, strides=strides, padding=padding, **options)
       if level:
