@@ -11,6 +11,7 @@ from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
+from ddpm_jax.data import Fields, Fit, Splits
 from ddpm_jax.models import Model
 from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
@@ -90,7 +91,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   """
   # Expand again, because arguments without a default must be set now.
   tree = trees.expand(tree.values, tree.folder)
-  data = Data(**tree.values["data"] | {"source": lambda fit: make(tree, "data.source", {type(fit): fit, "fit": fit})})
+  data = _data(tree)
   model = _model(tree, data) if model is None else model
   supplied = {Process: model.process}
   parts: dict[str, Any] = {
@@ -104,7 +105,6 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     # Call the rule once, because it checks its arguments only when it is called.
     with _named_errors(tree, "sampling.clip"):
       parts["sampling"].clip(denoise=lambda x_t, t: x_t)
-  model_parts = {Prediction: model.prediction, Model: model, losses.Apply: model.network.apply}
   # The scale at which guidance has no effect: 0 for rules that add a classifier's gradient, 1 for rules that combine
   # two estimates.
   outside = 0.0 if "log_prob" in tree.components["guidance"].signature else 1.0
@@ -115,12 +115,29 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     task=make(tree, "task"),
     data=data,
     model=model,
-    objective=make(tree, "objective", supplied | model_parts | {"time_input": model.time_input}),
+    objective=_objective(tree, model),
     sampler=sampler,
     times=_times(tree, model, sampler, parts["sampling"]),
     guidance=make(tree, "guidance", supplied | {"outside": outside}),
     **parts,
   )
+
+
+def _data(tree: Tree) -> Data:
+  """Build the section of the data, whose source is a function of a `data.Fit`."""
+  fields = Fields(**tree.values["data"]["fields"])
+  component = tree.components["data.source"]
+  if fields.chosen and not any(slots.is_supplied(one, [Fields]) for one in component.signature.values()):
+    flags = " and ".join(f"--config.data.fields.{item}=''" for item in fields.chosen)
+    raise ValueError(
+      f"Got config.data.fields={fields.chosen} with config.data.source={component.name}, which reads no fields; expected"
+      f" a source that does, such as data.folder. Set {flags}, or choose another source."
+    )
+
+  def source(fit: Fit) -> Splits:
+    return make(tree, "data.source", {Fit: fit, "fit": fit, Fields: fields})
+
+  return Data(**tree.values["data"] | {"source": source, "fields": fields})
 
 
 def _model(tree: Tree, data: Data) -> Model:
@@ -152,6 +169,23 @@ def _check_clip(model: Model, rule: Any) -> None:
       "Got config.sampling.clip=clip(high=1) for a model of latents; expected None, because latents do not have the range"
       " [-1, 1] of pixels. Set --config.sampling.clip=None."
     )
+
+
+def _objective(tree: Tree, model: Model) -> losses.Objective:
+  supplied: dict[Any, Any] = {
+    Process: model.process,
+    Prediction: model.prediction,
+    Model: model,
+    losses.Apply: model.network.apply,
+    "time_input": model.time_input,
+    # For a network that the objective trains, such as a discriminator of the data.
+    "dimensions": len(model.shape) - 1,
+    "conditions": {},
+  }
+  if any(slots.is_supplied(one, [losses.Autoencoder]) for one in tree.components["objective"].signature.values()):
+    with _named_errors(tree, "objective"):
+      supplied[losses.Autoencoder] = models.networks.autoencoder(model.network, model.shape)
+  return make(tree, "objective", supplied)
 
 
 def _sampler(tree: Tree, model: Model) -> Sampler:

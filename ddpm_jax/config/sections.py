@@ -30,7 +30,11 @@ MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = ROLES
 
 # The slots of keys that take a component.
 _SOURCE = Slot(
-  "a source of data (data.Splits)", (data.Splits,), "data", "folder(path='/images')", supplied=(data.Fit, "fit")
+  "a source of data (data.Splits)",
+  (data.Splits,),
+  "data",
+  "folder(path='/images')",
+  supplied=(data.Fit, "fit", data.Fields),
 )
 _PROCESS = slots.slot_of(processes.Process)
 _PREDICTION = slots.slot_of(predictions.Prediction, supplied=(processes.Process,))
@@ -55,7 +59,14 @@ _OBJECTIVE = Slot(
   (losses.Objective,),
   "losses",
   "denoising(weighting=min_snr(gamma=5))",
-  supplied=(losses.Apply, processes.Process, predictions.Prediction, models.Model, "time_input"),
+  supplied=(
+    losses.Apply,
+    losses.Autoencoder,
+    processes.Process,
+    predictions.Prediction,
+    models.Model,
+    "time_input",
+  ),
 )
 _SAMPLER = slots.slot_of(sampling.Sampler, supplied=(processes.Process,))
 _GRID = Slot(
@@ -128,10 +139,18 @@ def count(default: int, role: str = "") -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fields:
+  """Select the fields of a metadata.jsonl (see `data.Fields`) that become items of the data."""
+
+  classes: str = key("")  # the field with the class of an image; empty: the source decides
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
   """Select the data and configure the input pipeline."""
 
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
+  fields: data.Fields = section(Fields)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
   crop: int = key(0)  # the shorter side of the box to which images are cropped before resizing; 0: no crop

@@ -20,6 +20,7 @@ MODULES = {
   "data": "data.choices",
   "diffusers": "interop.diffusers",
   "editing": "editing",
+  "features": "interop.features",
   "grids": "sampling.grids",
   "guidance": "guidance",
   "losses": "losses",
@@ -71,6 +72,7 @@ class Slot(NamedTuple):
 
 
 # Slots for arguments by their types: an argument belongs to a slot if its type is, or includes, the slot's first kind.
+# Their own supplied arguments come before those of the component that has the argument.
 _SLOTS = (
   Slot("a process", (processes.Process,), "processes", "discrete(betas=cosine())"),
   Slot("a prediction", (predictions.Prediction,), "predictions", "V"),
@@ -80,6 +82,14 @@ _SLOTS = (
   Slot("a distribution of times", (losses.AdaptiveTimes,), "losses", "importance(size=10)"),
   Slot("a schedule", (schedules.Betas,), "schedules", "cosine(num_steps=1000)"),
   Slot("an operator", (editing.Operator,), "editing", "blur(std=2)", direct_parameter="x"),
+  Slot("a network of features", (losses.Features,), "features", "inception(weights='file.pth')"),
+  Slot(
+    "a network",
+    (losses.Network, models.Network),
+    "networks",
+    "PatchDiscriminator(channels=64)",
+    supplied=("dimensions", "conditions"),
+  ),
   Slot("a function of time", (guidance.Schedule,), "guidance", "interval(scale=3, low=0.3, high=5)"),
 )
 
@@ -90,7 +100,8 @@ def slot_of(annotation: Any, supplied: tuple[Any, ...] = ()) -> Slot | None:
   matches = [slot for slot in _SLOTS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
   if not matches:
     return None
-  return matches[0]._replace(kinds=tuple(slot.kinds[0] for slot in matches), supplied=supplied)
+  kinds = tuple(kind for slot in matches for kind in slot.kinds)
+  return matches[0]._replace(kinds=kinds, supplied=(*matches[0].supplied, *supplied))
 
 
 def import_module(name: str) -> types.ModuleType:

@@ -5,6 +5,7 @@ from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
+from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import PackedSource, pack, pack_items
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches, finish_batch
 from ddpm_jax.data.preparing import prepare
@@ -37,6 +38,7 @@ __all__ = [
   "Batches",
   "BrokenImage",
   "Check",
+  "Fields",
   "Fit",
   "FolderSource",
   "Inputs",

@@ -83,7 +83,7 @@ def read_codec(path: str | Path, *, posterior: str = "sample", dtype: str = "flo
     return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
   loader: Any = codecs.Loader(load, shapes)
-  return codecs.latent(networks.autoencoder(network), loader, posterior=posterior, tile=tile)
+  return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
 
 
 def _template(network: Autoencoder) -> PyTree:

@@ -1,7 +1,18 @@
 """Provide losses, distributions of training times, weightings, and training objectives."""
 
+from ddpm_jax.losses.adversarial import adaptive_weight, hinge_loss
+from ddpm_jax.losses.autoencoders import autoencoding
+from ddpm_jax.losses.codebook import CodebookState, init_codebook, perplexity, update_codebook
 from ddpm_jax.losses.cross_entropy import classification_loss
 from ddpm_jax.losses.objective import Apply, Context, Mean, Objective, TimeInput, classification, denoising
+from ddpm_jax.losses.reconstruction import (
+  Autoencoder,
+  Features,
+  Network,
+  perceptual_distance,
+  reconstruction_error,
+  straight_through,
+)
 from ddpm_jax.losses.squared_error import Evaluation, denoising_loss, evaluate
 from ddpm_jax.losses.times import (
   AdaptiveTimes,
@@ -34,14 +45,20 @@ from ddpm_jax.losses.weightings import (
 __all__ = [
   "AdaptiveTimes",
   "Apply",
+  "Autoencoder",
+  "CodebookState",
   "Context",
   "Evaluation",
+  "Features",
   "LossMoments",
   "Mean",
+  "Network",
   "Objective",
   "TimeDistribution",
   "TimeInput",
   "Weighting",
+  "adaptive_weight",
+  "autoencoding",
   "classification",
   "classification_loss",
   "decoder_bits",
@@ -49,9 +66,11 @@ __all__ = [
   "denoising_loss",
   "edm",
   "evaluate",
+  "hinge_loss",
   "hybrid_loss",
   "importance",
   "importance_times",
+  "init_codebook",
   "likelihood",
   "log_normal",
   "logit_normal",
@@ -61,13 +80,18 @@ __all__ = [
   "min_snr",
   "on_x0",
   "p2",
+  "perceptual_distance",
+  "perplexity",
   "prior_bits",
+  "reconstruction_error",
   "sigmoid",
   "simple",
   "snr",
   "snr_plus_one",
+  "straight_through",
   "truncated_snr",
   "uniform",
+  "update_codebook",
   "update_moments",
   "vlb_bits",
 ]

@@ -117,6 +117,9 @@ class Objective(NamedTuple):
       the model's new parameters, and `details` covers the entire batch in order. Default: the memory stays the same.
     summarize: `summarize(details) -> metrics`, a dict of scalars or `Mean`s over the entire batch. Default: no metrics.
     load: `load() -> frozen` reads frozen parameters, such as a teacher's. Default: None, no frozen parameters.
+    project: `project(params, memory) -> params` changes the model's parameters after every step that is not skipped,
+      such as a codebook or weights of a fixed norm. It sees the memory after `update`. The EMA follows one step behind:
+      it averages the parameters that the optimizer returns. Default: None, no change.
   """
 
   loss: Callable[[dict[str, PyTree], Context, Array, dict[str, PyTree]], tuple[Array, PyTree]]
@@ -125,6 +128,7 @@ class Objective(NamedTuple):
   update: Callable[[Array, PyTree, PyTree, PyTree], PyTree] = _update
   summarize: Callable[[PyTree], dict[str, Any]] = _summarize
   load: Callable[[], PyTree] | None = None
+  project: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 @check_types

@@ -16,6 +16,7 @@ from ddpm_jax.metrics.inception import check_colors, inception_space, resize_cle
 from ddpm_jax.metrics.kernel import KernelDistance, kernel_distance, mmd
 from ddpm_jax.metrics.moments import Gaussian, Moments, MomentSum, gaussian, merge, moments
 from ddpm_jax.metrics.neighbors import Neighborhoods, nearest, neighborhoods, precision_recall
+from ddpm_jax.metrics.pairs import psnr, ssim
 from ddpm_jax.metrics.statistics import Statistics, load_statistics, save_statistics
 from ddpm_jax.storage.sealed import digest
 
@@ -53,9 +54,11 @@ __all__ = [
   "neighborhoods",
   "pixel_space",
   "precision_recall",
+  "psnr",
   "resize_clean",
   "resize_tf1",
   "save_classifier",
   "save_statistics",
+  "ssim",
   "train_classifier",
 ]

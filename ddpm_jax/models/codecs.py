@@ -3,6 +3,7 @@
 x is the array to which a process adds noise.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import gaussian, randomness
+from ddpm_jax.losses import Autoencoder
 from ddpm_jax.models import tiles
 from ddpm_jax.names import choose
 
@@ -35,10 +37,11 @@ def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
 
 
-class Loader(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Loader:
   """Hold a function that reads frozen parameters, and a function that returns their shapes without reading them.
 
-  It is called like `load`.
+  A loader is called like `load`.
   """
 
   load: Callable[[], PyTree]
@@ -114,65 +117,46 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
   return x
 
 
-class Autoencoder(NamedTuple):
-  """Hold the functions of an autoencoder without its parameters.
-
-  Attributes:
-    encode: `encode(params, data)` returns moments [B, ..., 2C] (mean, then log variance), or with codes the vectors
-      [B, ..., C] before quantization.
-    decode: `decode(params, z) -> data` for z [B, ..., C].
-    downsampling: the ratio of the sides of data and z.
-    quantize: `quantize(params, z) -> (codes, vectors)` for an autoencoder with codes: the nearest entries of the
-      codebook, and their numbers int32 [B, ...]. None for a KL autoencoder.
-    lookup: `lookup(params, codes) -> vectors`. None for a KL autoencoder.
-    module: the module that the functions call, such as a `networks.Autoencoder`, for callers that read its options.
-  """
-
-  encode: Callable[[PyTree, Array], Array]
-  decode: Callable[[PyTree, Array], Array]
-  downsampling: int
-  quantize: Callable[[PyTree, Array], tuple[Array, Array]] | None = None
-  lookup: Callable[[PyTree, Array], Array] | None = None
-  module: Any = None
-
-
 def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
   """Return the codec of a frozen autoencoder (Rombach et al. 2022).
 
-  x is (z - shift) * scale, where z is drawn from the posterior, or is the code vector nearest to the encoder's output.
+  x is (z - shift) * scale. z is drawn from the posterior or, with a codebook, is the code vector nearest to the
+  encoder's output. `decode` replaces z by the nearest code vector before it decodes.
+
   The frozen parameters are a dict: "autoencoder" holds the parameters of the network, and "scale" and "shift" are
   arrays of the shape [C] or ().
 
   Args:
-    autoencoder: the functions of the autoencoder.
+    autoencoder: the functions of the autoencoder, such as `models.networks.autoencoder(network, data_shape)`.
     load: reads the frozen parameters (see `Loader`).
-    posterior: "sample" to draw z from the posterior, or "mode" for its mean. Has no effect with codes.
-    tile: the side of the tiles that encoding and decoding are computed in, in positions of x. Tiles overlap by a
-      quarter and are blended there, so that memory is bounded for large images. 0 for no tiles.
+    posterior: "sample" to draw z from the posterior, or "mode" for its mean. Has no effect with a codebook.
+    tile: the side of the tiles in which images are encoded and decoded, in positions of x. Tiles overlap by a quarter
+      and are blended there, so that large images need bounded memory. 0 for no tiles.
 
   Raises:
-    ValueError: if `posterior` is unknown, or `tile` is negative or below 8.
+    ValueError: if `posterior` is unknown, or `tile` is negative or below `tiles.MIN_SIDE`.
   """
   choose(posterior, ("sample", "mode"), "posterior")
   if tile and tile < tiles.MIN_SIDE:
     raise ValueError(f"Got tile={tile}; expected 0 for no tiles, or {tiles.MIN_SIDE} or more positions of x.")
-  factor, quantize, lookup = autoencoder.downsampling, autoencoder.quantize, autoencoder.lookup
-
-  def encode_tiles(params: PyTree, data: Array) -> Array:
-    encode = functools.partial(autoencoder.encode, params)
-    return tiles.apply(encode, data, tile * factor, 1 / factor) if tile else encode(data)
-
-  def decode_tiles(params: PyTree, z: Array) -> Array:
-    decode = functools.partial(autoencoder.decode, params)
-    return tiles.apply(decode, z, tile, factor) if tile else decode(z)
+  quantize = autoencoder.quantize
 
   def compress(frozen: PyTree, data: Array) -> Array:
-    encoded = encode_tiles(frozen["autoencoder"], data)
-    return encoded if quantize is None else quantize(frozen["autoencoder"], encoded)[0]
+    def encode(data: Array) -> Array:
+      return autoencoder.encode(params, data)
+
+    params = frozen["autoencoder"]
+    if tile:
+      small = jax.eval_shape(encode, jax.ShapeDtypeStruct(data.shape, data.dtype))
+      factor = data.shape[1] // small.shape[1]
+      encoded = tiles.apply(encode, data, tile * factor, factor)
+    else:
+      encoded = encode(data)
+    return encoded if quantize is None else quantize(params, encoded)[0]
 
   def expand(frozen: PyTree, keys: Array, compact: Array) -> Array:
-    if lookup is not None:
-      z = lookup(frozen["autoencoder"], compact)
+    if quantize is not None:
+      z = frozen["autoencoder"]["codebook"]["vectors"][compact]
     else:
       distribution = gaussian.from_moments(compact.astype(jnp.float32))
       is_random = posterior == "sample"
@@ -183,9 +167,11 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     return expand(frozen, keys, compress(frozen, data))
 
   def decode(frozen: PyTree, x: Array) -> Array:
-    z = x / frozen["scale"] + frozen["shift"]
-    if quantize is not None:
-      _, z = quantize(frozen["autoencoder"], z)
-    return decode_tiles(frozen["autoencoder"], z)
+    def decode(z: Array) -> Array:
+      return autoencoder.decode_output(params, autoencoder.decode_features(params, z))
+
+    params, z = frozen["autoencoder"], x / frozen["scale"] + frozen["shift"]
+    z = z if quantize is None else quantize(params, z)[1]
+    return tiles.apply(decode, z, tile) if tile else decode(z)
 
   return Codec(encode, decode, load, compress, expand, autoencoder.module)

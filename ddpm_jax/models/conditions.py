@@ -132,9 +132,9 @@ def low_resolution(
 ) -> Condition:
   """Return the condition of a small image for a model that enlarges it (SR3, Saharia et al. 2021).
 
-  The image is resized by interpolation to the sides of x, and noise is added (Ho et al. 2022, section 4.2). The noise hides the fine
-  detail of the interpolation more than the content of the small image. Training computes the small image from the data,
-  unless the batch contains the small image.
+  The image is resized by interpolation to the sides of x, and noise is added (Ho et al. 2022, section 4.2). The noise
+  hides the fine detail of the interpolation more than the content of the small image. Training computes the small image
+  from the data, unless the batch contains the small image.
 
   Args:
     name: the condition's name.

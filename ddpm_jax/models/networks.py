@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from ddpm_jax.models import codecs
+from ddpm_jax.losses import Autoencoder
 from ddpm_jax.models.conditions import Condition, check_given
 from ddpm_jax.names import hint
 
@@ -132,20 +132,6 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   return Network(init, apply, module)
 
 
-def autoencoder(module: Any) -> codecs.Autoencoder:
-  """Return the functions of a `networks.Autoencoder`, for `codecs.latent`."""
-
-  def method(name: str) -> Callable[..., Any]:
-    def apply(params, x):
-      return _with_kernels(module, train=True).apply({"params": params}, x, method=name)
-
-    return apply
-
-  has_codes = module.bottleneck == "vq"
-  quantize, lookup = (method("quantize"), method("lookup")) if has_codes else (None, None)
-  return codecs.Autoencoder(method("encode"), method("decode"), module.downsampling, quantize, lookup, module)
-
-
 def _with_kernels(module: Any, train: bool) -> Any:
   """Select the kernels of this package's networks for training or sampling on a CPU.
 
@@ -156,6 +142,37 @@ def _with_kernels(module: Any, train: bool) -> Any:
   # Samplers are loops. The other kernels compute gradients with respect to x slowly inside loops.
   kernels = "loop" if not train else "single_device" if jax.device_count() == 1 else "tuned"
   return module.clone(kernels=kernels)
+
+
+def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencoder:
+  """Return the parts of an autoencoder as pure functions.
+
+  Args:
+    network: the network of a Linen module with the methods `encode`, `decode_features`, `decode_output` and, if its
+      attribute `bottleneck` is "vq", `quantize`, such as `networks.Autoencoder`.
+    data_shape: the shape of one sample of data, for an objective with a discriminator.
+
+  Raises:
+    ValueError: if the network has no such module.
+  """
+  module = network.module
+  methods = ["encode", "decode_features", "decode_output"]
+  if getattr(module, "bottleneck", "") == "vq":
+    methods.append("quantize")
+  missing = [name for name in methods if not hasattr(module, name)]
+  if missing or not _is_class(type(module), "flax.linen"):
+    raise ValueError(
+      f"Got {'a network' if module is None else _name(type(module))} without {', '.join(missing or methods)} for an objective of"
+      " autoencoders; expected a module with these methods. Set --config.model.network=networks.Autoencoder."
+    )
+
+  def method(name: str) -> Callable[[PyTree, Array], Any]:
+    # These functions run in training and outside of loops, so gradients in loops do not matter.
+    return lambda params, x: _with_kernels(module, train=True).apply({"params": params}, x, method=name)
+
+  encode, decode_features, decode_output = map(method, methods[:3])
+  quantize = method("quantize") if "quantize" in methods else None
+  return Autoencoder(encode, decode_features, decode_output, quantize, tuple(data_shape), module)
 
 
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:

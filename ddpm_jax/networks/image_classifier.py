@@ -26,11 +26,18 @@ class ImageClassifier(nn.Module):
   features: int = 64
 
   @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, Array]:
-    """Return the features [B, features] and the logits [B, num_classes] of images [B, H, W, C] in [-1, 1]."""
+  def __call__(self, x: Array, maps: bool = False) -> tuple[Array, Array] | list[Array]:
+    """Return the features [B, features] and the logits [B, num_classes] of images [B, H, W, C] in [-1, 1].
+
+    With `maps`, return a list of the features of the three levels at all positions, arrays [B, h, w, D].
+    """
+    levels = []
     first_stride = 1 if min(x.shape[1:3]) < _MIN_DOWNSAMPLED_SIZE else 2
     for level, channels in enumerate((self.width, 2 * self.width, 2 * self.width)):
       x = nn.Conv(channels, (3, 3), strides=first_stride if level == 0 else 2, name=f"conv_{level}")(x)
       x = nn.silu(nn.GroupNorm(8, name=f"norm_{level}")(x))
+      levels.append(x)
+    if maps:
+      return levels
     features = nn.Dense(self.features, name="hidden")(jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1))
     return features, nn.Dense(self.num_classes, name="logits")(nn.silu(features))

@@ -6,7 +6,7 @@ max pooling in place of average pooling, and it has 1008 classes. Batch normaliz
 convolutions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -52,15 +52,20 @@ class Inception(nn.Module):
   taps: Sequence[str] = ("2048",)
 
   @nn.compact
-  def __call__(self, x: Array) -> dict[str, Array]:
-    """Return the features of images as a dict of arrays [B, D] by tap.
+  def __call__(self, x: Array, maps: int = 0) -> dict[str, Array] | list[Array]:
+    """Return the features of images as a dict of arrays [B, D] by tap, or at all positions.
 
     Args:
       x: the images [B, 299, 299, 3], already scaled by the caller: (value - 128) / 128 for values in [0, 255].
+      maps: if above 0, return a list of the features of the first `maps` stages (64, 192, 768 and 2048 channels) at all
+        positions, arrays [B, h, w, D]. The images may then have other sides.
 
     Raises:
       ValueError: if a tap is unknown, there are no taps, or the images have another shape.
     """
+    stages = ((self._first, "64"), (self._second, "192"), (self._sixth, "768"), (self._seventh, "2048"))
+    if maps:
+      return self._maps(x, [stage for stage, _ in stages][:maps])
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
@@ -69,7 +74,7 @@ class Inception(nn.Module):
       )
     outputs: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)
-    for stage, tap in ((self._first, "64"), (self._second, "192"), (self._sixth, "768"), (self._seventh, "2048")):
+    for stage, tap in stages:
       x = stage(x, outputs)
       outputs[tap] = jnp.mean(x, axis=(1, 2))
       if TAPS.index(tap) >= last:
@@ -81,6 +86,20 @@ class Inception(nn.Module):
         "fc_bias", nn.initializers.zeros, (CLASSES,), jnp.float32
       )
     return {tap: outputs[tap] for tap in self.taps}
+
+  def _maps(self, x: Array, stages: Sequence[Callable[[Array, dict[str, Array]], Array]]) -> list[Array]:
+    # The smallest sides whose features have at least one position after each stage.
+    smallest = (11, 27, 43, 75)[len(stages) - 1]
+    if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < smallest:
+      raise ValueError(
+        f"Got images of shape {x.shape} for the first {len(stages)} stages of the Inception network; expected [B, H, W, 3]"
+        f" with sides of at least {smallest}. Use fewer stages."
+      )
+    features = []
+    for stage in stages:
+      x = stage(x, {})
+      features.append(x)
+    return features
 
   def _first(self, x: Array, outputs: dict[str, Array]) -> Array:
     x = _conv(x, 32, (3, 3), "Conv2d_1a_3x3", stride=2)

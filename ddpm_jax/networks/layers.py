@@ -84,8 +84,9 @@ def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> 
   return module.param(name, init, tuple(shape), jnp.float32)
 
 
-# The names of parameters that training does not change.
-CONSTANTS = ("time_frequencies",)
+# The names of parameters that gradients and weight decay do not change: the last parts of their paths. The objective of
+# autoencoders replaces the vectors of a codebook by averages.
+CONSTANTS = ("time_frequencies", "codebook/vectors")
 
 
 def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
@@ -108,7 +109,12 @@ def trainable_mask(params: Any) -> Any:
   `params` are parameters or their updates, and the result has their structure. For an optax optimizer,
   `mask=networks.trainable_mask` excludes the constants from weight decay.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) not in CONSTANTS, params)
+
+  def is_trained(path, leaf):
+    names = "/" + "/".join(str(getattr(part, "key", "")) for part in path)
+    return not names.endswith(tuple(f"/{name}" for name in CONSTANTS))
+
+  return jax.tree_util.tree_map_with_path(is_trained, params)
 
 
 def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False, frequency_shift: float = 1.0) -> Array:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
+from ddpm_jax.runs import reading
 from ddpm_jax.storage import digests
 from ddpm_jax.storage.places import user_path
 
@@ -85,6 +86,6 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
   Without frozen parameters, the digest of the codec is empty.
   """
   leaves = [] if frozen is None else jax.tree.leaves(frozen["codec"]["autoencoder"])
-  fit = {"image_size": list(experiment.data.space), "channels": experiment.data.channels}
-  fit |= {"crop": experiment.data.crop, "resize": experiment.data.resize}
-  return {"codec": digests.compute(leaves), "flip": experiment.data.flip, **fit}
+  c = experiment.data
+  fit = data.fit_settings(reading.fit_of(experiment), c.fields) | {"size": list(c.shape)}
+  return {"codec": digests.compute(leaves), "flip": c.flip, **fit}

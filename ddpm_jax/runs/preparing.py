@@ -40,7 +40,7 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
   source, keys = tree.components["data.source"].value, tree.arguments("data.source")
   fit, check = reading.fit_of(experiment), reading.check_of(experiment)
   if not experiment.model.codec.is_latent:
-    data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)
+    data.prepare(source, keys, fit, output, fields=experiment.data.fields, broken=experiment.data.broken, check=check)
     return
   if output is None:
     raise ValueError("Got no --output; expected a new folder for the encoded images, such as --output=/data/latents.")
@@ -85,7 +85,8 @@ def _encoded(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yield the items of a source with `latent` in place of `image`."""
   codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
-  assert codec.compress is not None and codec.expand is not None
+  assert codec.compress is not None
+  assert codec.expand is not None
   compress, expand = codec.compress, codec.expand
   sharded, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
 

@@ -194,8 +194,15 @@ def train_step(
   skipped = optim.skip_counts(opt_state)
   if skipped is not None:
     metrics["skipped"], metrics["skipped_in_a_row"] = skipped
-    memory = jax.tree.map(lambda new, old: jnp.where(skipped[1] == 0, new, old), memory, state.memory)
+    memory = _choose(skipped[1] == 0, memory, state.memory)
+  if objective.project is not None:
+    projected = objective.project(params, memory)
+    params = projected if skipped is None else _choose(skipped[1] == 0, projected, params)
   return TrainState(state.step + 1, params, extra, memory, opt_state, state.key), metrics
+
+
+def _choose(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+  return jax.tree.map(lambda new, old: new if new is old else jnp.where(condition, new, old), new, old)
 
 
 def _check_memory(new: PyTree, old: PyTree) -> None:

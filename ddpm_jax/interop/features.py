@@ -1,0 +1,183 @@
+"""Read frozen networks whose features compare images, for the perceptual loss of autoencoders."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.interop import inception as inception_weights
+from ddpm_jax.interop import tensors
+from ddpm_jax.losses import Features
+from ddpm_jax.networks.image_classifier import ImageClassifier
+from ddpm_jax.networks.inception import Inception
+from ddpm_jax.networks.vgg import LEVELS, VGG16
+from ddpm_jax.storage import sealed
+from ddpm_jax.storage.places import user_path
+
+Array = jax.Array
+PyTree = Any
+
+__all__ = ["classifier", "inception", "vgg"]
+
+# The mean and the standard deviation of RGB values in [0, 1] that torchvision's networks expect.
+_TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The mean of BGR values in [0, 255] that networks of Caffe expect.
+_CAFFE = (103.939, 116.779, 123.68)
+
+
+def inception(
+  weights: Annotated[str, "place"] = "", sha256: str = inception_weights.PUBLISHED, levels: int = 3
+) -> Features:
+  """Return the features of the Inception network of FID.
+
+  The images are not resized. Images must have sides of at least 11, 27, 43 and 75 pixels for 1 to 4 levels.
+
+  Args:
+    weights: the file of weights, as for `interop.inception.load`.
+    sha256: the first digits of the SHA-256 of the file; "" accepts any file.
+    levels: the number of levels, with 64, 192, 768 and 2048 channels.
+
+  Raises:
+    ValueError: if the number of levels is not 1 to 4. `load` raises a ValueError if the file is missing or wrong.
+  """
+  _check_levels(levels, 4)
+  network = Inception()
+
+  def apply(frozen: PyTree, images: Array) -> list[Array]:
+    return cast("list[Array]", network.apply({"params": frozen}, _as_color(images) * (127.5 / 128) - 0.5 / 128, levels))
+
+  def load() -> PyTree:
+    params = inception_weights.load(_path(weights, "inception"), sha256_prefix=sha256).params
+    images = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
+    needed = jax.eval_shape(partial(network.init, maps=levels), jax.random.key(0), images)["params"]
+    return {name: params[name] for name in needed}
+
+  return Features(apply, load)
+
+
+def classifier(weights: Annotated[str, "place"] = "") -> Features:
+  """Return the features of the small classifier that scores of small images use.
+
+  Its images have the size and the channels of the data that it was trained on.
+
+  Args:
+    weights: the file of its weights, `classifier.safetensors` in the folder of an evaluated run.
+
+  Raises:
+    ValueError: when `load` is called, if the file is missing, damaged or no classifier.
+  """
+
+  def load() -> PyTree:
+    path = _path(weights, "classifier")
+    try:
+      arrays, _ = sealed.load_tensors(path)
+      names = [name.split("/") for name in arrays]
+      params = {layer: {} for layer, _ in names}  # type: dict[str, Any]
+      for (layer, leaf), array in zip(names, arrays.values(), strict=True):
+        params[layer][leaf] = array
+      return {name: params[name] for level in range(3) for name in (f"conv_{level}", f"norm_{level}")}
+    except (sealed.DamagedFileError, KeyError, ValueError) as error:
+      raise ValueError(
+        f"Cannot read {path} as a classifier of real images ({error}); expected classifier.safetensors of an evaluated run."
+        " Evaluate one with --config.evaluation.features=classifier."
+      ) from error
+
+  def apply(frozen: PyTree, images: Array) -> list[Array]:
+    channels = frozen["conv_0"]["kernel"].shape[2]
+    if images.shape[-1] != channels:
+      raise ValueError(
+        f"Got images with {images.shape[-1]} channel(s) for a classifier of images with {channels}; expected images like"
+        " those that it was trained on. Set other features."
+      )
+    return cast("list[Array]", ImageClassifier(1).apply({"params": frozen}, images, maps=True))
+
+  return Features(apply, load)
+
+
+def vgg(
+  weights: Annotated[str, "place"] = "", levels: int = 5, scale: Literal["torchvision", "caffe"] = "torchvision"
+) -> Features:
+  """Return the features of VGG16 after the last convolution of each level (Zhang et al. 2018).
+
+  Args:
+    weights: a file of weights (.safetensors, .pth or .pt) with torchvision's names, `features.N.weight` and
+      `features.N.bias`. The layers of its classifier are ignored.
+    levels: the number of levels, with 64, 128, 256, 512 and 512 channels.
+    scale: how the network expects images: "torchvision" for RGB in units of ImageNet's standard deviation, or "caffe"
+      for BGR in 0..255 less the mean.
+
+  Raises:
+    ValueError: if an argument is out of range. `load` raises a ValueError if the file is missing or wrong.
+  """
+  _check_levels(levels, len(LEVELS))
+  if scale not in ("torchvision", "caffe"):
+    raise ValueError(f"Got scale={scale!r} for features.vgg; expected 'torchvision' or 'caffe'.")
+  network = VGG16(levels)
+
+  def apply(frozen: PyTree, images: Array) -> list[Array]:
+    images = _as_color(images)
+    if scale == "torchvision":
+      mean, std = (jnp.asarray(numbers, jnp.float32)[None, None, None] for numbers in _TORCHVISION)
+      images = ((images + 1) / 2 - mean) / std
+    else:
+      images = (images[..., ::-1] + 1) * 127.5 - jnp.asarray(_CAFFE, jnp.float32)[None, None, None]
+    return cast("list[Array]", network.apply({"params": frozen}, images))
+
+  def load() -> PyTree:
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    template = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    names = _vgg_names(levels)
+    layout = tensors.Layout(
+      lambda path: f"{names[path.split('/')[0]]}.{tensors.leaf_name(path)}",
+      is_ignored=lambda name: name.rpartition(".")[0] not in names.values(),
+    )
+    return tensors.load(
+      tensors.TensorFile(_path(weights, "vgg"), "features.0.weight", "VGG16 network"), template, layout
+    )
+
+  return Features(apply, load)
+
+
+def _vgg_names(levels: int) -> dict[str, str]:
+  """Return torchvision's names of the convolutions by our names.
+
+  Torchvision counts each convolution, each ReLU and each pooling layer.
+  """
+  names, index = {}, 0
+  for level, widths in enumerate(LEVELS[:levels]):
+    for number in range(len(widths)):
+      names[f"conv_{level}_{number}"] = f"features.{index}"
+      index += 2
+    index += 1
+  return names
+
+
+def _check_levels(levels: int, maximum: int) -> None:
+  if not 1 <= levels <= maximum:
+    raise ValueError(f"Got levels={levels}; expected 1 to {maximum}.")
+
+
+def _path(weights: str, name: str) -> Path:
+  if not weights:
+    raise ValueError(
+      f"Got no weights for features.{name}; expected a file. Set --config.objective.perceptual.weights=<file>, or leave the"
+      " perceptual loss out with --config.objective.perceptual=None."
+    )
+  path = user_path(weights, "--config.objective.perceptual.weights=")
+  if not path.is_file():
+    raise ValueError(
+      f"Got the weights {weights} for features.{name}, a file that does not exist; expected an existing file. Set"
+      " --config.objective.perceptual.weights=<file>."
+    )
+  return path
+
+
+def _as_color(images: Array) -> Array:
+  if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    raise ValueError(
+      f"Got data of shape {images.shape[1:]} for features of images; expected [H, W, C] with 1 or 3 channels. Leave the"
+      " perceptual loss out with --config.objective.perceptual=None."
+    )
+  return images if images.shape[-1] == 3 else jnp.repeat(images, 3, axis=-1)

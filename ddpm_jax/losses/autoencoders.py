@@ -1,0 +1,253 @@
+"""Define the training objective of autoencoders."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax import gaussian, randomness
+from ddpm_jax.arguments import check_types
+from ddpm_jax.losses import adversarial, codebook
+from ddpm_jax.losses.objective import Context, Objective
+from ddpm_jax.losses.reconstruction import (
+  Autoencoder,
+  Features,
+  Network,
+  perceptual_distance,
+  reconstruction_error,
+  straight_through,
+  with_gradient,
+)
+
+Array = jax.Array
+PyTree = Any
+
+# The parameters of the decoder's last layer, for the adaptive weight.
+LAST_KERNEL = ("decoder", "conv_out", "kernel")
+# The details that are metrics, as means over the batch.
+_METRICS = ("reconstruction", "perceptual", "kl", "commitment", "generator", "discriminator", "adaptive_weight")
+
+
+@check_types
+def autoencoding(
+  autoencoder: Autoencoder,
+  *,
+  error: Literal["l1", "l2"] = "l1",
+  kl_weight: float = 1e-6,
+  commitment_weight: float = 0.25,
+  codebook_decay: float = 0.99,
+  codebook_restart: float = 0.03,
+  perceptual: Features | None = None,
+  perceptual_weight: float = 1.0,
+  discriminator: Network | None = None,
+  adversarial_weight: float = 0.5,
+  adversarial_start: int = 50_000,
+) -> Objective:
+  """Train an autoencoder to reconstruct data (Esser et al. 2021; Rombach et al. 2022, appendix G).
+
+  The loss of a sample is its `reconstruction_error`, plus `perceptual_weight` times its `perceptual_distance`, plus the
+  loss of the bottleneck:
+
+  - Without a codebook: `kl_weight` times the KL divergence between the posterior and a standard normal distribution,
+    summed over the latents and divided by the number of data values. Rombach et al. sum both errors instead, so the
+    ratio of the two terms is the same.
+  - With a codebook: `commitment_weight` times the mean squared distance between the encoder's vectors and their codes
+    (van den Oord et al. 2017, equation 3). The codebook itself is an average of these vectors (`update_codebook`). Its
+    vectors come from the memory, and `project` copies them into the parameters.
+
+  With a discriminator, the loss also has `adversarial_weight` times the adaptive weight times the generator's loss, and
+  the discriminator's hinge loss. The adaptive weight is the ratio of the norms of two gradients at the kernel of the
+  decoder's last layer: that of the first two terms, and that of the generator's loss (Esser et al. 2021, equation 7).
+  The weight itself receives no gradient. It comes from the gradients of the entire batch in the step before, so it does
+  not depend on how a batch is split. Before `adversarial_start` all adversarial terms are exactly 0 and the
+  discriminator does not change. In step `adversarial_start` only the discriminator learns, because the weight is still
+  0.
+
+  One step trains the autoencoder and the discriminator. Neither receives gradients of the other one's loss.
+
+  Args:
+    autoencoder: the autoencoder.
+    error: the error of reconstructions: "l1" or "l2".
+    kl_weight: the weight of the KL divergence.
+    commitment_weight: the weight of the commitment loss.
+    codebook_decay: the rate of the averages that form the codebook, in [0, 1).
+    codebook_restart: the share of the mean use below which a code is replaced; 0 replaces no codes.
+    perceptual: a frozen network; None for no perceptual loss.
+    perceptual_weight: the weight of the perceptual loss.
+    discriminator: the discriminator, such as `networks.PatchDiscriminator`; None for no adversarial loss.
+    adversarial_weight: the factor on the adaptive weight.
+    adversarial_start: the step at which the adversarial loss starts.
+
+  Raises:
+    ValueError: if a weight is negative, or a rate is out of its range.
+  """
+  _check_numbers(
+    kl_weight=kl_weight,
+    commitment_weight=commitment_weight,
+    codebook_restart=codebook_restart,
+    perceptual_weight=perceptual_weight,
+    adversarial_weight=adversarial_weight,
+    adversarial_start=adversarial_start,
+  )
+  if error not in ("l1", "l2") or not 0 <= codebook_decay < 1 or codebook_restart >= 1:
+    raise ValueError(
+      f"Got error={error!r}, codebook_decay={codebook_decay} and codebook_restart={codebook_restart}; expected 'l1' or 'l2',"
+      " and numbers of 0 or more and below 1."
+    )
+
+  def init(key: Array, params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree]:
+    extra: Any = ()
+    memory: dict[str, Any] = {}
+    if autoencoder.quantize is not None:
+      memory["codebook"] = codebook.init_codebook(params["codebook"]["vectors"])
+    if discriminator is not None:
+      x = jnp.zeros((1, *autoencoder.data_shape))
+      extra = {"discriminator": discriminator.init(key, x, jnp.zeros((1,)), {})}
+      memory["adaptive_weight"] = jnp.zeros((), jnp.float32)
+    return extra, memory or ()
+
+  def bottleneck(params: PyTree, x: Array, keys: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """Return the decoder's input, the loss of the bottleneck for each sample, and details."""
+    latents = autoencoder.encode(params, x)
+    if autoencoder.quantize is None:
+      posterior = gaussian.from_moments(latents)
+      kl = posterior.kl()
+      # `sample_noisy` of other objectives uses 0 and 1, and dropout 2.
+      return posterior.sample(randomness.fold_in(keys, 3)), kl_weight * kl / (x[0].size), {"kl": kl}
+    codes, vectors = jax.lax.stop_gradient(autoencoder.quantize(params, latents))
+    commitment = reconstruction_error(latents, vectors, "l2")
+    details = {"commitment": commitment, "latents": jax.lax.stop_gradient(latents), "codes": codes}
+    return straight_through(latents, vectors), commitment_weight * commitment, details
+
+  def errors(frozen: PyTree, x: Array, y: Array) -> tuple[Array, dict[str, Array]]:
+    """Return the loss of reconstructions for each sample, and its terms."""
+    total = reconstruction_error(x, y, error)
+    details = {"reconstruction": total}
+    if perceptual is not None:
+      original = jax.lax.stop_gradient(perceptual.apply(frozen, x))
+      details["perceptual"] = perceptual_distance(original, perceptual.apply(frozen, y))
+      total = total + perceptual_weight * details["perceptual"]
+    return total, details
+
+  def loss(trained: dict[str, PyTree], context: Context, keys: Array, batch: dict[str, PyTree]) -> tuple[Array, PyTree]:
+    params, x = trained["model"], batch["x"].astype(jnp.float32)
+    z, losses, details = bottleneck(params, x, keys)
+    h = autoencoder.decode_features(params, z)
+    y = autoencoder.decode_output(params, h)
+    if discriminator is None:
+      terms, more = errors(context.frozen, x, y)
+      return jnp.mean(terms + losses), details | more
+    value, gradients, more = _adversarial_loss(
+      autoencoder,
+      discriminator,
+      lambda y: errors(context.frozen, x, y),
+      jax.lax.stop_gradient((params, trained["extra"]["discriminator"])),
+      jax.lax.stop_gradient((x, h, y)),
+      adversarial_weight * context.memory["adaptive_weight"],
+      True if adversarial_start <= 0 else context.step >= adversarial_start,
+    )
+    value = with_gradient(value, (y, trained["extra"]["discriminator"]), gradients)
+    return value + jnp.mean(losses), details | more
+
+  def update(key: Array, memory: PyTree, params: PyTree, details: PyTree) -> PyTree:
+    new: dict[str, Any] = {}
+    if "codebook" in memory:
+      rates = {"decay": codebook_decay, "restart": codebook_restart}
+      new["codebook"] = codebook.update_codebook(key, memory["codebook"], details["latents"], details["codes"], **rates)
+    if "adaptive_weight" in memory:
+      gradients = [jnp.mean(details["last_layer"][name], axis=0) for name in ("reconstruction", "generator")]
+      new["adaptive_weight"] = adversarial.adaptive_weight(*gradients)
+    return new or memory
+
+  def summarize(details: PyTree) -> dict[str, Any]:
+    metrics = {name: jnp.mean(value) for name, value in details.items() if name in _METRICS}
+    if "codes" in details:
+      counts = codebook.count_codes(details["codes"])
+      metrics |= {"perplexity": codebook.perplexity(counts), "used_codes": jnp.sum(counts > 0).astype(jnp.float32)}
+    return metrics
+
+  return Objective(
+    loss,
+    init,
+    update=update,
+    summarize=summarize,
+    load=None if perceptual is None else perceptual.load,
+    project=_copy_codebook if autoencoder.quantize is not None else None,
+  )
+
+
+def _check_numbers(**numbers: float) -> None:
+  for name, number in numbers.items():
+    if not 0 <= number < float("inf"):
+      raise ValueError(f"Got {name}={number}; expected a finite number of 0 or more. Set --config.objective.{name}.")
+
+
+def _adversarial_loss(
+  autoencoder: Autoencoder,
+  discriminator: Network,
+  errors: Callable[[Array], tuple[Array, dict[str, Array]]],
+  params: tuple[PyTree, PyTree],
+  arrays: tuple[Array, Array, Array],
+  weight: Array,
+  started: Array | bool,
+) -> tuple[Array, tuple[Array, PyTree], dict[str, PyTree]]:
+  """Return the loss of reconstructions and of the discriminator, its gradients, and details.
+
+  The gradients are computed here once, for the loss and for the adaptive weight.
+
+  Args:
+    autoencoder: the autoencoder.
+    discriminator: the discriminator.
+    errors: `errors(y)` returns the loss of the reconstructions for each sample, and its terms.
+    params: the parameters of the autoencoder and of the discriminator.
+    arrays: the data, the features before the last layer, and the reconstructions.
+    weight: the weight of the generator's loss.
+    started: whether the adversarial loss has started.
+
+  Returns:
+    The loss, its gradients with respect to the reconstructions and to the discriminator's parameters, and details.
+  """
+  (model, critic), (x, h, y) = params, arrays
+
+  def mean_error(y):
+    losses, details = errors(y)
+    return jnp.mean(losses), (losses, details)
+
+  error_gradient, (losses, details) = jax.grad(mean_error, has_aux=True)(y)
+
+  def judge():
+    parts = adversarial.adversarial(discriminator, critic, x, y)
+    _, pull_back = jax.vjp(lambda kernel: autoencoder.decode_output(_with_last(model, kernel), h), _last(model))
+    gradients = {"reconstruction": error_gradient, "generator": parts.reconstruction_gradient}
+    return parts, {name: pull_back(gradient)[0] for name, gradient in gradients.items()}
+
+  def skip():
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(judge))
+
+  parts, last_layer = judge() if started is True else jax.lax.cond(started, judge, skip)
+  count = x.shape[0]
+  details |= {
+    "generator": parts.generator,
+    "discriminator": parts.discriminator,
+    "adaptive_weight": jnp.broadcast_to(weight, (count,)),
+    # The mean over the batch of these copies is the gradient of the batch, whatever its parts are.
+    "last_layer": jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), last_layer),
+  }
+  gradients = (error_gradient + weight * parts.reconstruction_gradient, parts.params_gradient)
+  return jnp.mean(losses + weight * parts.generator + parts.discriminator), gradients, details
+
+
+def _last(params: PyTree) -> Array:
+  for name in LAST_KERNEL:
+    params = params[name]
+  return params
+
+
+def _with_last(params: PyTree, kernel: Array, path: tuple[str, ...] = LAST_KERNEL) -> PyTree:
+  name, *others = path
+  return {**params, name: _with_last(params[name], kernel, tuple(others)) if others else kernel}
+
+
+def _copy_codebook(params: PyTree, memory: PyTree) -> PyTree:
+  return {**params, "codebook": {**params["codebook"], "vectors": memory["codebook"].vectors}}

@@ -1,0 +1,84 @@
+"""Train the codebook of a vector-quantized autoencoder by exponential moving averages.
+
+The codebook receives no gradient. Each vector is the average of the encoder's vectors that were closest to it (van den
+Oord et al. 2017, appendix A.1).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Added to counts (Laplace smoothing), so that no sum is divided by zero.
+_SMOOTHING = 1e-5
+
+
+class CodebookState(NamedTuple):
+  """Hold the averages that define a codebook of K vectors.
+
+  Attributes:
+    counts: the average number of vectors per batch that are closest to each code [K].
+    sums: the average sum of these vectors [K, C].
+    vectors: the codebook [K, C].
+  """
+
+  counts: Array
+  sums: Array
+  vectors: Array
+
+
+def init_codebook(vectors: Array) -> CodebookState:
+  """Return the state before training for initial vectors [K, C]."""
+  return CodebookState(jnp.zeros(vectors.shape[:1], jnp.float32), jnp.zeros(vectors.shape, jnp.float32), vectors)
+
+
+def update_codebook(
+  key: Array, state: CodebookState, z: Array, codes: Array, *, decay: float = 0.99, restart: float = 0.03
+) -> CodebookState:
+  """Update a codebook from the vectors of a batch.
+
+  Counts and sums are averages with the rate `decay`, and a code's vector is its sum divided by its count, with Laplace
+  smoothing (van den Oord et al. 2017, equations 6-8). A code whose count is below `restart` times the mean count is
+  dead. A random vector of the batch replaces it, with the mean count. Before training all counts are 0, so the first
+  batch sets the entire codebook.
+
+  Args:
+    key: the key that selects the replacements.
+    state: the averages so far.
+    z: the encoder's vectors [..., C].
+    codes: the codes [...] closest to them.
+    decay: the rate of the averages, in [0, 1).
+    restart: the share of the mean count below which a code is dead; 0 never replaces codes.
+  """
+  size, channels = state.vectors.shape
+  z, codes = z.astype(jnp.float32).reshape(-1, channels), codes.reshape(-1)
+  counts = jax.ops.segment_sum(jnp.ones(codes.shape, jnp.float32), codes, size)
+  sums = jax.ops.segment_sum(z, codes, size)
+  counts = decay * state.counts + (1 - decay) * counts
+  sums = decay * state.sums + (1 - decay) * sums
+  total = jnp.sum(counts)
+  # Without replacements, a code that was never used keeps its initial vector.
+  is_dead, was_used = counts < restart * total / size, counts > 0
+  rows = jax.random.randint(key, (size,), 0, z.shape[0])
+  counts = jnp.where(is_dead, total / size, counts)
+  sums = jnp.where(is_dead[:, None], (total / size) * z[rows], sums)
+  smoothed = (counts + _SMOOTHING) / (total + size * _SMOOTHING) * total
+  vectors = jnp.where((is_dead | was_used)[:, None], sums / smoothed[:, None], state.vectors)
+  return CodebookState(counts, sums, vectors)
+
+
+def count_codes(codes: Array) -> Array:
+  """Return how often each of the distinct codes occurs in `codes` [...], followed by zeros, an array [codes.size]."""
+  codes = codes.reshape(-1)
+  return jnp.unique(codes, return_counts=True, size=codes.size, fill_value=-1)[1].astype(jnp.float32)
+
+
+def perplexity(counts: Array) -> Array:
+  """Return the perplexity of codes, the exponential of the entropy of their frequencies, from their counts.
+
+  It is K if K codes are equally frequent, and 1 if all codes are equal.
+  """
+  frequencies = counts / jnp.sum(counts)
+  return jnp.exp(-jnp.sum(frequencies * jnp.log(jnp.where(frequencies > 0, frequencies, 1.0))))

@@ -1,0 +1,55 @@
+"""Define the convolutions of VGG16, for features that compare images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# The features of the convolutions of each level. Between levels, a maximum over 2x2 positions halves the sides.
+LEVELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(nn.Module):
+  """Apply the 13 convolutions of VGG16 (Simonyan and Zisserman 2015, configuration D).
+
+  Attributes:
+    levels: the number of levels to compute, from 1 to 5.
+  """
+
+  levels: int = 5
+
+  @nn.compact
+  def __call__(self, x: Array) -> list[Array]:
+    """Return the last features of each level after the ReLU, from [B, H, W, 64] to [B, H / 16, W / 16, 512].
+
+    Sides that are odd are rounded down.
+
+    Args:
+      x: the images [B, H, W, 3], in the scale of the network's weights.
+
+    Raises:
+      ValueError: if the number of levels is not 1 to 5, or the images have another shape or are too small.
+    """
+    if not 1 <= self.levels <= len(LEVELS):
+      raise ValueError(f"Got levels={self.levels} for VGG16; expected 1 to {len(LEVELS)}.")
+    if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < 2 ** (self.levels - 1):
+      raise ValueError(
+        f"Got images of shape {x.shape} for VGG16 with levels={self.levels}; expected [B, H, W, 3] with sides of at least"
+        f" {2 ** (self.levels - 1)}. Set fewer levels."
+      )
+    maps = []
+    for level, widths in enumerate(LEVELS[: self.levels]):
+      if level:
+        x = _halve(x)
+      for number, features in enumerate(widths):
+        x = nn.relu(nn.Conv(features, (3, 3), name=f"conv_{level}_{number}")(x))
+      maps.append(x)
+    return maps
+
+
+def _halve(x: Array) -> Array:
+  """Return the maximum over windows of 2x2 positions."""
+  batch, height, width, features = x.shape
+  x = x[:, : height // 2 * 2, : width // 2 * 2]
+  return jnp.max(x.reshape(batch, height // 2, 2, width // 2, 2, features), axis=(2, 4))
