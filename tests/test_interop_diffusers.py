@@ -398,7 +398,9 @@ BROKEN = {
   "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "which lacks .*, the config of the scheduler"),
   "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), r"Cannot read .*config\.json as JSON"),
   "another pipeline": (
-    lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "text_encoder": ["a", "b"]}'),
+    lambda f: (f / "model_index.json").write_text(
+      '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["a", "b"]}'
+    ),
     "a StableDiffusionPipeline with the parts text_encoder",
   ),
 }
