@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # An example of each of the library's named tuples, for error messages.
 _EXAMPLES = {
   "AdaptiveTimes": "losses.importance(process)",
+  "Fields": "data.Fields(classes='group')",
   "Fit": "data.Fit((32, 32), channels=3)",
   "Objective": "losses.denoising(apply, process, prediction)",
   "Prediction": "predictions.EPS",

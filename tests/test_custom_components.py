@@ -221,9 +221,14 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
 def test_an_image_condition_must_have_the_size_of_x(tmp_path):
   path = tmp_path / "mine.py"
   shutil.copy(user_components.__file__, path)
-  tree = configs.replace(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
-  with pytest.raises(ValueError, match=r"condition 'low', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"):
+  tree = configs.replace(tree_with(path, "codec"), "model.conditions.sketch", "image(shape=(8, 8, 1))")
+  with pytest.raises(
+    ValueError, match=r"condition 'sketch', an image of shape \(8, 8, 1\), for x of shape \(2, 2, 16\)"
+  ):
     configs.build(tree)
+  # The small image of a super-resolution model is resized to x.
+  tree = configs.replace(tree_with(path, "codec"), "model.conditions.low", "low_resolution(factor=2)")
+  assert configs.build(tree).model.conditions["low"].shape["image"].shape == (2, 2, 1)
 
 
 def test_errors_while_loading_frozen_parameters_give_one_message(tmp_path, unscored):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_jax import data
 from ddpm_jax.config import spec
-from ddpm_jax.runs import reading
+from ddpm_jax.runs import preparing, reading
 from ddpm_jax.storage import sealed
 from tests.conftest import ROOT
 from tests.pictures import random_pixels, truncate, write_builder, write_folder
@@ -41,9 +41,9 @@ def test_a_custom_builder_is_prepared_read_and_packed(tmp_path, capsys):
   write_builder(tmp_path / "own_squares.py", "OwnSquares")
   keys = {"name": "own_squares", "path": str(tmp_path / "tfds")}
   with pytest.raises(ValueError, match=r"'own_squares', which TFDS does not know.*data\.source\.module"):
-    reading.run_prepare(experiment("tfds", **keys), None)
+    preparing.run_prepare(experiment("tfds", **keys), None)
   own = experiment("tfds", **keys, module=str(tmp_path / "own_squares.py"))
-  reading.run_prepare(own, None)
+  preparing.run_prepare(own, None)
   printed = capsys.readouterr().out
   assert "train 7, test 2" in printed
   assert str(tmp_path / "tfds" / "own_squares") in printed
@@ -52,9 +52,9 @@ def test_a_custom_builder_is_prepared_read_and_packed(tmp_path, capsys):
   for index in range(7):
     np.testing.assert_array_equal(train[index]["image"], random_pixels(train[index]["classes"]))
   assert data.TfdsSource("own_squares", "train", (3, 3), 1, keys["path"])[0]["image"].shape == (3, 3, 1)
-  reading.run_prepare(own, None)
+  preparing.run_prepare(own, None)
   assert "prepared already" in capsys.readouterr().out
-  reading.run_prepare(own, tmp_path / "packed")
+  preparing.run_prepare(own, tmp_path / "packed")
   packed, _ = reading.read_sources(experiment("packed", path=str(tmp_path / "packed")))
   for index in range(7):
     np.testing.assert_array_equal(packed[index]["image"], random_pixels(packed[index]["classes"]))
@@ -197,7 +197,7 @@ def test_a_pack_has_the_images_of_its_folder(tmp_path, capsys):
   write_folder(tmp_path / "images" / "train", count=5)
   write_folder(tmp_path / "images" / "test", count=2)
   folder = experiment("folder", path=str(tmp_path / "images"))
-  reading.run_prepare(folder, tmp_path / "packed")
+  preparing.run_prepare(folder, tmp_path / "packed")
   assert "10 of 6x6x3 packed, 0 omitted" in capsys.readouterr().out
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "packed"]
   for expected, got in zip(
@@ -236,10 +236,10 @@ def test_broken_files_stop_packing_or_are_omitted(tmp_path, capsys):
     truncate(tmp_path / "images" / name)
   folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*cat/1\.jpg.*dog/0\.png"):
-    reading.run_prepare(folder, tmp_path / "packed")
+    preparing.run_prepare(folder, tmp_path / "packed")
   assert [path.name for path in tmp_path.iterdir()] == ["images"]
   capsys.readouterr()
-  reading.run_prepare(folder.replace(data__broken="skip"), tmp_path / "packed")
+  preparing.run_prepare(folder.replace(data__broken="skip"), tmp_path / "packed")
   printed = capsys.readouterr().out
   assert printed.count("cat/1.jpg") == printed.count("dog/0.png") == 1
   assert list(data.PackedSource(tmp_path / "packed").classes) == [0, 0, 1, 1]
@@ -247,7 +247,7 @@ def test_broken_files_stop_packing_or_are_omitted(tmp_path, capsys):
 
 def test_a_pack_of_another_shape_setting_or_version_is_an_error(tmp_path):
   write_folder(tmp_path / "images")
-  reading.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
+  preparing.run_prepare(experiment("folder", path=str(tmp_path / "images")), tmp_path / "packed")
   keys = {"source": "packed", "path": str(tmp_path / "packed"), "eval_split": ""}
   assert len(reading.read_data(experiment(**keys))[0]) == 6
   with pytest.raises(ValueError, match=r"\(6, 6, 3\).*expected \(8, 8, 3\)"):
@@ -302,13 +302,13 @@ def test_a_custom_data_set_is_packed(tmp_path, capsys):
 
 def test_wrong_requests_to_prepare_are_errors(tmp_path):
   with pytest.raises(ValueError, match="needs no preparation"):
-    reading.run_prepare(experiment("digits"), None)
+    preparing.run_prepare(experiment("digits"), None)
   folder = experiment("folder", path=str(tmp_path / "images"))
   with pytest.raises(ValueError, match="no --output"):
-    reading.run_prepare(folder, None)
+    preparing.run_prepare(folder, None)
   write_folder(tmp_path / "images")
   with pytest.raises(ValueError, match="nothing is overwritten"):
-    reading.run_prepare(folder, tmp_path / "images")
+    preparing.run_prepare(folder, tmp_path / "images")
 
 
 def test_preparing_data_needs_no_workdir(tmp_path):

@@ -24,6 +24,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 SECTIONS = {
   "": sections.Root,
   "data": sections.Data,
+  "data.fields": sections.Fields,
   "model": sections.Parts,
   "optimizer": sections.Optimizer,
   "ema": sections.Ema,
@@ -62,7 +63,11 @@ def keys():
     for one in sections.keys_of(kind):
       if one.section is None:
         table.append(
-          [f"`{section}.{one.name}`".replace("`.", "`"), f"`{format_default(one.default)}`", one.role or roles[section]]
+          [
+            f"`{section}.{one.name}`".replace("`.", "`"),
+            f"`{format_default(one.default)}`",
+            one.role or roles[section.partition(".")[0]],
+          ]
         )
   return table
 

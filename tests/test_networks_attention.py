@@ -53,12 +53,12 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, implem
 
     return jax.jit(compute)(*values), str(jax.make_jaxpr(compute)(*values))
 
-  expected, whole = with_derivatives()
+  expected, unsplit = with_derivatives()
   # A block has at most 7 of the queries.
   monkeypatch.setattr(attention, "_MAX_BATCH_BYTES", 4 * 2 * 2 * queries * 48 - 1)
   monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 2 * 7 * 48)
   results, blocks = with_derivatives()
-  assert ("scan" in whole, "scan" in blocks) == (False, True)
+  assert ("scan" in unsplit, "scan" in blocks) == (False, True)
   for result, value in zip(results, expected, strict=True):
     np.testing.assert_allclose(result, value, rtol=1e-5, atol=2e-6)
 

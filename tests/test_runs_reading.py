@@ -9,7 +9,7 @@ from PIL import Image
 from configs import folder
 from ddpm_jax import data, interop, metrics
 from ddpm_jax.config import spec
-from ddpm_jax.runs import reading, spaces
+from ddpm_jax.runs import preparing, reading, spaces
 from ddpm_jax.storage.places import user_path
 from tests.commands import DENSE, assert_refused, call
 from tests.pictures import truncate
@@ -53,7 +53,7 @@ def test_held_out_images_have_the_class_numbers_of_the_training_split(tmp_path, 
     # Pack each split alone, so that each pack has its own class numbers.
     for split in ("train", "test"):
       alone = experiment(tmp_path / "a" / split, eval_split="", train_split="")
-      reading.run_prepare(alone, tmp_path / "b" / split)
+      preparing.run_prepare(alone, tmp_path / "b" / split)
     loaded = experiment(tmp_path / "b", 3, "packed")
   train, held_out = reading.read_data(loaded)
   assert classes_of(train) == [0, 1, 1, 2]
@@ -89,7 +89,7 @@ def test_images_without_a_class_are_refused_by_a_model_with_classes(tmp_path, fo
 
 def test_a_pack_stores_images_without_a_class(tmp_path):
   write(tmp_path / "a", **{"cat": 1, ".": 1})
-  reading.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
+  preparing.run_prepare(experiment(tmp_path / "a"), tmp_path / "b")
   assert classes_of(reading.read_data(experiment(tmp_path / "b", 0, "packed", eval_split=""))[0]) == [data.NO_CLASS, 0]
   with pytest.raises(
     ValueError, match=r"Got 1 image\(s\) without a class for .*Prepare the data again.*conditions.classes=None"
@@ -268,7 +268,7 @@ def home(tmp_path, monkeypatch):
 def test_a_tilde_in_the_data_path_is_the_home(home, source):
   write(home / "a", cat=3)
   if source == "packed":
-    reading.run_prepare(experiment("~/a"), home / "packed" / "a")
+    preparing.run_prepare(experiment("~/a"), home / "packed" / "a")
     (home / "a").rename(home / "images")
     (home / "packed" / "a").rename(home / "a")
   if source == "arrays":

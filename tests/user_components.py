@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ddpm_jax import data, losses, models, sampling
+from ddpm_jax.networks import Autoencoder
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 
@@ -114,6 +115,24 @@ def patches(factor: int = 2) -> models.Codec:
     return x.reshape(b, h * factor, w * factor, c // factor**2) / frozen["gain"]
 
   return models.Codec(encode, decode, load=lambda: {"gain": np.float32(0.9)})
+
+
+def tiny_autoencoder(
+  data_shape: tuple[int, ...], seed: int = 0, posterior: str = "sample", bottleneck: str = "kl", tile: int = 0
+) -> models.Codec:
+  """Return the codec of a small autoencoder with random weights, which halves the sides."""
+  codes = {"num_codes": 8} if bottleneck == "vq" else {}
+  options = {"channels": 4, "multipliers": (1, 1), "blocks": 1, "groups": 2, "middle_attention": False}
+  module = Autoencoder(data_shape[-1], 2, bottleneck=bottleneck, **codes, **options)
+  functions = models.networks.autoencoder(models.networks.from_linen(module, {}), data_shape)
+
+  def init(key):
+    return module.init(key, jnp.zeros((1, *data_shape)))["params"]
+
+  def load():
+    return {"autoencoder": init(jax.random.key(seed)), "scale": np.float32([0.5, 2]), "shift": np.float32([0.1, -1])}
+
+  return models.codecs.latent(functions, load, posterior=posterior, tile=tile)
 
 
 def source(fit: data.Fit, count: int = 150) -> data.Splits:

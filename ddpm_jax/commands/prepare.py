@@ -2,7 +2,8 @@
 
 A TFDS data set is downloaded and converted. This needs TensorFlow: pip install 'ddpm_jax[prepare]'.
 With --output, the images of any source are decoded, resized and packed into a folder that is fast
-to read. Run this command once for each data set.
+to read. If the model has an autoencoder as its codec, the training images are also encoded, and
+training reads the result with --config.data.latents. Run this command once for each data set.
 """
 
 from ddpm_jax.commands import flags
@@ -11,12 +12,13 @@ from ddpm_jax.commands.parser import Group
 EXAMPLES = (
   "--mode=prepare --config=cifar10_vp",
   "--mode=prepare --config=folder --config.data.source.path=/data/photos --output=/data/packed",
+  "--mode=prepare --config=emoji_latent --config.data.source.path=/data/emoji --output=/data/latents",
 )
 
 
 FLAGS = (
   Group("config", (flags.CONFIG,)),
-  flags.output("The folder to create for packed images; without it, no images are packed."),
+  flags.output("The folder to create for packed or encoded images; without it, no images are packed."),
 )
 
 
@@ -26,6 +28,8 @@ def run(args: flags.Args) -> None:
 
   from ddpm_jax import config, runs
 
-  # Building a config runs small computations. Run them on the CPU, so that no accelerator is occupied.
-  jax.config.update("jax_platforms", "cpu")
-  runs.run_prepare(config.build(flags.read_recipe(args, flags.config_keys(args))), args.output)
+  tree = flags.read_recipe(args, flags.config_keys(args))
+  if tree.short_name("model.codec") == "pixels":
+    # Building a config runs small computations. Run them on the CPU, so that no accelerator is occupied.
+    jax.config.update("jax_platforms", "cpu")
+  runs.run_prepare(config.build(tree), args.output)

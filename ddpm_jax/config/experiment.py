@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax import losses, models, sampling
+from ddpm_jax import guidance, losses, models, sampling
 from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
+from ddpm_jax.data import Fields, Fit, Splits
 from ddpm_jax.models import Model
 from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
@@ -90,7 +91,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   """
   # Expand again, because arguments without a default must be set now.
   tree = trees.expand(tree.values, tree.folder)
-  data = Data(**tree.values["data"] | {"source": lambda fit: make(tree, "data.source", {type(fit): fit, "fit": fit})})
+  data = _data(tree)
   model = _model(tree, data) if model is None else model
   supplied = {Process: model.process}
   parts: dict[str, Any] = {
@@ -99,6 +100,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)
+  _check_clip(model, parts["sampling"].clip)
   if parts["sampling"].clip is not None:
     # Call the rule once, because it checks its arguments only when it is called.
     with _named_errors(tree, "sampling.clip"):
@@ -121,6 +123,23 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
   )
 
 
+def _data(tree: Tree) -> Data:
+  """Build the section of the data, whose source is a function of a `data.Fit`."""
+  fields = Fields(**tree.values["data"]["fields"])
+  component = tree.components["data.source"]
+  if fields.chosen and not any(slots.is_supplied(one, [Fields]) for one in component.signature.values()):
+    flags = " and ".join(f"--config.data.fields.{item}=''" for item in fields.chosen)
+    raise ValueError(
+      f"Got config.data.fields={fields.chosen} with config.data.source={component.name}, which reads no fields; expected"
+      f" a source that does, such as data.folder. Set {flags}, or choose another source."
+    )
+
+  def source(fit: Fit) -> Splits:
+    return make(tree, "data.source", {Fit: fit, "fit": fit, Fields: fields})
+
+  return Data(**tree.values["data"] | {"source": source, "fields": fields})
+
+
 def _model(tree: Tree, data: Data) -> Model:
   """Build a model from its parts, or from a component that returns a model."""
   if "model" in tree.components:
@@ -130,17 +149,26 @@ def _model(tree: Tree, data: Data) -> Model:
   process = make(tree, "model.process")
   prediction = make(tree, "model.prediction", {Process: process})
   codec = make(tree, "model.codec", {"data_shape": data.shape})
-  conditions = {
-    name: make(tree, f"model.conditions.{name}", {"data_shape": data.shape, "name": name})
-    for name in tree.at("model.conditions")
-  }
   with _named_errors(tree, "model.codec"):
     x_shape = codec.shape(data.shape)
+  conditions = {
+    name: make(tree, f"model.conditions.{name}", {"data_shape": data.shape, "x_shape": x_shape, "name": name})
+    for name in tree.at("model.conditions")
+  }
   channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
   network = make(tree, "model.network", models.networks.derived_arguments(conditions, x_shape, channels))
   with _named_errors(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)
+
+
+def _check_clip(model: Model, rule: Any) -> None:
+  """Raise a ValueError if estimates of latents are clipped to the range of pixels."""
+  if model.codec.is_latent and getattr(rule, "func", None) is guidance.clip and rule.keywords["high"] == 1:
+    raise ValueError(
+      "Got config.sampling.clip=clip(high=1) for a model of latents; expected None, because latents do not have the range"
+      " [-1, 1] of pixels. Set --config.sampling.clip=None."
+    )
 
 
 def _objective(tree: Tree, model: Model) -> losses.Objective:

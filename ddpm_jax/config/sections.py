@@ -30,13 +30,21 @@ MODEL, RUN, SAMPLING, FREE, SPEED, PLACE = ROLES
 
 # The slots of keys that take a component.
 _SOURCE = Slot(
-  "a source of data (data.Splits)", (data.Splits,), "data", "folder(path='/images')", supplied=(data.Fit, "fit")
+  "a source of data (data.Splits)",
+  (data.Splits,),
+  "data",
+  "folder(path='/images')",
+  supplied=(data.Fit, "fit", data.Fields),
 )
 _PROCESS = slots.slot_of(processes.Process)
 _PREDICTION = slots.slot_of(predictions.Prediction, supplied=(processes.Process,))
 _CODEC = Slot("a codec", (models.Codec,), "codecs", "pixels", supplied=("data_shape",))
 _CONDITIONS = Slot(
-  "a condition", (models.Condition,), "conditions", "classes(number=10, dropout=0.1)", supplied=("name", "data_shape")
+  "a condition",
+  (models.Condition,),
+  "conditions",
+  "classes(number=10, dropout=0.1)",
+  supplied=("name", "data_shape", "x_shape"),
 )
 _NETWORK = Slot(
   "a network",
@@ -92,7 +100,7 @@ _METHOD = Slot(
   (sampling.Sampler, predictions.Denoise),
   "editing",
   "repaint(resamples=10)",
-  supplied=("sampler", "denoise", "image", "keep", "operator", "measurement", processes.Process),
+  supplied=("sampler", "denoise", "image", "keep", "operator", "measurement", "encode", "decode", processes.Process),
   must_take=("image", "measurement"),
   is_deferred=True,
 )
@@ -131,13 +139,23 @@ def count(default: int, role: str = "") -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fields:
+  """Select the fields of a metadata.jsonl (see `data.Fields`) that become items of the data."""
+
+  classes: str = key("")  # the field with the class of an image; empty: the source decides
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
   """Select the data and configure the input pipeline."""
 
   source: Any = key("data.tfds(name='cifar10')", slot=_SOURCE)
+  fields: data.Fields = section(Fields)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
   crop: int = key(0)  # the shorter side of the box to which images are cropped before resizing; 0: no crop
+  # A folder that --mode=prepare has encoded with the model's codec. Training reads it instead of images.
+  latents: str = key("", PLACE)
   resize: str = key("bicubic")  # bicubic, box (as in down-sampled ImageNet) or adm
   flip: bool = key(True)
   # Training images to hold out for evaluation if the source has no evaluation split; -1: a tenth, at most 500.

@@ -15,7 +15,7 @@ from ddpm_jax.config.values import CALLABLE, MISSING, SEQUENCE, is_literal, memb
 
 # The modules that hold components: their names in configs and in the package.
 MODULES = {
-  "codecs": "models.codecs",
+  "codecs": "runs.codecs",
   "conditions": "models.conditions",
   "data": "data.choices",
   "diffusers": "interop.diffusers",

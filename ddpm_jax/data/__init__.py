@@ -5,12 +5,14 @@ from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
-from ddpm_jax.data.packing import PackedSource, pack
-from ddpm_jax.data.pipeline import Batches, WorkerDied, batches
+from ddpm_jax.data.metadata import Fields
+from ddpm_jax.data.packing import PackedSource, pack, pack_items
+from ddpm_jax.data.pipeline import Batches, WorkerDied, batches, finish_batch
 from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.readers import read_arrays, read_digits, read_mnist
 from ddpm_jax.data.sources import (
   A_TENTH,
+  LATENT,
   NO_CLASS,
   ArraySource,
   BrokenImage,
@@ -29,12 +31,14 @@ from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
 
 __all__ = [
   "A_TENTH",
+  "LATENT",
   "NO_CLASS",
   "RESIZES",
   "ArraySource",
   "Batches",
   "BrokenImage",
   "Check",
+  "Fields",
   "Fit",
   "FolderSource",
   "Inputs",
@@ -54,6 +58,7 @@ __all__ = [
   "classes_below",
   "complete_classes",
   "digits",
+  "finish_batch",
   "fit",
   "fit_settings",
   "folder",
@@ -62,6 +67,7 @@ __all__ = [
   "load",
   "mnist",
   "pack",
+  "pack_items",
   "packed",
   "prepare",
   "prepare_tfds",

@@ -1,7 +1,8 @@
 """Provide the data sets that a config can select.
 
 Each data set is a function that returns `Splits`. Its first argument `fit` describes the size, channels and resizing
-of the images. A function that does not use `fit` may omit this argument. The other arguments are keys of the config.
+of the images. An argument of type `Fields` receives `config.data.fields`. A function that does not use one of them may
+omit the argument. The other arguments are keys of the config.
 
 A user can write another data set, `def mine(fit: data.Fit, path: str) -> data.Splits`, and select it in a config as
 `my_file.py:mine(path='/data')`. A resumed run may use another value for an argument of type `Place`.
@@ -18,6 +19,7 @@ from ddpm_jax.arguments import check_types
 from ddpm_jax.data import readers
 from ddpm_jax.data.fitting import Fit, check_image_size
 from ddpm_jax.data.folders import FolderSource
+from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import PackedSource
 from ddpm_jax.data.sources import ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
@@ -25,6 +27,7 @@ from ddpm_jax.storage.places import user_path
 
 # The path of the data. It may change when a run resumes, if the data stay the same.
 Place = Annotated[str, "place"]
+_NO_FIELDS = Fields()
 # Names, in lower case, that suggest that a folder is a split rather than a class.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
@@ -86,8 +89,10 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
 
 
 @check_types
-def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test") -> Splits:
-  """Read image files from a folder, with one sub-folder per class.
+def folder(
+  fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test", fields: Fields = _NO_FIELDS
+) -> Splits:
+  """Read image files from a folder, with one sub-folder per class or with fields in a file metadata.jsonl.
 
   Args:
     fit: how to crop and resize the images to one size.
@@ -95,17 +100,28 @@ def folder(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
     train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
     eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
       folder exists, all images are used for training.
+    fields: the fields of metadata.jsonl to read. Each split has its own file. By default, the sub-folders are classes.
 
   Raises:
-    ValueError: if a folder is missing or contains no images, the splits share images, or it is ambiguous which folders
-      are splits and which are classes.
+    ValueError: if a folder is missing or contains no images, the splits share images, it is ambiguous which folders are
+      splits and which are classes, or a file metadata.jsonl is missing or wrong.
   """
   root = _resolve(path, "a folder of images", "<folder>")
-  return _read_splits(root, (train_split, eval_split), lambda folder, names: FolderSource(folder, *fit, names))
+  splits = _read_splits(
+    root,
+    (train_split, eval_split),
+    lambda folder, names: FolderSource(folder, *fit, names, fields),
+    has_class_folders=not fields.chosen,
+  )
+  if fields.classes and isinstance(splits.train, FolderSource):
+    _report_classes(splits.train)
+  return splits
 
 
 @check_types
-def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test") -> Splits:
+def packed(
+  fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test", fields: Fields = _NO_FIELDS
+) -> Splits:
   """Read packed images.
 
   They need no decoding. `pack` writes them.
@@ -116,16 +132,17 @@ def packed(fit: Fit, path: Place, train_split: str = "train", eval_split: str = 
     train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
     eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
       folder exists, `path` itself must be a pack.
+    fields: the fields of metadata.jsonl that the images were packed with. By default, any fields.
 
   Raises:
     ValueError: if a folder is missing or is no pack, the splits share images, or the images were packed with another
-      shape, crop or resize than `fit`.
+      shape, crop or resize than `fit`, or with other fields than `fields`.
   """
   root = _resolve(path, "a folder of packed images", "<folder>")
-  splits = _read_splits(root, (train_split, eval_split), PackedSource)
+  splits = _read_splits(root, (train_split, eval_split), PackedSource, has_class_folders=False)
   for source in splits:
     if isinstance(source, PackedSource):
-      _check_settings(source, fit)
+      _check_settings(source, fit, fields)
       _check_shape(source.shape, fit, "packed")
   return splits
 
@@ -167,9 +184,10 @@ def tfds(
   return Splits(train, held_out)
 
 
-def fit_settings(fit: Fit) -> dict[str, str | int]:
-  """Return the crop and resize that a pack records and `packed` checks."""
-  return {"crop": fit.crop, "resize": fit.resize}
+def fit_settings(fit: Fit, fields: Fields = _NO_FIELDS) -> dict[str, str | int]:
+  """Return the crop, the resize and the fields that a pack records and `packed` checks."""
+  names = {f"fields.{item}": field for item, field in fields.chosen.items()}
+  return {"crop": fit.crop, "resize": fit.resize, **names}
 
 
 def _resolve(path: str, expected: str = "", example: str = "") -> Path:
@@ -191,24 +209,26 @@ def _check_shape(shape: tuple[int, ...], fit: Fit, name: str) -> None:
     )
 
 
-def _check_settings(source: PackedSource, fit: Fit) -> None:
-  settings, expected = source.settings, fit_settings(fit)
-  if settings != expected:
-    flags = " and ".join(f"--config.data.{key}={settings[key]}" for key in expected if key in settings)
+def _check_settings(source: PackedSource, fit: Fit, fields: Fields) -> None:
+  settings, expected = source.settings, fit_settings(fit, fields)
+  # A config without fields accepts the fields of the pack.
+  if settings != {key: value for key, value in settings.items() if key.startswith("fields.")} | expected:
+    flags = " and ".join(f"--config.data.{key}={settings.get(key, '')}" for key in expected)
     raise ValueError(
       f"Got images packed with {settings}; expected {expected}. Set {flags}, or pack the images again with"
       " --mode=prepare."
     )
 
 
-def _read_splits(root: Path, names: tuple[str, str], make_source: MakeSource) -> Splits:
+def _read_splits(root: Path, names: tuple[str, str], make_source: MakeSource, *, has_class_folders: bool) -> Splits:
   train_split, eval_split = names
   splits = [split for split in names if split]
   _check_splits(splits)
   present = [split for split in splits if (root / split).is_dir()]
-  if not present or (len(present) == 1 and make_source is not PackedSource):
+  # A single folder with the name of a split may be a class.
+  if not present or (len(present) == 1 and has_class_folders):
     source = make_source(root, None)
-    if not isinstance(source, FolderSource) or _are_classes(root, source.class_names, splits, present):
+    if not has_class_folders or _are_classes(root, source.class_names or (), splits, present):
       return Splits(source)
   if present != splits or not train_split:
     missing = next((split for split in splits if split not in present), "train")
@@ -277,3 +297,9 @@ def _report_skipped(root: Path, splits: Sequence[str], max_names: int = 5) -> No
   if skipped:
     more = f" and {len(skipped) - max_names:,} more" if len(skipped) > max_names else ""
     tqdm.write(f"using only {' and '.join(splits)} of {root}; skipping {', '.join(skipped[:max_names])}{more}")
+
+
+def _report_classes(source: FolderSource, max_names: int = 20) -> None:
+  names = [f"{number} {name}" for number, name in enumerate(source.class_names[:max_names])]
+  more = f" and {len(source.class_names) - max_names:,} more" if len(source.class_names) > max_names else ""
+  tqdm.write(f"classes from the field {source.fields.classes!r}: {', '.join(names)}{more}")

@@ -65,7 +65,7 @@ def check_fit(image_size: Any, channels: int, crop: int, resize: str) -> Fit:
       " --config.data.source=arrays."
     )
   if crop < 0:
-    raise ValueError(f"Got data.crop={crop}; expected the shorter side of a centered box in pixels, or 0 for no crop.")
+    raise ValueError(f"Got data.crop={crop}; expected 0 for no crop, or a number of pixels above 0.")
   if resize not in RESIZES:
     raise ValueError(f"Got data.resize={resize!r}; expected one of {', '.join(RESIZES)}.")
   return Fit(check_image_size(image_size), channels, crop, resize)

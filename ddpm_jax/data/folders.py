@@ -11,11 +11,14 @@ from tqdm import tqdm
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.listing import count_skipped, walk
+from ddpm_jax.data.metadata import FILE, Fields, number_classes, read_fields
 from ddpm_jax.data.sources import NO_CLASS
+
+_NO_FIELDS = Fields()
 
 
 class FolderSource:
-  """Read images from a folder with one sub-folder per class.
+  """Read images from a folder with one sub-folder per class, or with a file metadata.jsonl.
 
   The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported,
   except EPS and PCD. Hidden files and folders, and files that are not images, are skipped, and one printed line counts
@@ -33,16 +36,20 @@ class FolderSource:
       box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
     classes: names of the classes in the order of their numbers; by default the sub-folders of `path` that
-      contain images, in alphabetical order.
+      contain images, in alphabetical order, or the sorted values of the field `fields.classes`.
+    fields: the fields of metadata.jsonl in `path` to read (see `metadata.read_fields`).
 
   Attributes:
     class_names: names of the classes, by number.
-    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`.
+    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`. If
+      `fields` chooses the classes, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if its value is null
+      or not in `class_names`.
+    fields: the argument `fields`.
 
   Raises:
-    ValueError: if the folder is missing, unreadable or contains no images, or an argument is out of range. When an
-      image is read: if its file cannot be decoded (a BrokenImage with the name of the file), or the image is smaller
-      than the crop.
+    ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, or
+      metadata.jsonl is missing or wrong. When an image is read: if its file cannot be decoded (a BrokenImage with the
+      name of the file), or the image is smaller than the crop.
   """
 
   def __init__(
@@ -53,22 +60,45 @@ class FolderSource:
     crop: int = 0,
     resize: str = "bicubic",
     classes: Sequence[str] | None = None,
+    fields: Fields = _NO_FIELDS,
   ):
     self._fit = check_fit(image_size, channels, crop, resize)
     self._root = os.fsencode(os.path.abspath(path))
-    folders = _find_images(self._root, str(path))
+    self.fields = fields
+    folders = _find_images(self._root, str(path), used=[FILE] if fields.chosen else [])
     # A million Path objects would take half a gigabyte. Store all names as one byte string, and an array of their ends.
     self._folders, self._names = list(folders), b"".join(folders.values())
     self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
     counts = np.array([names.count(b"\0") for names in folders.values()])
     self._last = np.cumsum(counts)
+    if fields.chosen:
+      self._read_metadata(classes)
+      return
     tops = [name.split(b"/")[0] for name in self._folders]
     self.class_names = [os.fsdecode(top) for top in sorted(set(tops) - {b""})] if classes is None else list(classes)
     numbers = {os.fsencode(name): number for number, name in enumerate(self.class_names)}
     self.classes = np.repeat(np.array([numbers.get(top, NO_CLASS) for top in tops], np.int32), counts)
 
+  def _read_metadata(self, classes: Sequence[str] | None) -> None:
+    names = self._names.split(b"\0")
+    starts = [0, *self._last[:-1]]
+    numbers = {
+      os.path.join(folder, names[number]): number
+      for folder, start, end in zip(self._folders, starts, self._last, strict=True)
+      for number in range(start, end)
+    }
+    field = self.fields.classes
+    values = read_fields(self._root, numbers, list(self.fields.chosen.values()))
+    where = os.fsdecode(os.path.join(self._root, os.fsencode(FILE)))
+    self.class_names, self.classes = number_classes(values[field], field, where, classes)
+
   def __len__(self) -> int:
     return len(self._ends)
+
+  @property
+  def has_metadata(self) -> bool:
+    """Return whether the folder has a metadata.jsonl."""
+    return os.path.isfile(os.path.join(self._root, os.fsencode(FILE)))
 
   def file(self, index: int) -> str:
     """Return the path of the image with this index."""
@@ -85,7 +115,7 @@ class FolderSource:
       raise ValueError(f"{path}: {error}") from error
 
 
-def _find_images(root: bytes, path: str) -> dict[bytes, bytes]:
+def _find_images(root: bytes, path: str, used: Sequence[str]) -> dict[bytes, bytes]:
   """Return the names of the images in each folder under `root`, and report skipped files."""
   if not os.path.isdir(root):
     problem = "is a file" if os.path.exists(root) else "does not exist"
@@ -94,7 +124,7 @@ def _find_images(root: bytes, path: str) -> dict[bytes, bytes]:
       " it is an archive, unpack it first. For an .npz file of images, set --config.data.source=arrays."
     )
   folders = walk(root)
-  skipped = count_skipped(folders.values())
+  skipped = count_skipped(folders.values(), used)
   names = {name: folder.names for name, folder in folders.items() if folder.names}
   if not names:
     raise ValueError(

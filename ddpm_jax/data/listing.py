@@ -103,14 +103,19 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
   return folders
 
 
-def count_skipped(folders: Iterable[Folder]) -> str:
-  """Return the number of skipped files by kind, such as "12 .txt, 1 without extension", or an empty string."""
-  counts: Counter[str] = Counter()
+def count_skipped(folders: Iterable[Folder], used: Iterable[str] = ()) -> str:
+  """Return the number of skipped files by kind, such as "12 .txt, 1 without extension", or an empty string.
+
+  Args:
+    folders: the folders.
+    used: names of files other than images that are used, and not counted.
+  """
+  counts = Counter({os.path.splitext(name)[1]: -1 for name in used})
   for folder in folders:
     for part in folder.skipped.split(b"\0")[:-1]:
       count, kind = part.decode(errors="replace").split(" ", 1)
       counts[kind] += int(count)
-  by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+  by_count = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))
   texts = [f"{count:,} {kind}" for kind, count in by_count[:5]]
   remaining = sum(count for _, count in by_count[5:])
   return ", ".join([*texts, f"{remaining:,} others"] if remaining else texts)

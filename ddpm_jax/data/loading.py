@@ -82,9 +82,7 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
     if len(missing):
       example, expected = "", "a class for each image. Prepare the data again"
       if isinstance(source, FolderSource):
-        names = f": {', '.join(source.class_names[:10])}" if source.class_names else ""
-        example = f", such as {source.file(missing[0])},"
-        expected = f"each image in the folder of its class{names}. Move or remove them"
+        example, expected = f", such as {source.file(missing[0])},", _class_rule(source)
       elif isinstance(source, ArraySource):
         expected = "an array 'labels' in the file. Add it"
       raise ValueError(
@@ -98,6 +96,19 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
       )
 
   return check
+
+
+def _class_rule(source: FolderSource) -> str:
+  """Return what gives an image of a folder its class, for error messages."""
+  names = f": {', '.join(source.class_names[:10])}" if source.class_names else ""
+  field = source.fields.classes
+  if field:
+    return (
+      f"a line in metadata.jsonl for each image, whose field {field!r} is a class of the training split{names}. Correct"
+      " the lines, or remove the images"
+    )
+  other = ". To take the classes from metadata.jsonl, set --config.data.fields.classes" if source.has_metadata else ""
+  return f"each image in the folder of its class{names}. Move or remove them{other}"
 
 
 def _removal_flag(key: str) -> str:

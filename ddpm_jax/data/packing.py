@@ -4,7 +4,7 @@ A record holds the raw pixels of an image and the other arrays of its item.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.sources import (
+  LATENT,
   NO_CLASS,
   Batch,
   BrokenImage,
@@ -144,9 +145,6 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     ValueError: if the items differ in names, types or shapes; if images cannot be decoded and `broken` is "stop"; or if
       no image can be decoded. Errors about broken images come after all images are read, and name up to ten of them.
   """
-  path.mkdir(parents=True, exist_ok=True)
-  classes: list[int] = []
-  errors: list[BrokenImage] = []
 
   def load(index: int) -> dict[str, Any] | BrokenImage:
     try:
@@ -154,37 +152,66 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
     except BrokenImage as error:
       return error
 
-  with (
-    _Shards(path) as shards,
-    ThreadPoolExecutor() as pool,
-    tqdm(total=len(source), desc="packing", unit=" images") as bar,
-  ):
-    for first in range(0, len(source), _CHUNK):
-      indices = range(first, min(first + _CHUNK, len(source)))
-      for item in pool.map(load, indices):
-        if isinstance(item, BrokenImage):
-          errors.append(item)
-        # After a broken image, continue reading only to find all broken images.
-        elif not errors or broken != "stop":
-          shards.write({name: to_array(name, value) for name, value in item.items() if name != "classes"})
-          classes.append(int(item.get("classes", NO_CLASS)))
-      bar.update(len(indices))
+  def items() -> Iterator[dict[str, Any] | BrokenImage]:
+    with ThreadPoolExecutor() as pool:
+      for first in range(0, len(source), _CHUNK):
+        yield from pool.map(load, range(first, min(first + _CHUNK, len(source))))
+
+  return pack_items(items(), len(source), path, settings, broken, getattr(source, "class_names", None))
+
+
+def pack_items(
+  items: Iterable[dict[str, Any] | BrokenImage],
+  total: int,
+  path: Path,
+  settings: dict[str, Any],
+  broken: str = "stop",
+  class_names: Sequence[str] | None = None,
+) -> tuple[int, list[str]]:
+  """Write items into a new folder, in order.
+
+  Args:
+    items: the items, or an error in place of an item that cannot be decoded.
+    total: the number of items.
+    path: see `pack`.
+    settings: values to store with the items.
+    broken: see `pack`.
+    class_names: names of the classes by number; None for no names.
+
+  Returns:
+    See `pack`.
+
+  Raises:
+    ValueError: see `pack`.
+  """
+  path.mkdir(parents=True, exist_ok=True)
+  classes: list[int] = []
+  errors: list[BrokenImage] = []
+  with _Shards(path) as shards:
+    for item in tqdm(items, total=total, desc="packing", unit=" images"):
+      if isinstance(item, BrokenImage):
+        errors.append(item)
+      # After a broken image, continue reading only to find all broken images.
+      elif not errors or broken != "stop":
+        shards.write({name: to_array(name, value) for name, value in item.items() if name != "classes"})
+        classes.append(int(item.get("classes", NO_CLASS)))
   if errors and (broken == "stop" or not classes):
-    raise broken_error(errors, len(source))
+    raise broken_error(errors, total)
   names = [error.name for error in errors]
   if names:
-    report_broken(errors, len(source), "omitted")
+    report_broken(errors, total, "omitted")
   packed_classes = np.array(classes, np.int32)
   with files.atomic_file(path / _CLASSES) as temporary:
     np.save(temporary, packed_classes)
+  record = shards.record
   index = {
     "version": _VERSION,
     "count": len(classes),
-    "shape": shards.record["image"].shape,
-    "arrays": [[name, shards.record[name].base.str, shards.record[name].shape] for name in shards.record.names or ()],
+    "shape": record["image" if "image" in (record.names or ()) else LATENT].shape,
+    "arrays": [[name, record[name].base.str, record[name].shape] for name in record.names or ()],
     "shards": shards.counts,
     "classes_sha256": sealed.digest(packed_classes),
-    "class_names": getattr(source, "class_names", None),
+    "class_names": class_names,
     "settings": settings,
     "left_out": names,
   }

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ddpm_jax.data.sources import Batch, BrokenImage, SkipBroken, Source, read
+from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.storage.images import as_floats
 
 # Seconds between checks that the worker processes are alive while waiting for a batch.
@@ -217,7 +217,7 @@ def batches(
   Returns:
     `Batches` that yields what `put` returns. The argument of `put` is a dict from name to array: `image` is float32
     [b, H, W, C] in [-1, 1], and the other arrays [b, ...] have the types that `read` returns, such as `classes` int32
-    [b].
+    [b]. A latent data set has `latent` [b, ...] in place of `image`.
 
   Raises:
     ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range.
@@ -240,10 +240,9 @@ def batches(
       batch, errors = source.read(indices[own_rows])
     else:
       batch = read(source, indices[own_rows])
-    if flip:
-      # Sample flips for the entire batch, so that the flip of a row does not depend on the process that reads it.
-      batch = _mirror(batch, (rng.random(batch_size) < 0.5)[own_rows])
-    return batch | {"image": as_floats(batch["image"])}, [error.args for error in errors], os.getpid()
+    # Sample flips for the entire batch, so that the flip of a row does not depend on the process that reads it.
+    flips = (rng.random(batch_size) < 0.5)[own_rows] if flip else None
+    return finish_batch(batch, flips), [error.args for error in errors], os.getpid()
 
   dataset = (
     grain.MapDataset.range(len(source))
@@ -269,6 +268,32 @@ def batches(
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
   return Batches(start, source, position, put)
+
+
+def finish_batch(batch: Batch, flips: np.ndarray | None = None) -> Batch:
+  """Turn items of a source into a training batch.
+
+  Images are mirrored where `flips` is true, and become floats in [-1, 1]. Of the items of a latent data set, the
+  encoding of the image or of the mirrored image is kept.
+
+  Args:
+    batch: arrays [b, ...] that `read` returned.
+    flips: booleans [b]; None for no flips.
+
+  Raises:
+    ValueError: if an encoded image is not finite.
+  """
+  if LATENT not in batch:
+    batch = batch if flips is None else _mirror(batch, flips)
+    return batch | {"image": as_floats(batch["image"])}
+  encoded = batch[LATENT]
+  chosen = encoded[np.arange(len(encoded)), 0 if flips is None else flips.astype(int)]
+  if not np.isfinite(chosen).all():
+    raise ValueError(
+      "Got latents with NaN or infinite values from config.data.latents; expected finite values. The folder is damaged:"
+      " copy it again, or encode the data again with --mode=prepare."
+    )
+  return batch | {LATENT: chosen}
 
 
 def _mirror(batch: Batch, flips: np.ndarray) -> Batch:

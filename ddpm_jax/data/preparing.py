@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ddpm_jax.data.choices import Splits, arrays, digits, fit_settings, mnist, packed, tfds
 from ddpm_jax.data.fitting import Fit
 from ddpm_jax.data.loading import Check, check_split_classes
+from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import pack
 from ddpm_jax.data.tfds_records import prepare_tfds
 from ddpm_jax.storage import files
@@ -17,6 +18,7 @@ from ddpm_jax.storage.places import user_path
 
 # Packing would not make these any faster to read.
 _NO_PREPARATION = (digits, mnist, arrays, packed)
+_NO_FIELDS = Fields()
 
 
 def prepare(
@@ -25,6 +27,7 @@ def prepare(
   fit: Fit,
   output: Path | None,
   *,
+  fields: Fields = _NO_FIELDS,
   broken: str = "stop",
   check: Check | None = None,
 ) -> None:
@@ -34,9 +37,10 @@ def prepare(
 
   Args:
     source: the function of the data set: `data.tfds`, `data.folder` or a user's function.
-    keys: the arguments of `source` other than `fit`, such as {"path": "photos"}.
+    keys: the arguments of `source` other than `fit` and `fields`, such as {"path": "photos"}.
     fit: how to crop and resize the images.
     output: a new folder for the packed images. None packs nothing, and is allowed only for TFDS.
+    fields: the fields of metadata.jsonl to read, for a source that takes them.
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
     check: a check of the classes, such as `data.classes_below(10)`; None for no check.
 
@@ -45,10 +49,11 @@ def prepare(
       than TFDS, or `output` is a folder that is not empty.
   """
   signature = inspect.signature(source)
-  is_fit = (Fit, "Fit", "data.Fit")
-  takes_fit = [name for name, one in signature.parameters.items() if name == "fit" or one.annotation in is_fit]
+  is_fit, is_fields = (Fit, "Fit", "data.Fit"), (Fields, "Fields", "data.Fields")
+  supplied: dict[str, Any] = {name: fields for name, one in signature.parameters.items() if one.annotation in is_fields}
+  supplied |= {name: fit for name, one in signature.parameters.items() if name == "fit" or one.annotation in is_fit}
   try:
-    call = signature.bind(**dict.fromkeys(takes_fit, fit), **keys)
+    call = signature.bind(**supplied, **keys)
   except TypeError as error:
     raise ValueError(
       f"Got {dict(keys)} as the arguments of data.source={source.__name__}: {error}. Set --config.data.source.<key>."
@@ -77,7 +82,7 @@ def prepare(
     names = [str(arguments.get("train_split", "train")), str(arguments.get("eval_split", "test"))]
     splits_by_name = {"": train} if held_out is None else dict(zip(names, (train, held_out), strict=True))
     for name, images in splits_by_name.items():
-      count, omitted = pack(images, temporary / name, fit_settings(fit), broken)
+      count, omitted = pack(images, temporary / name, fit_settings(fit, fields), broken)
       size = "x".join(map(str, fit.shape))
       tqdm.write(f"{name or 'images'}: {count:,} of {size} packed, {len(omitted):,} omitted as broken")
   tqdm.write(f"packed       {output}\nto use them  --config.data.source=packed --config.data.source.path={output}")

@@ -6,6 +6,8 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 - `classes`, an integer, if the images have classes,
 - other arrays or numbers, such as `vector`, for conditions or objectives.
 
+An item of a latent data set has `latent`, the encoded image, in place of `image`.
+
 All items of a source have the same names, and arrays of the same name have the same shape.
 
 A source that can read many items at once also has a method `__getitems__(indices)`, which must return a dict of
@@ -25,6 +27,8 @@ from ddpm_jax.storage.images import as_uint8
 Batch = dict[str, np.ndarray]
 # The value of `classes` for an image without a class.
 NO_CLASS = -1
+# The name of an item's encoded image, [F, ...]: of the image alone (F = 1), or also of the mirrored image (F = 2).
+LATENT = "latent"
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
 _MAX_TENTH = 500

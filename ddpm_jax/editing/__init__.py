@@ -1,11 +1,11 @@
 """Edit images with a trained diffusion model and no further training.
 
 The package covers inpainting, restoration from measurements, image-to-image sampling and inversion. `replace`,
-`repaint` and `dps` wrap a `Sampler`. `posterior` wraps `denoise`. `img2img`, `invert` and `interpolate` run
-`sampling.sample` on images. Data are in [-1, 1].
+`repaint` and `dps` wrap a `Sampler`. `posterior` and `replace_decoded` wrap `denoise`. `img2img`, `invert` and
+`interpolate` run `sampling.sample` on images. Data are in [-1, 1].
 """
 
-from ddpm_jax.editing.inpainting import repaint, replace
+from ddpm_jax.editing.inpainting import repaint, replace, replace_decoded, shrink_mask
 from ddpm_jax.editing.latents import img2img, interpolate, invert, slerp
 from ddpm_jax.editing.operators import Operator, blur, downsample, gray, mask_operator
 from ddpm_jax.editing.posterior import dps, posterior
@@ -23,5 +23,7 @@ __all__ = [
   "posterior",
   "repaint",
   "replace",
+  "replace_decoded",
+  "shrink_mask",
   "slerp",
 ]

@@ -5,6 +5,8 @@ step draws this noise without regard to the unknown pixels. `editing.posterior` 
 accurate, but it needs derivatives of the network.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,13 @@ import numpy as np
 from ddpm_jax import randomness
 from ddpm_jax.arguments import check_types
 from ddpm_jax.editing.operators import can_broadcast, check_boolean
+from ddpm_jax.predictions import Denoise
 from ddpm_jax.processes import Process, check_floats
 from ddpm_jax.sampling import Sampler
 from ddpm_jax.sampling.core import safe_sqrt, with_many_steps
+
+# Maps images to x, or x to images.
+Transform = Callable[[jax.Array], jax.Array]
 
 
 @check_types
@@ -144,3 +150,43 @@ def _check_image(image, keep) -> None:
       f"Got an image of shape {np.shape(image)} and a mask of shape {np.shape(keep)}; expected shapes that broadcast,"
       " such as images [B, H, W, C] and a mask [H, W, 1]."
     ) from error
+
+
+@check_types
+def replace_decoded(denoise: Denoise, image, keep, encode: Transform, decode: Transform) -> Denoise:
+  """Replace the known pixels of each decoded estimate, for inpainting with a model of latents.
+
+  The estimate of x_0 is decoded, its known pixels are replaced, and the result is encoded again. Known pixels then
+  guide the unknown pixels in every step, and the mask is as fine as the image. Each estimate costs one call of the
+  decoder and one of the encoder. In contrast, `replace` and `repaint` need a mask at the resolution of x.
+
+  Args:
+    denoise: estimates x_0 for a model of latents.
+    image: an image with known pixels [B, H, W, C]. Unknown pixels may have any value, even NaN.
+    keep: booleans that broadcast to the image. True marks a known pixel.
+    encode: maps images to x. It must not draw new random numbers in each call.
+    decode: maps x to images.
+
+  Raises:
+    ValueError: if `image` does not hold floats, `keep` does not hold booleans, or the two shapes do not broadcast to a
+      common shape.
+  """
+  _check_image(image, keep)
+
+  def replaced(x_t, t):
+    decoded = decode(denoise(x_t, t))
+    return encode(jnp.where(keep, image, decoded)).astype(x_t.dtype)
+
+  return replaced
+
+
+def shrink_mask(keep, shape: tuple[int, ...]):
+  """Return the mask of the positions of x whose pixels are all known.
+
+  Args:
+    keep: booleans [B, H, W, 1] at the resolution of the image.
+    shape: the shape [h, w, C] of x, whose sides divide those of the image.
+  """
+  for axis, size in enumerate(shape[:-1], start=1):
+    keep = keep.reshape(*keep.shape[:axis], size, -1, *keep.shape[axis + 1 :]).all(axis + 1)
+  return keep

@@ -18,6 +18,8 @@ def model_card(
   scheduler_config: Mapping[str, Any],
   config: Mapping[str, Any] | None,
   scores: Mapping[str, Any] | None,
+  *,
+  latent: bool = False,
 ) -> str:
   """Return a model card as Markdown.
 
@@ -30,6 +32,7 @@ def model_card(
     scheduler_config: the scheduler config in diffusers' format.
     config: the training config. None leaves the section out.
     scores: the evaluation scores. None leaves the section out.
+    latent: whether the model generates latents, which an autoencoder decodes.
   """
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
   clip_option = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
@@ -44,7 +47,7 @@ def model_card(
     "",
     f"A U-Net with {num_params:,} parameters, trained with ddpm_jax. It predicts"
     f" `{scheduler_config['prediction_type']}` for a noise schedule of {scheduler_config['num_train_timesteps']}"
-    " steps.",
+    " steps." + (" It generates latents, and the autoencoder in `vqvae/` decodes them." if latent else ""),
     "",
   ]
   learns_variance = scheduler_config["variance_type"] == "learned_range"
@@ -61,12 +64,13 @@ def model_card(
       "",
       f'images = DDIMPipeline.from_pretrained("<this folder>")(batch_size=16, num_inference_steps=50{clip_option}).images',
     ]
+    pipeline = "LDMPipeline" if latent else "DDPMPipeline"
     lines += [
       "```python",
-      "from diffusers import DDPMPipeline",
+      f"from diffusers import {pipeline}",
       "",
-      'images = DDPMPipeline.from_pretrained("<this folder>")(batch_size=16).images',
-      *([] if learns_variance else ["", *ddim]),
+      f'images = {pipeline}.from_pretrained("<this folder>")(batch_size=16).images',
+      *([] if learns_variance or latent else ["", *ddim]),
       "```",
       "",
     ]

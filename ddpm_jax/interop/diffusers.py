@@ -1,38 +1,61 @@
-"""Load models of diffusers' pixel pipelines (DDPMPipeline, DDIMPipeline) from folders, and save them.
+"""Load models of diffusers' unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline), and save them.
 
 For example::
 
   model, params = interop.diffusers.load("google/ddpm-cifar10-32")
   x = model.process.prior(jax.random.key(0), (16, *model.shape))
   samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
+
+`load_codec` and `save_codec` read and write autoencoders alone.
 """
 
-import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import schedulers, tensors, unet2d
+from ddpm_jax.interop import autoencoder_kl, schedulers, tensors, unet2d
 from ddpm_jax.interop.card import model_card
-from ddpm_jax.models import Condition, Model, codecs, conditions, networks
-from ddpm_jax.networks import UNet
+from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec, write_codec
+from ddpm_jax.interop.folders import (
+  AUTOENCODERS,
+  VERSION,
+  WEIGHTS,
+  check_output,
+  find_folder,
+  pipeline_files,
+  weights_path,
+  write_config,
+)
+from ddpm_jax.models import Codec, Condition, Model, codecs, conditions, networks
+from ddpm_jax.networks import Autoencoder, UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.storage import files, jsonfiles
 from ddpm_jax.storage.places import user_path
 
+__all__ = [
+  "check_exportable",
+  "check_output",
+  "copy_config",
+  "find_folder",
+  "has_size",
+  "load",
+  "load_codec",
+  "load_unet",
+  "read",
+  "read_codec",
+  "save",
+  "save_codec",
+]
+
 PyTree = Any
-_WEIGHTS = "diffusion_pytorch_model"
 # The paths of the configs of network and scheduler inside a pipeline's folder.
 _CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# The value of "_diffusers_version" in saved configs: the diffusers version that the tests compare with.
-_VERSION = "0.42.1"
-# Patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16.
-_FORMS = tuple(f"{_WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
 
 
 def load(
@@ -49,11 +72,13 @@ def load(
 
   The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
   "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
-  channels. The sampling defaults come from the scheduler.
+  channels. The sampling defaults come from the scheduler. A latent model has the codec of its autoencoder, and
+  `model.load_frozen()` reads the codec's parameters. For a codec with other options, call `read_codec`.
 
   Args:
-    path: the folder of a pipeline (unet/ and scheduler/), or a flat folder that contains both configs and the weights.
-      Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32"; this needs the package huggingface_hub.
+    path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
+      that contains both configs and the weights. Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32";
+      this needs the package huggingface_hub.
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
       network means "no class", so the model has one class fewer than the network.
@@ -79,8 +104,8 @@ def load(
     remat=remat,
     attention=attention,
   )
-  channels = model.data_shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _image_conditions(model))
-  return model, _load_params(config_paths(folder)[0].parent, model.network.module, channels)
+  channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _image_conditions(model))
+  return model, _load_params(pipeline_files(folder).unet.parent, model.network.module, channels)
 
 
 def read(
@@ -93,7 +118,7 @@ def read(
   remat: Annotated[str, "speed"] = "none",
   attention: Annotated[str, "speed"] = "",
 ) -> Model:
-  """Read a model from its two config files, without the parameters.
+  """Read a model from its config files, without the parameters.
 
   Args:
     path: see `load`. A folder that `copy_config` wrote is enough.
@@ -111,7 +136,7 @@ def read(
     ValueError: see `load`.
   """
   folder = find_folder(path, weights=False)
-  unet_path, scheduler_path = config_paths(folder)
+  unet_path, scheduler_path, autoencoder = pipeline_files(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
   with jsonfiles.named_errors(unet_path):
     network, config = unet2d.from_config(unet_config), unet2d.with_defaults(unet_config)
@@ -126,29 +151,31 @@ def read(
       f" {scheduler_config.get('_class_name')}; load the network alone with load_unet, and pass the logarithm of the"
       " noise level as its time."
     )
+  codec = codecs.pixels() if autoencoder is None else read_codec(path if folder != user_path(path) else folder)
   with jsonfiles.named_errors(unet_path):
-    data_shape = _data_shape(config, channels, shape)
-    conditions = _conditions(network, config["in_channels"] - channels, data_shape, class_dropout)
-  if dtype not in _DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, _DTYPES))}.")
-  network = network.clone(dropout=dropout, dtype=_DTYPES[dtype], remat=remat, attention=attention)
-  network.check_input(data_shape)
+    x_shape, data_shape = _shapes(config, channels, codec, shape)
+    conditions = _conditions(network, config["in_channels"] - channels, x_shape, class_dropout)
+  if dtype not in DTYPES:
+    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  network = network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention)
+  network.check_input(x_shape)
   return Model(
     network=networks.from_linen(network, conditions),
     process=process,
     prediction=prediction,
     conditions=conditions,
-    codec=codecs.pixels(),
+    codec=codec,
     data_shape=data_shape,
-    shape=data_shape,
+    shape=x_shape,
     defaults=schedule.defaults(process),
   )
 
 
 def copy_config(path: str | Path, folder: str | Path) -> None:
-  """Copy the two config files of a model to a folder, as unet/config.json and scheduler/scheduler_config.json.
+  """Copy the config files of a model to a folder, as unet/config.json and scheduler/scheduler_config.json.
 
-  `read` needs only these two files.
+  `read` needs only these two files. The folder of an autoencoder is copied too, with its weights, because training does
+  not change them.
 
   Args:
     path: the model, see `load`.
@@ -158,7 +185,13 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
     ValueError: if the model does not exist.
     WriteError: if the files cannot be written.
   """
-  for source, relative_path in zip(config_paths(find_folder(path, weights=False)), _CONFIGS, strict=True):
+  *configs, autoencoder = pipeline_files(find_folder(path, weights=False))
+  if autoencoder is not None:
+    source, target = find_folder(path, parts=AUTOENCODERS) / autoencoder.name, user_path(folder) / autoencoder.name
+    if target.absolute() != source.absolute():
+      with files.named_errors(target):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+  for source, relative_path in zip(configs, _CONFIGS, strict=True):
     target = user_path(folder) / relative_path
     with files.named_errors(target):
       target.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +203,7 @@ def has_size(path: str | Path) -> bool:
 
   Without the size, `load` needs `shape`.
   """
-  config = jsonfiles.read(config_paths(find_folder(path, weights=False))[0])
+  config = jsonfiles.read(pipeline_files(find_folder(path, weights=False)).unet)
   return config.get("sample_size") is not None
 
 
@@ -188,29 +221,46 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
   return channels
 
 
-def _data_shape(config: dict[str, Any], channels: int, shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _shapes(
+  config: dict[str, Any], channels: int, codec: Codec, shape: tuple[int, int, int] | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+  """Return the shapes of x and of the images.
+
+  Args:
+    config: the config of the network.
+    channels: the number of channels of x.
+    codec: the codec of the pipeline.
+    shape: the shape of the images that the user set.
+  """
+  factor, image_channels = 1, channels
+  if codec.is_latent:
+    factor, image_channels = codec.module.downsampling, codec.module.out_channels
+    if codec.module.latent_channels != channels:
+      raise ValueError(
+        f"Got a UNet2DModel of {channels} channels with an autoencoder of latent_channels={codec.module.latent_channels};"
+        " expected the same number. The two parts belong to different models."
+      )
   if shape is None:
     if config["sample_size"] is None:
       raise ValueError(
-        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {channels})."
+        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
       )
     height, width = unet2d.image_size(config)
-    return height, width, channels
-  if len(shape) != 3 or min(shape) < 1 or shape[2] != channels:
+    return (height, width, channels), (height * factor, width * factor, image_channels)
+  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
+    sides = f", with sides divisible by {factor}" if factor > 1 else ""
     raise ValueError(
-      f"Got shape={tuple(shape)} for a model with {channels} channels; expected (height, width, {channels})."
+      f"Got shape={tuple(shape)} for a model with {image_channels} channels; expected (height, width, {image_channels}){sides}."
     )
   height, width, _ = shape
-  return height, width, channels
+  return (height // factor, width // factor, channels), (height, width, image_channels)
 
 
-def _conditions(
-  network: UNet, extra: int, data_shape: tuple[int, int, int], class_dropout: float
-) -> dict[str, Condition]:
+def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_dropout: float) -> dict[str, Condition]:
   """Return the conditions of a network by name.
 
   The conditions are the input of the network's embedding, and an image if the network takes more input channels than
-  the data have. `extra` is the number of additional channels.
+  x has. `extra` is the number of additional channels.
   """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:
@@ -227,7 +277,7 @@ def _conditions(
     by_name["vector"] = conditions.vector("vector", network.embedding_features or 4 * network.channels)
   if extra:
     # The name "image" is taken by the data.
-    by_name["hint"] = conditions.image("hint", (*data_shape[:2], extra))
+    by_name["hint"] = conditions.image("hint", (*x_shape[:2], extra))
   return by_name
 
 
@@ -256,97 +306,8 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   return network, _load_params(folder, network, complete["in_channels"])
 
 
-def config_paths(folder: Path) -> tuple[Path, Path]:
-  """Return the paths of the network's config and the scheduler's config.
-
-  Raises:
-    ValueError: if a config is missing, or the pipeline is not a pixel pipeline.
-  """
-  index = folder / "model_index.json"
-  if index.is_file():
-    content = jsonfiles.read(index)
-    with jsonfiles.named_errors(index):
-      parts = _part_names(content)
-    if not {"unet", "scheduler"} >= set(parts):
-      raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(parts)}; expected a pixel pipeline"
-        " with only unet and scheduler, such as a DDPMPipeline or a DDIMPipeline."
-      )
-  is_nested = (folder / "unet").is_dir()
-  unet_folder = folder / "unet" if is_nested else folder
-  scheduler = (folder / "scheduler" if is_nested else folder) / "scheduler_config.json"
-  for file, part in ((unet_folder / "config.json", "network"), (scheduler, "scheduler")):
-    if not file.is_file():
-      raise ValueError(
-        f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that"
-        " diffusers' save_pretrained wrote, nested (unet/, scheduler/) or flat."
-      )
-  return unet_folder / "config.json", scheduler
-
-
-def _part_names(index: Mapping[str, Any]) -> list[str]:
-  """Return the names of a pipeline's parts.
-
-  The index maps each part to a list: the names of its library and class, or nulls. Other keys are options.
-  """
-  parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
-  jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
-  malformed = [name for name in parts if len(index[name]) != 2]
-  if malformed:
-    raise ValueError(
-      f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and"
-      " the name of a class. Correct model_index.json."
-    )
-  return sorted(parts)
-
-
-def find_folder(path: str | Path, *, weights: bool = True) -> Path:
-  """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
-
-  Args:
-    path: a folder, or a name on the hub.
-    weights: whether to download the weights too, or only the configs.
-
-  Raises:
-    ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
-      huggingface_hub is not installed.
-  """
-  folder = user_path(path)
-  if folder.is_dir():
-    return folder
-  name = str(path)
-  if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-    raise ValueError(
-      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
-    )
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError(
-      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install"
-      " 'ddpm_jax[hub]'."
-    ) from error
-
-  def download(*patterns):
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-
-  try:
-    if not weights:
-      return download("*.json")
-    # A repository can contain the same weights in several forms. Download only the first form of _FORMS that exists.
-    for form in _FORMS:
-      downloaded = download("*.json", f"*{form}")
-      if any(downloaded.rglob(form)):
-        break
-    return downloaded
-  except Exception as error:
-    raise ValueError(
-      f"Got {name}, which is not a folder and cannot be downloaded from the hub: {tensors.first_line(error)}"
-    ) from error
-
-
 def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
-  path = _weights_path(folder)
+  path = weights_path(folder)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "conv_in.weight", "UNet2DModel of diffusers"
   )
@@ -356,38 +317,6 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
     unet2d.layout(len(network.multipliers)),
     unet2d.modern_names(file.shapes),
   )
-
-
-def _weights_path(folder: Path) -> Path:
-  """Return the path of the weights file, or of the index of sharded weights.
-
-  Safetensors files have priority over .bin files, and then plain names over variants such as fp16.
-
-  Raises:
-    ValueError: if the folder has no weights, or several variants.
-  """
-  for suffix in ("safetensors", "bin"):
-    # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
-    # ".safetensors.index" in the name of an index.
-    for patterns in ((f"{_WEIGHTS}.{suffix}", f"{_WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
-      matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
-      if len(matches) > 1:
-        raise ValueError(
-          f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
-          " Remove the others."
-        )
-      if matches:
-        return matches[0]
-  unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
-  hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
-  raise ValueError(
-    f"Got {folder}, which contains no weights; expected {_WEIGHTS}.safetensors, {_WEIGHTS}.bin, a variant such as"
-    f" {_WEIGHTS}.fp16.safetensors, or shards with an index {_WEIGHTS}.safetensors.index.json.{hint}"
-  )
-
-
-def _variants(suffix: str) -> tuple[str, str]:
-  return f"{_WEIGHTS}.*.{suffix}", f"{_WEIGHTS}.{suffix}.index.*.json"
 
 
 def _template(network: UNet, channels: int) -> PyTree:
@@ -412,24 +341,28 @@ def save(
   spacing: str = "trailing",
   config: Mapping[str, Any] | None = None,
   scores: Mapping[str, Any] | None = None,
+  frozen: Mapping[str, PyTree] | None = None,
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  Both pipelines can open every saved model, but not sample from every model. They pass no condition to a network, and
-  DDIMPipeline does not support learned variance.
+  Both pipelines can open every saved pixel model, but not sample from every model. They pass no condition to a network,
+  and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with the same
+  two limits.
 
   Args:
     path: the folder, new or empty.
-    model: a pixel model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The
-      process is discrete, or continuous and variance-preserving. A continuous process becomes a table with one
-      step for each integer time input, such as 0..999.
+    model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
+      discrete, or continuous and variance-preserving. A continuous process becomes a table with one step for each
+      integer time input, such as 0..999. The codec is that of pixels, or of a `networks.Autoencoder` with one scale for
+      all channels and no shift.
     params: the parameters of the network.
-    clip: the maximum magnitude of an estimate of x_0; None for no clipping.
+    clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
       "learned", even if this argument differs.
     spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
+    frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.
 
   Raises:
     ValueError: if the folder is not empty, or diffusers cannot represent the model.
@@ -437,37 +370,71 @@ def save(
   """
   path = check_output(path)
   check_exportable(model)
-  network, shape, prediction = model.network.module, model.data_shape, model.prediction
-  out_channels = shape[2] * (2 if prediction.learned_variance else 1)
+  network, prediction = model.network.module, model.prediction
+  height, width, channels = model.shape
+  out_channels = channels * (2 if prediction.learned_variance else 1)
   if network.out_channels != out_channels:
     raise ValueError(
-      f"Got a network with out_channels={network.out_channels} for images of shape {shape}; expected {out_channels}"
+      f"Got a network with out_channels={network.out_channels} for x of shape {model.shape}; expected {out_channels}"
       f"{', twice the channels, because the variance is learned' if prediction.learned_variance else ''}."
     )
-  unet_config = unet2d.to_config(network, (shape[0], shape[1], shape[2]))
+  unet_config = unet2d.to_config(network, (height, width, channels))
   scheduler_config = schedulers.to_config(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
-  version = {"_diffusers_version": _VERSION}
+  autoencoder = _autoencoder(model, frozen, clip) if model.codec.is_latent else None
+  version = {"_diffusers_version": VERSION}
+  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
+  scheduler = "DDIMScheduler" if autoencoder and not prediction.learned_variance else "DDPMScheduler"
+  scheduler_config["_class_name"] = scheduler
   index = {
-    "_class_name": "DDPMPipeline",
+    "_class_name": "LDMPipeline" if autoencoder else "DDPMPipeline",
     **version,
-    "scheduler": ["diffusers", "DDPMScheduler"],
+    "scheduler": ["diffusers", scheduler],
     "unet": ["diffusers", "UNet2DModel"],
-  }
+  } | ({"vqvae": ["diffusers", "AutoencoderKL"]} if autoencoder else {})
   with files.atomic_folder(path) as folder:
-    _write(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
-    tensors.save(folder / "unet" / f"{_WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
-    _write(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
-    files.write_text(folder / "README.md", model_card(network, params, shape, scheduler_config, config, scores))
+    write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
+    tensors.save(folder / "unet" / f"{WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
+    if autoencoder:
+      write_codec(folder / "vqvae", *autoencoder)
+    write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
+    card = model_card(network, params, model.data_shape, scheduler_config, config, scores, latent=bool(autoencoder))
+    files.write_text(folder / "README.md", card)
     # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
-    _write(folder / "model_index.json", index)
+    write_config(folder / "model_index.json", index)
+
+
+def _autoencoder(
+  model: Model, frozen: Mapping[str, PyTree] | None, clip: float | None
+) -> tuple[dict[str, Any], PyTree]:
+  """Return the config and the parameters of a latent model's autoencoder.
+
+  Raises:
+    ValueError: if LDMPipeline would compute other samples from them.
+  """
+  values = (model.load_frozen() if frozen is None else frozen)["codec"]
+  scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
+  if scale.scale.ndim or scale.shift.any():
+    raise ValueError(
+      f"Got a codec with scale={scale.scale.tolist()} and shift={scale.shift.tolist()}; expected one scale and no shift,"
+      " because diffusers' LDMPipeline ignores other numbers. Save the autoencoder alone with save_codec."
+    )
+  if clip is not None:
+    raise ValueError(f"Got clip={clip} for a latent model; expected None, because latents have no fixed range.")
+  if model.shape[0] != model.shape[1]:
+    raise ValueError(
+      f"Got a latent model of x of shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
+    )
+  size = (model.data_shape[0], model.data_shape[1])
+  config = autoencoder_kl.to_config(model.codec.module, scale, size)
+  return config, values["autoencoder"]
 
 
 def check_exportable(model: Model) -> None:
   """Check that a model can be saved as a diffusers pipeline.
 
   Raises:
-    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec, data other than
-      images [H, W, C], or a custom `time_input`.
+    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than that of
+      pixels or of a `networks.Autoencoder`, data other than images [H, W, C], or a custom `time_input`.
   """
   image_names = _image_conditions(model)
   if image_names:
@@ -481,28 +448,14 @@ def check_exportable(model: Model) -> None:
     raise ValueError(
       f"Got a model with a network made of {kind}; expected a networks.UNet, the counterpart of diffusers' UNet2DModel."
     )
-  if model.codec != codecs.pixels() or len(model.data_shape) != 3 or model.shape != model.data_shape:
+  is_pixels = model.codec == codecs.pixels() and model.shape == model.data_shape
+  if not (is_pixels or isinstance(model.codec.module, Autoencoder)) or len(model.data_shape) != 3:
     raise ValueError(
       f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
-      " of image pixels [H, W, C], as in diffusers' DDPMPipeline."
+      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or the codec of a networks.Autoencoder."
     )
   if model.time_input is not None:
     raise ValueError(
       "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the"
       " process, as in diffusers."
     )
-
-
-def check_output(path: str | Path) -> Path:
-  """Return the absolute path of an output folder.
-
-  Raises:
-    ValueError: if the path is a file, or a folder that is not empty.
-  """
-  folder = user_path(path).absolute()
-  files.check_new_folder(folder)
-  return folder
-
-
-def _write(path: Path, config: Mapping[str, Any]) -> None:
-  files.write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

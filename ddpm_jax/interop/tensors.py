@@ -293,9 +293,14 @@ class Layout(NamedTuple):
 
 
 def load(
-  tensors: TensorFile | ShardedFile, template: PyTree, layout: Layout, rename: Mapping[str, str] | None = None
+  tensors: TensorFile | ShardedFile,
+  template: PyTree,
+  layout: Layout,
+  rename: Mapping[str, str] | None = None,
+  *,
+  dtype: Any = jnp.float32,
 ) -> PyTree:
-  """Load the parameters of a network from a file, in float32.
+  """Load the parameters of a network from a file.
 
   Peak memory is the size of the parameters plus one tensor. For a pickle, the other contents of the file add to it.
 
@@ -304,9 +309,10 @@ def load(
     template: the network's parameters, or their shapes (`jax.eval_shape`).
     layout: how the file stores the parameters.
     rename: maps names in the file to names in the layout, for names that differ.
+    dtype: the type of the parameters.
 
   Returns:
-    The parameters, as a nested dict of float32 arrays.
+    The parameters, as a nested dict of arrays.
 
   Raises:
     ValueError: if tensors are missing, extra, of another shape, of an unsupported type or not finite, or do not
@@ -328,7 +334,7 @@ def load(
       nonfinite.append(name)
     for path in paths[layout_names[name]]:
       # Copy, so that no array keeps the file's memory alive.
-      params[path] = jnp.array(layout.from_file(path, value))
+      params[path] = jnp.array(layout.from_file(path, value), dtype)
   try:
     sealed.check_tensors(digests, tensors.metadata)
   except sealed.DamagedFileError as error:

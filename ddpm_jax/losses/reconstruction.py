@@ -30,6 +30,7 @@ class Autoencoder(NamedTuple):
     quantize: `quantize(params, z) -> (codes, vectors)` returns the nearest codes, integers [B, *space], and their
       vectors [B, *space, C]. None for an autoencoder without a codebook.
     data_shape: the shape of one sample of data.
+    module: the module that the functions call, for callers that read its options. None for functions without one.
   """
 
   encode: Callable[[PyTree, Array], Array]
@@ -37,6 +38,7 @@ class Autoencoder(NamedTuple):
   decode_output: Callable[[PyTree, Array], Array]
   quantize: Callable[[PyTree, Array], tuple[Array, Array]] | None = None
   data_shape: tuple[int, ...] = ()
+  module: Any = None
 
   @property
   def kind(self) -> str:

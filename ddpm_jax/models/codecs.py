@@ -3,6 +3,7 @@
 x is the array to which a process adds noise.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,37 +11,79 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax import gaussian, randomness
+from ddpm_jax.losses import Autoencoder
+from ddpm_jax.models import tiles
+from ddpm_jax.names import choose
+
 Array = jax.Array
 PyTree = Any
+
+# The number to fold into a sample's key for its posterior. The noise, the times and the dropout have other numbers.
+_POSTERIOR = 3
 
 
 @functools.lru_cache(maxsize=32)
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   """Return the shapes of the frozen parameters that `load` reads.
 
-  The results of the 32 most recent functions `load` are cached, so that these functions do not run again.
+  If `load` has an attribute `shapes`, a function without arguments, it returns the shapes and nothing is read. The
+  results of the 32 most recent functions `load` are cached, so that these functions do not run again.
   """
+  shapes = getattr(load, "shapes", None)
+  if shapes is not None:
+    return shapes()
   # Call `load` outside `jax.eval_shape`: it may read a checkpoint or compute with values.
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+  """Hold a function that reads frozen parameters, and a function that returns their shapes without reading them.
+
+  A loader is called like `load`.
+  """
+
+  load: Callable[[], PyTree]
+  shapes: Callable[[], PyTree]
+
+  def __call__(self) -> PyTree:
+    """Read the frozen parameters."""
+    return self.load()
 
 
 class Codec(NamedTuple):
   """Hold a pair of functions that convert data to x and back.
 
+  Codecs of autoencoders have two more functions, which split `encode` into the part that a latent data set stores and
+  the part that draws random numbers: `encode(frozen, keys, data) = expand(frozen, keys, compress(frozen, data))`.
+
   Attributes:
-    encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1], with a key for each sample [B].
+    encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1], with one key or a key for each sample [B].
     decode: `decode(frozen, x) -> data`.
-    load: `load() -> frozen` reads the frozen parameters from their source. None if the codec has none.
+    load: `load() -> frozen` reads the frozen parameters from their source, see `Loader`. None if the codec has none.
+    compress: `compress(frozen, data) -> compact` [B, ...]: moments for a KL autoencoder, codes for a vector-quantized
+      one. None for codecs without a latent data set.
+    expand: `expand(frozen, keys, compact) -> x`. None for codecs without a latent data set.
+    module: the module of the autoencoder, for callers that read its options. None for codecs without one.
   """
 
   encode: Callable[[PyTree, Array, Array], Array]
   decode: Callable[[PyTree, Array], Array]
   load: Callable[[], PyTree] | None = None
+  compress: Callable[[PyTree, Array], Array] | None = None
+  expand: Callable[[PyTree, Array, Array], Array] | None = None
+  module: Any = None
 
   @property
   def is_pixels(self) -> bool:
     """Return whether this is the codec of `pixels`, so that x equals the data."""
     return (self.encode, self.decode) == (_encode_pixels, _decode_pixels)
+
+  @property
+  def is_latent(self) -> bool:
+    """Return whether this is the codec of an autoencoder, so that x has no range of its own."""
+    return self.compress is not None
 
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
     """Return the shape of x for one sample.
@@ -72,3 +115,63 @@ def _encode_pixels(frozen: PyTree, keys: Array, data: Array) -> Array:
 def _decode_pixels(frozen: PyTree, x: Array) -> Array:
   del frozen
   return x
+
+
+def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
+  """Return the codec of a frozen autoencoder (Rombach et al. 2022).
+
+  x is (z - shift) * scale. z is drawn from the posterior or, with a codebook, is the code vector nearest to the
+  encoder's output. `decode` replaces z by the nearest code vector before it decodes.
+
+  The frozen parameters are a dict: "autoencoder" holds the parameters of the network, and "scale" and "shift" are
+  arrays of the shape [C] or ().
+
+  Args:
+    autoencoder: the functions of the autoencoder, such as `models.networks.autoencoder(network, data_shape)`.
+    load: reads the frozen parameters (see `Loader`).
+    posterior: "sample" to draw z from the posterior, or "mode" for its mean. Has no effect with a codebook.
+    tile: the side of the tiles in which images are encoded and decoded, in positions of x. Tiles overlap by a quarter
+      and are blended there, so that large images need bounded memory. 0 for no tiles.
+
+  Raises:
+    ValueError: if `posterior` is unknown, or `tile` is negative or below `tiles.MIN_SIDE`.
+  """
+  choose(posterior, ("sample", "mode"), "posterior")
+  if tile and tile < tiles.MIN_SIDE:
+    raise ValueError(f"Got tile={tile}; expected 0 for no tiles, or {tiles.MIN_SIDE} or more positions of x.")
+  quantize = autoencoder.quantize
+
+  def compress(frozen: PyTree, data: Array) -> Array:
+    def encode(data: Array) -> Array:
+      return autoencoder.encode(params, data)
+
+    params = frozen["autoencoder"]
+    if tile:
+      small = jax.eval_shape(encode, jax.ShapeDtypeStruct(data.shape, data.dtype))
+      factor = data.shape[1] // small.shape[1]
+      encoded = tiles.apply(encode, data, tile * factor, factor)
+    else:
+      encoded = encode(data)
+    return encoded if quantize is None else quantize(params, encoded)[0]
+
+  def expand(frozen: PyTree, keys: Array, compact: Array) -> Array:
+    if quantize is not None:
+      z = frozen["autoencoder"]["codebook"]["vectors"][compact]
+    else:
+      distribution = gaussian.from_moments(compact.astype(jnp.float32))
+      is_random = posterior == "sample"
+      z = distribution.sample(randomness.fold_in(keys, _POSTERIOR)) if is_random else distribution.mode()
+    return (z - frozen["shift"]) * frozen["scale"]
+
+  def encode(frozen: PyTree, keys: Array, data: Array) -> Array:
+    return expand(frozen, keys, compress(frozen, data))
+
+  def decode(frozen: PyTree, x: Array) -> Array:
+    def decode(z: Array) -> Array:
+      return autoencoder.decode_output(params, autoencoder.decode_features(params, z))
+
+    params, z = frozen["autoencoder"], x / frozen["scale"] + frozen["shift"]
+    z = z if quantize is None else quantize(params, z)[1]
+    return tiles.apply(decode, z, tile) if tile else decode(z)
+
+  return Codec(encode, decode, load, compress, expand, autoencoder.module)

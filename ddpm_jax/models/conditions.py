@@ -128,12 +128,13 @@ def low_resolution(
   noise: float = 0.0,
   sample_noise: Annotated[float, "sampling"] = 0.0,
   method: str = "bicubic",
+  x_shape: tuple[int, ...] | None = None,
 ) -> Condition:
   """Return the condition of a small image for a model that enlarges it (SR3, Saharia et al. 2021).
 
-  The image is enlarged by interpolation, and noise is added (Ho et al. 2022, section 4.2). The noise hides the fine
-  detail of the interpolation more than the content of the small image. Training computes the small image from the data,
-  unless the batch contains the small image.
+  The image is resized by interpolation to the sides of x, and noise is added (Ho et al. 2022, section 4.2). The noise
+  hides the fine detail of the interpolation more than the content of the small image. Training computes the small image
+  from the data, unless the batch contains the small image.
 
   Args:
     name: the condition's name.
@@ -143,6 +144,7 @@ def low_resolution(
       deviation, and the network receives it. 0 adds no noise.
     sample_noise: the standard deviation of the noise in sampling, in [0, noise].
     method: the interpolation, "bicubic" or "bilinear".
+    x_shape: the shape of x, which differs from that of the data for a model of latents. None for the data's shape.
 
   Raises:
     ValueError: if the factor is below 2 or does not divide the sides of the data, the noise is out of range, or the
@@ -164,6 +166,7 @@ def low_resolution(
     return shrink(batch["image"])
 
   small = (*(side // factor for side in data_shape[:-1]), data_shape[-1])
+  shape = (*(x_shape or data_shape)[:-1], data_shape[-1])
 
   def encode(frozen, keys, batch, train):
     low = jnp.asarray(batch[name])
@@ -172,7 +175,7 @@ def low_resolution(
         f"Got {name} of shape {low.shape}; expected [B, {', '.join(map(str, small))}], with sides {factor} times smaller than those"
         " of the data. Resize the images first."
       )
-    image = jax.image.resize(low, (low.shape[0], *data_shape), method)
+    image = jax.image.resize(low, (low.shape[0], *shape), method)
     if not noise:
       return {"image": image}
     std = noise * randomness.uniform(randomness.fold_in(keys, 1), image.shape[:1]) if train else sample_noise
@@ -180,7 +183,7 @@ def low_resolution(
     eps = randomness.normal(randomness.fold_in(keys, 2), image.shape, image.dtype)
     return {"image": image + expand(std, image) * eps, "level": _LEVEL_SCALE * std}
 
-  image = {"image": jax.ShapeDtypeStruct(data_shape, jnp.float32)}
+  image = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
   level = {"level": jax.ShapeDtypeStruct((), jnp.float32)} if noise else {}
   return Condition({key: key for key in image | level}, image | level, encode, from_data=from_data)
 

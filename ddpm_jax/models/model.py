@@ -105,6 +105,16 @@ class Model(NamedTuple):
     """Convert data [B, ...] to x, with a key for each sample [B]."""
     return self.codec.encode((frozen or {}).get("codec"), keys, data)
 
+  def expand(self, keys: Array, compact: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
+    """Convert entries [B, ...] of a latent data set to x, with a key for each sample [B].
+
+    Raises:
+      ValueError: if the codec has no latent data sets.
+    """
+    if self.codec.expand is None:
+      raise ValueError("Got an entry of a latent data set for a codec without latent data sets; expected data.")
+    return self.codec.expand((frozen or {}).get("codec"), keys, compact)
+
   def decode(self, x: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
     """Convert x [B, ...] to data."""
     return self.codec.decode((frozen or {}).get("codec"), x)

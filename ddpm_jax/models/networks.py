@@ -144,13 +144,13 @@ def _with_kernels(module: Any, train: bool) -> Any:
   return module.clone(kernels=kernels)
 
 
-def autoencoder(network: Network, data_shape: tuple[int, ...]) -> Autoencoder:
+def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencoder:
   """Return the parts of an autoencoder as pure functions.
 
   Args:
     network: the network of a Linen module with the methods `encode`, `decode_features`, `decode_output` and, if its
       attribute `bottleneck` is "vq", `quantize`, such as `networks.Autoencoder`.
-    data_shape: the shape of one sample of data.
+    data_shape: the shape of one sample of data, for an objective with a discriminator.
 
   Raises:
     ValueError: if the network has no such module.
@@ -172,7 +172,7 @@ def autoencoder(network: Network, data_shape: tuple[int, ...]) -> Autoencoder:
 
   encode, decode_features, decode_output = map(method, methods[:3])
   quantize = method("quantize") if "quantize" in methods else None
-  return Autoencoder(encode, decode_features, decode_output, quantize, tuple(data_shape))
+  return Autoencoder(encode, decode_features, decode_output, quantize, tuple(data_shape), module)
 
 
 def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:

@@ -159,9 +159,20 @@ class Autoencoder(nn.Module):
     Raises:
       ValueError: if the bottleneck is not "vq".
     """
+    return self._codebook()(z)
+
+  def lookup(self, codes: Array) -> Array:
+    """Return the vectors [B, *space / f, latent_channels] of codes [B, *space / f].
+
+    Raises:
+      ValueError: if the bottleneck is not "vq".
+    """
+    return self._codebook().lookup(codes)
+
+  def _codebook(self) -> "Codebook":
     if self.codebook is None:
       raise ValueError(f"Got bottleneck={self.bottleneck!r}, which has no codebook; expected bottleneck='vq'.")
-    return self.codebook(z)
+    return self.codebook
 
   def decode(self, z: Array) -> Array:
     """Map latents [B, *space / f, latent_channels] to data [B, *space, C] in float32.
@@ -308,10 +319,13 @@ class Codebook(nn.Module):
   num_codes: int
   channels: int
 
-  @nn.compact
+  def setup(self):
+    """Create the vectors."""
+    self.vectors = layers.parameter(self, "vectors", nn.initializers.normal(1.0), (self.num_codes, self.channels))
+
   def __call__(self, z: Array) -> tuple[Array, Array]:
     """Return the nearest codes [B, *space] of vectors [B, *space, C], and the codes' vectors [B, *space, C]."""
-    vectors = layers.parameter(self, "vectors", nn.initializers.normal(1.0), (self.num_codes, self.channels))
+    vectors = self.vectors.astype(jnp.float32)
     norms = jnp.sum(vectors**2, axis=-1)
 
     def nearest(z):
@@ -323,4 +337,8 @@ class Codebook(nn.Module):
     part = max(_DISTANCE_BYTES // (4 * self.num_codes), 1)
     codes = nearest(flat) if len(flat) <= part else jax.lax.map(nearest, flat, batch_size=part)
     codes = codes.reshape(z.shape[:-1])
-    return codes, vectors[codes]
+    return codes, self.lookup(codes)
+
+  def lookup(self, codes: Array) -> Array:
+    """Return the vectors [B, *space, C] of codes [B, *space], in float32."""
+    return self.vectors.astype(jnp.float32)[codes]

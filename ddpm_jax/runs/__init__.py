@@ -11,7 +11,7 @@ from ddpm_jax.runs.export import run_export
 from ddpm_jax.runs.generation import run_sample
 from ddpm_jax.runs.model import WeightsChoice, load_experiment
 from ddpm_jax.runs.plan import run_plan
-from ddpm_jax.runs.reading import run_prepare
+from ddpm_jax.runs.preparing import run_prepare
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 

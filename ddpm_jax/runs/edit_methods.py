@@ -23,7 +23,7 @@ _MEASURED = {"posterior": "posterior(noise_std=0.02, iterations=3)", "dps": "dps
 # The methods of each task by name, the default first, with their default arguments. A task without methods can be done
 # in one way only.
 TASKS: dict[str, dict[str, str]] = {
-  "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED,
+  "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED | {"replace_decoded": "replace_decoded"},
   "img2img": {},
   "colorize": _MEASURED,
   "superres": _MEASURED,
@@ -31,6 +31,12 @@ TASKS: dict[str, dict[str, str]] = {
   "interpolate": {},
   "invert": {},
 }
+
+
+_LATENT_METHODS = (
+  "--method=repaint or --method=replace, which keep the known positions of x, or --method=replace_decoded, which keeps the"
+  " known pixels of every decoded estimate"
+)
 
 
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
@@ -62,7 +68,10 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
     raise ValueError(
       f"Got --task={task} for a super-resolution model; expected --task=superres, or a model of another kind."
     )
+  model = experiment.model
   if c.method is None:
+    if task == "inpaint" and model.codec.is_latent:
+      raise ValueError(f"Got --task=inpaint without --method for a model of latents; expected {_LATENT_METHODS}.")
     default = next(iter(methods), "")
     return (experiment.replace(editing__method=methods[default]) if methods else experiment), default
   name = experiment.tree.short_name("editing.method")
@@ -155,20 +164,28 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
   """Return a function that generates samples consistent with a measurement of each image."""
   model, method = experiment.model, experiment.editing.method
   assert method is not None
-  if not model.codec.is_pixels:
+  names, is_pixels = argument_names(method), model.codec.is_pixels
+  if not is_pixels and (task != "inpaint" or not model.codec.is_latent or {"operator", "measurement"} & set(names)):
+    can_inpaint = f" To inpaint, use {_LATENT_METHODS}." if model.codec.is_latent else ""
     raise ValueError(
       f"Got --task={task} for a model with a codec, which encodes data of shape {model.data_shape} as {model.shape}; expected a model of pixels,"
-      " because pixels are measured. Use --task=img2img, or a model of pixels."
+      f" because pixels are measured. Use --task=img2img, or a model of pixels.{can_inpaint}"
     )
-  names = argument_names(method)
 
-  def apply_method(denoise, batch):
+  def apply_method(denoise, batch, encode=lambda data: data, decode=lambda x: x):
     """Return the sampler and the denoiser. The method wraps one of the two."""
     image, sampler = batch["image"], experiment.sampler
     arguments: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
+    arguments |= {"encode": encode, "decode": decode}
     if task == "inpaint":
-      operator = editing.mask_operator(batch["keep"])
-      arguments |= {"operator": operator, "image": image, "keep": batch["keep"], "measurement": operator(image)}
+      keep = batch["keep"]
+      if not is_pixels and "decode" not in names:
+        # Encode no unknown pixels, so that the result does not depend on them.
+        image, keep = encode(jnp.where(keep, image, 0)), editing.shrink_mask(keep, model.shape)
+      arguments |= {"image": image, "keep": keep}
+      if is_pixels:
+        operator = editing.mask_operator(keep)
+        arguments |= {"operator": operator, "measurement": operator(image)}
     else:
       operators = {"colorize": editing.gray, "restore": experiment.editing.operator}
       arguments["operator"] = operators[task] if task in operators else editing.downsample(factor)
@@ -183,13 +200,20 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
   times = _many_step_times(experiment, wrapped_sampler) if wraps_sampler else experiment.times
 
   def edit(keys, denoise, batch, parameters):
-    sampler, wrapped_denoise = apply_method(denoise, batch)
+    def encode(data):
+      return model.encode(keys, data, parameters.frozen)
+
+    def decode(x):
+      return model.decode(x, parameters.frozen)
+
+    sampler, wrapped_denoise = apply_method(denoise, batch, encode, decode)
     # A sampler that follows the measurement differentiates the denoiser, so clipping must not stop the gradient.
     differentiates = wraps_sampler and "denoise" not in names and "measurement" in names
     clip = _clip_values_only if differentiates else programs.clip_estimates
     denoise = clip(experiment, wrapped_denoise)
     x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, programs.initial_noise(experiment, keys), times)
-    return {"output": jnp.where(batch["keep"], batch["image"], x) if task == "inpaint" else x}
+    output = decode(x)
+    return {"output": jnp.where(batch["keep"], batch["image"], output) if task == "inpaint" else output}
 
   return edit
 

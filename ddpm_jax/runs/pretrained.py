@@ -99,8 +99,8 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
       )
     if name != "classes" and node.get("dropout", condition.dropout) != condition.dropout:
       raise ValueError(
-        f"Got config.model.conditions.{name}.dropout={node['dropout']} with {flag}, a model that always takes {name}; expected"
-        f" {condition.dropout:g}. Leave it out."
+        f"Got config.model.conditions.{name}.dropout={node['dropout']} for the model of {flag}; expected {condition.dropout:g}, because"
+        f" this model always takes {name}. Leave the dropout out."
       )
     if node.get("number", condition.num_choices) != condition.num_choices:
       raise ValueError(

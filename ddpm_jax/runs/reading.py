@@ -11,7 +11,7 @@ from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
 
 # Names that training adds to the batch of an objective (see `losses.Objective`). Data must not use them.
-_RESERVED = ("x", "given", "times")
+_RESERVED = ("x", "given", "times", data.LATENT)
 
 
 class Run(NamedTuple):
@@ -23,6 +23,7 @@ class Run(NamedTuple):
     mesh: the mesh of all devices.
     source: the training data.
     held_out: the held-out data, or None.
+    latents: the encoded training data; None to encode images in every train step.
   """
 
   experiment: Experiment
@@ -30,6 +31,12 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   source: data.Source
   held_out: data.Source | None
+  latents: data.Source | None = None
+
+  @property
+  def training_source(self) -> data.Source:
+    """Return the source of training batches: the encoded data if there are any, otherwise the images."""
+    return self.source if self.latents is None else self.latents
 
 
 def fit_of(experiment: Experiment) -> data.Fit:
@@ -88,20 +95,3 @@ def read_data(experiment: Experiment) -> data.Splits:
         f" --config.data.source, or leave config.model.conditions.{name} out."
       )
   return splits
-
-
-def run_prepare(experiment: Experiment, output: Path | None) -> None:
-  """Prepare the data of an experiment (see `data.prepare`).
-
-  Args:
-    experiment: the experiment with the data.
-    output: a new folder to pack the data into, or None.
-
-  Raises:
-    ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
-  """
-  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
-  tree = experiment.tree
-  source, keys = tree.components["data.source"].value, tree.arguments("data.source")
-  fit, check = fit_of(experiment), check_of(experiment)
-  data.prepare(source, keys, fit, output, broken=experiment.data.broken, check=check)

@@ -106,13 +106,12 @@ def params_ema(experiment: Experiment) -> optax.GradientTransformation:
 def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
   """Return the training batch for the objective, with the encoded data `x` and the encoded conditions `given`.
 
-  The image is removed from the batch. All other items of the data stay.
+  The image, or its entry of a latent data set, is removed from the batch. All other items of the data stay.
   """
-  encoded = {
-    "x": model.encode(keys, batch["image"], frozen),
-    "given": model.encode_conditions(keys, batch, frozen, train=True),
-  }
-  return {name: leaf for name, leaf in batch.items() if name != "image"} | encoded
+  is_latent = data.LATENT in batch
+  x = model.expand(keys, batch[data.LATENT], frozen) if is_latent else model.encode(keys, batch["image"], frozen)
+  encoded = {"x": x, "given": model.encode_conditions(keys, batch, frozen, train=True)}
+  return {name: leaf for name, leaf in batch.items() if name not in ("image", data.LATENT)} | encoded
 
 
 def step(
@@ -172,10 +171,8 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
   """
   shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
   if source is not None:
-    return {
-      name: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), jnp.float32 if name == "image" else leaf.dtype)
-      for name, leaf in data.read(source, [0]).items()
-    }
+    first = data.finish_batch(data.read(source, [0]))
+    return {name: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) for name, leaf in first.items()}
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in experiment.model.conditions.items():
     if condition.from_data is None:

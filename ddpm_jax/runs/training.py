@@ -16,7 +16,7 @@ from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup
 from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
-from ddpm_jax.runs import frozen, generation, limits, model, pretrained, reading, scoring, stepping
+from ddpm_jax.runs import frozen, generation, latents, limits, model, pretrained, reading, scoring, stepping
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import checkpoint, frozen_file, images, records, workdir
 from ddpm_jax.training import ema, optim
@@ -115,9 +115,11 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   step, task = stepping.step(experiment, mesh), experiment.task
   task.check(experiment, mesh)
   run = Run(experiment, folder, mesh, *reading.read_data(experiment))
+  run = run._replace(latents=latents.open_latents(experiment, run.source))
   preview = task.preview(experiment, mesh, run.held_out or run.source)
   scorer = task.scorer(run)
   frozen_params = frozen.load_sharded(experiment, mesh)
+  latents.check_codec(experiment, run.latents, frozen_params)
   if resuming:
     frozen_file.check(folder, frozen_params)
   init, template = model.make_state(experiment, mesh, frozen_params, None if start is None else start.params)
@@ -125,7 +127,7 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, frozen_params)))
   advice = "Make the network smaller, or shard the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
-  batch = stepping.batch_shapes(experiment, c.batch_size, run.source)
+  batch = stepping.batch_shapes(experiment, c.batch_size, run.training_source)
   trainer = _Trainer(run, scorer, preview, step, init, template, batch, frozen_params)
   trainer.check_best_metric()
   records.check_wandb(c.wandb)
@@ -182,6 +184,8 @@ class _Trainer:
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
+    if self.run.latents is not None:
+      print_line(f"training reads encoded images from {experiment.data.latents}")
     counts = generation.class_counts(experiment, source)
     if counts is not None and parallel.is_main():
       print_line(f"{len(counts):,} classes, {np.min(counts):,} to {np.max(counts):,} images each")
@@ -201,7 +205,7 @@ class _Trainer:
     size, options = experiment.training.batch_size, experiment.data
     self.checkpoints = model.open_checkpoints(experiment, folder)
     self.batches = data.batches(
-      self.run.source,
+      self.run.training_source,
       size,
       seed=experiment.seed,
       flip=options.flip,

@@ -111,8 +111,8 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
   This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1). A tile has 4x4 numbers and overlaps its neighbors
   by half. The numbers of a tile are combined into 16 sums, and the weights of the kernel into 16 sums. Each sum of the
   tile is multiplied by the corresponding sum of the kernel, in a matrix product over channels. The 16 products are
-  combined into 2x2 sums, the results in the middle of the tile. The functions below compute all these sums along one
-  axis.
+  combined into 2x2 sums, the results in the middle of the tile. Every inner function computes its sums along one axis,
+  and is applied to both axes.
   """
   batch, height, width, channels = x.shape
   h, w = height // 2, width // 2

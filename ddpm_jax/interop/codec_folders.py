@@ -1,0 +1,137 @@
+"""Load the codecs of frozen autoencoders from diffusers' folders, and save them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.interop import autoencoder_kl, folders, tensors, unet2d
+from ddpm_jax.models import Codec, codecs, networks
+from ddpm_jax.networks import Autoencoder
+from ddpm_jax.storage import files, jsonfiles
+
+PyTree = Any
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def load_codec(
+  path: str | Path, *, posterior: str = "sample", dtype: str = "float32", tile: int = 0
+) -> tuple[Codec, PyTree]:
+  """Load the codec of an `AutoencoderKL` that diffusers or `save_codec` wrote.
+
+  `codec.encode(frozen, keys, data)` maps data [B, H, W, C] in [-1, 1] to x, the scaled latents [B, H / f, W / f, C'],
+  and `codec.decode(frozen, x)` maps x to data.
+
+  Args:
+    path: the folder of an AutoencoderKL, or of a pipeline with vae/ or vqvae/. Or a name on the Hugging Face hub, such
+      as "stabilityai/sd-vae-ft-mse"; this needs the package huggingface_hub.
+    posterior: "sample" to draw latents from the posterior, or "mode" for its mean.
+    dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
+    tile: the side of tiles in positions of x, see `codecs.latent`. 0 for no tiles.
+
+  Returns:
+    The codec, and its frozen parameters: "autoencoder", "scale" and "shift".
+
+  Raises:
+    ValueError: if the autoencoder does not exist, has an unsupported class or option, or an argument is invalid; or if
+      the weights cannot be read or do not match the config. The message names the cause.
+  """
+  codec = read_codec(folders.find_folder(path, parts=folders.AUTOENCODERS), posterior=posterior, dtype=dtype, tile=tile)
+  assert codec.load is not None
+  return codec, codec.load()
+
+
+def read_codec(path: str | Path, *, posterior: str = "sample", dtype: str = "float32", tile: int = 0) -> Codec:
+  """Read the codec of an `AutoencoderKL` from its config.
+
+  `codec.load()` reads the weights. `codec.shape` does not read them.
+
+  Args:
+    path: see `load_codec`.
+    posterior: see `load_codec`.
+    dtype: see `load_codec`.
+    tile: see `load_codec`.
+
+  Raises:
+    ValueError: see `load_codec`. `codec.load` raises the errors about weights.
+  """
+  if dtype not in DTYPES:
+    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  folder = folders.autoencoder_folder(folders.find_folder(path, weights=False))
+  config = jsonfiles.read(folder / "config.json")
+  with jsonfiles.named_errors(folder / "config.json"):
+    network, scale = autoencoder_kl.from_config(config), autoencoder_kl.scale_of(config)
+  if folder.name == "vqvae":
+    # LDMPipeline ignores the other numbers.
+    scale = scale._replace(
+      scale=np.asarray(config.get("scaling_factor", 0.18215), np.float32), shift=np.zeros((), np.float32)
+    )
+  network = network.clone(dtype=DTYPES[dtype])
+  arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
+  template = _template(network)
+
+  def load() -> PyTree:
+    # A name on the hub, of which only the configs were downloaded so far.
+    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS))
+    return {"autoencoder": _load_params(found, network, template), **arrays}
+
+  def shapes() -> PyTree:
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
+    return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
+
+  loader: Any = codecs.Loader(load, shapes)
+  return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
+
+
+def _template(network: Autoencoder) -> PyTree:
+  side = network.downsampling
+  return tensors.abstract_params(network, (side, side, network.out_channels))
+
+
+def _load_params(folder: Path, network: Autoencoder, template: PyTree) -> PyTree:
+  path = folders.weights_path(folder)
+  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
+    path, "encoder.conv_in.weight", "AutoencoderKL of diffusers"
+  )
+  layout = autoencoder_kl.layout(len(network.multipliers))
+  return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=network.dtype)
+
+
+def save_codec(
+  path: str | Path,
+  network: Autoencoder,
+  params: PyTree,
+  *,
+  scale: Any = 1.0,
+  shift: Any = 0.0,
+  size: tuple[int, int] | None = None,
+) -> None:
+  """Save an autoencoder to a folder that `AutoencoderKL.from_pretrained` and `load_codec` can read.
+
+  Args:
+    path: the folder, new or empty.
+    network: the autoencoder, with the bottleneck "kl" and two dimensions.
+    params: its parameters.
+    scale: the factor of the latents, a number or one for each channel.
+    shift: what is subtracted from the latents before, a number or one for each channel.
+    size: the height and width of the data that the autoencoder was trained on. None leaves diffusers' default.
+
+  Raises:
+    ValueError: if the folder is not empty, or diffusers cannot represent the autoencoder.
+    WriteError: if the folder cannot be written. A partial folder is removed.
+  """
+  path = folders.check_output(path)
+  config = autoencoder_kl.to_config(network, autoencoder_kl.Scale(scale, shift), size)
+  with files.atomic_folder(path) as folder:
+    write_codec(folder, config, params)
+
+
+def write_codec(folder: Path, config: Mapping[str, Any], params: PyTree) -> None:
+  """Write the weights and then the config of an autoencoder to a folder."""
+  layout = autoencoder_kl.layout(len(config["block_out_channels"]))
+  tensors.save(folder / f"{folders.WEIGHTS}.safetensors", params, layout)
+  about = {"_class_name": "AutoencoderKL", "_diffusers_version": folders.VERSION}
+  folders.write_config(folder / "config.json", {**about, **config})

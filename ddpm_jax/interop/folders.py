@@ -1,0 +1,192 @@
+"""Find the configs and the weights in diffusers' folders, and write configs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddpm_jax.interop import tensors
+from ddpm_jax.storage import files, jsonfiles
+from ddpm_jax.storage.places import user_path
+
+# The name of a weights file, without suffixes.
+WEIGHTS = "diffusion_pytorch_model"
+# The value of "_diffusers_version" in saved configs: the diffusers version that the tests compare with.
+VERSION = "0.42.1"
+# The names of a pipeline's autoencoder.
+AUTOENCODERS = ("vae", "vqvae")
+# Patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16.
+_FORMS = tuple(f"{WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
+
+
+class PipelineFiles(NamedTuple):
+  """Hold the paths of the parts of a pipeline.
+
+  Attributes:
+    unet: the config of the network.
+    scheduler: the config of the scheduler.
+    autoencoder: the folder of the autoencoder, named "vae" or "vqvae". None for a pixel pipeline.
+  """
+
+  unet: Path
+  scheduler: Path
+  autoencoder: Path | None
+
+
+def pipeline_files(folder: Path) -> PipelineFiles:
+  """Return the paths of a pipeline's parts.
+
+  Raises:
+    ValueError: if a config is missing, or the pipeline has other parts.
+  """
+  index = folder / "model_index.json"
+  parts: set[str] | None = None
+  if index.is_file():
+    content = jsonfiles.read(index)
+    with jsonfiles.named_errors(index):
+      parts = set(_part_names(content))
+    if not {"unet", "scheduler", *AUTOENCODERS} >= parts or parts >= set(AUTOENCODERS):
+      raise ValueError(
+        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(sorted(parts))}; expected a pixel pipeline"
+        " with only unet and scheduler, such as a DDPMPipeline or a DDIMPipeline, or an LDMPipeline, which also has a vqvae."
+      )
+  is_nested = (folder / "unet").is_dir()
+  unet_folder = folder / "unet" if is_nested else folder
+  scheduler = (folder / "scheduler" if is_nested else folder) / "scheduler_config.json"
+  # A folder without an index, such as a run's copy of configs, has the parts whose folders exist.
+  found = [name for name in AUTOENCODERS if is_nested and (parts is None or name in parts)]
+  found = [name for name in found if parts is not None or (folder / name).is_dir()]
+  autoencoder = folder / found[0] if found else None
+  configs = [(unet_folder / "config.json", "network"), (scheduler, "scheduler")]
+  for file, part in (*configs, *([(autoencoder / "config.json", "autoencoder")] if autoencoder else [])):
+    if not file.is_file():
+      raise ValueError(
+        f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that"
+        " diffusers' save_pretrained wrote, nested (unet/, scheduler/) or flat."
+      )
+  return PipelineFiles(unet_folder / "config.json", scheduler, autoencoder)
+
+
+def autoencoder_folder(folder: Path) -> Path:
+  """Return the folder of an autoencoder, which is `folder` itself or a part of the pipeline in `folder`.
+
+  Raises:
+    ValueError: if the folder has no config of an autoencoder.
+  """
+  for candidate in (*(folder / name for name in AUTOENCODERS), folder):
+    if (candidate / "config.json").is_file():
+      return candidate
+  raise ValueError(
+    f"Got {folder}, which has no config.json of an autoencoder; expected a folder that diffusers' save_pretrained wrote:"
+    " of an AutoencoderKL, or of a pipeline with vae/ or vqvae/."
+  )
+
+
+def _part_names(index: Mapping[str, Any]) -> list[str]:
+  """Return the names of a pipeline's parts.
+
+  The index maps each part to a list: the names of its library and class, or nulls. Other keys are options.
+  """
+  parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
+  jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
+  malformed = [name for name in parts if len(index[name]) != 2]
+  if malformed:
+    raise ValueError(
+      f"Got a pipeline with {malformed[0]}={jsonfiles.shorten(index[malformed[0]])}; expected the name of a library and"
+      " the name of a class. Correct model_index.json."
+    )
+  return sorted(parts)
+
+
+def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] = ()) -> Path:
+  """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
+
+  Args:
+    path: a folder, or a name on the hub.
+    weights: whether to download the weights too, or only the configs.
+    parts: the parts of a pipeline whose weights to download, beside those outside any part. Empty for all parts.
+
+  Raises:
+    ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
+      huggingface_hub is not installed.
+  """
+  folder = user_path(path)
+  if folder.is_dir():
+    return folder
+  name = str(path)
+  if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    raise ValueError(
+      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
+    )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install"
+      " 'ddpm_jax[hub]'."
+    ) from error
+
+  def download(*patterns):
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+
+  try:
+    if not weights:
+      return download("*.json")
+    # A repository can contain the same weights in several forms. Download only the first form of _FORMS that exists.
+    for form in _FORMS:
+      downloaded = download("*.json", *([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
+      if any(downloaded.rglob(form)):
+        break
+    return downloaded
+  except Exception as error:
+    raise ValueError(
+      f"Got {name}, which is not a folder and cannot be downloaded from the hub: {tensors.first_line(error)}"
+    ) from error
+
+
+def weights_path(folder: Path) -> Path:
+  """Return the path of the weights file, or of the index of sharded weights.
+
+  Safetensors files have priority over .bin files, and then plain names over variants such as fp16.
+
+  Raises:
+    ValueError: if the folder has no weights, or several variants.
+  """
+  for suffix in ("safetensors", "bin"):
+    # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
+    # ".safetensors.index" in the name of an index.
+    for patterns in ((f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
+      matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
+      if len(matches) > 1:
+        raise ValueError(
+          f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
+          " Remove the others."
+        )
+      if matches:
+        return matches[0]
+  unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
+  hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
+  raise ValueError(
+    f"Got {folder}, which contains no weights; expected {WEIGHTS}.safetensors, {WEIGHTS}.bin, a variant such as"
+    f" {WEIGHTS}.fp16.safetensors, or shards with an index {WEIGHTS}.safetensors.index.json.{hint}"
+  )
+
+
+def _variants(suffix: str) -> tuple[str, str]:
+  return f"{WEIGHTS}.*.{suffix}", f"{WEIGHTS}.{suffix}.index.*.json"
+
+
+def check_output(path: str | Path) -> Path:
+  """Return the absolute path of an output folder.
+
+  Raises:
+    ValueError: if the path is a file, or a folder that is not empty.
+  """
+  folder = user_path(path).absolute()
+  files.check_new_folder(folder)
+  return folder
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+  """Write a config as JSON with sorted keys."""
+  files.write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,91 @@
+"""Read encoded training data, and check that they fit the experiment."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import data
+from ddpm_jax.config import Experiment
+from ddpm_jax.runs import reading
+from ddpm_jax.storage import digests
+from ddpm_jax.storage.places import user_path
+
+PyTree = Any
+
+_AGAIN = "Encode the data again with --mode=prepare, or train without config.data.latents."
+
+
+def open_latents(experiment: Experiment, source: data.Source) -> data.Source | None:
+  """Open the folder of `config.data.latents`, or return None if the config names none.
+
+  Args:
+    experiment: the experiment to train.
+    source: the training images that the folder must have been encoded from.
+
+  Raises:
+    ValueError: if the folder cannot be read, or was encoded from other data or with other settings.
+  """
+  path = experiment.data.latents
+  if not path:
+    return None
+  if not experiment.model.codec.is_latent:
+    raise ValueError(
+      f"Got config.data.latents={path!r} for a model without an autoencoder; expected a codec such as"
+      " --config.model.codec='autoencoder(path=<folder>)', or no latents."
+    )
+  check_conditions(experiment)
+  latents = data.PackedSource(user_path(path, "config.data.latents="))
+  settings = latents.settings
+  if "codec" not in settings:
+    raise ValueError(f"Got config.data.latents={path!r}, a folder of packed images; expected encoded images. {_AGAIN}")
+  expected = {name: value for name, value in settings_of(experiment, None).items() if name not in ("codec", "flip")}
+  changed = [name for name, value in expected.items() if settings.get(name) != value]
+  if changed:
+    name = changed[0]
+    raise ValueError(
+      f"Got config.data.latents={path!r}, encoded with {name}={settings.get(name)}; expected {name}={expected[name]}. {_AGAIN}"
+    )
+  if experiment.data.flip and not settings["flip"]:
+    raise ValueError(
+      f"Got config.data.flip=True for config.data.latents={path!r}, encoded without mirror images; expected False. Set"
+      f" --config.data.flip=False, or encode the data again."
+    )
+  classes, own_classes = (getattr(one, "classes", None) for one in (source, latents))
+  same_classes = classes is None or own_classes is None or np.array_equal(classes, own_classes)
+  if len(latents) != len(source) or not same_classes:
+    raise ValueError(
+      f"Got config.data.latents={path!r}, encoded from {len(latents):,} images, for {len(source):,} training images"
+      f"{'' if same_classes else ' with other classes'}; expected the same data. {_AGAIN}"
+    )
+  return latents
+
+
+def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> None:
+  """Raise a ValueError if latents were encoded by another autoencoder than the frozen one."""
+  if isinstance(latents, data.PackedSource) and latents.settings["codec"] != settings_of(experiment, frozen)["codec"]:
+    raise ValueError(
+      f"Got config.data.latents={experiment.data.latents!r}, encoded by another autoencoder than that of config.model.codec; expected the same"
+      f" autoencoder. {_AGAIN}"
+    )
+
+
+def check_conditions(experiment: Experiment) -> None:
+  """Raise a ValueError if a condition of the model is computed from images, which a latent data set lacks."""
+  for name, condition in experiment.model.conditions.items():
+    if condition.from_data is not None:
+      raise ValueError(
+        f"Got the condition {name}, which is computed from images, with a latent data set; expected conditions that the data contain."
+        " Train without config.data.latents."
+      )
+
+
+def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]:
+  """Return the values that encoded data depend on.
+
+  Without frozen parameters, the digest of the codec is empty.
+  """
+  leaves = [] if frozen is None else jax.tree.leaves(frozen["codec"]["autoencoder"])
+  c = experiment.data
+  fit = data.fit_settings(reading.fit_of(experiment), c.fields) | {"size": list(c.shape)}
+  return {"codec": digests.compute(leaves), "flip": c.flip, **fit}

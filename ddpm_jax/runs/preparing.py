@@ -1,0 +1,132 @@
+"""Prepare data before training: download, convert, pack or encode them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import data
+from ddpm_jax.config import Experiment
+from ddpm_jax.devices import parallel
+from ddpm_jax.devices.progress import print_line
+from ddpm_jax.runs import frozen as frozen_module
+from ddpm_jax.runs import latents, limits, reading
+from ddpm_jax.storage import files
+from ddpm_jax.storage.images import as_floats
+
+PyTree = Any
+
+# Images per device in a batch of the encoder.
+_BATCH = 16
+
+
+def run_prepare(experiment: Experiment, output: Path | None) -> None:
+  """Prepare the data of an experiment (see `data.prepare`).
+
+  If the model has an autoencoder as its codec, the training images are encoded.
+
+  Args:
+    experiment: the experiment with the data.
+    output: a new folder to pack or encode the data into, or None.
+
+  Raises:
+    ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
+  """
+  limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
+  tree = experiment.tree
+  source, keys = tree.components["data.source"].value, tree.arguments("data.source")
+  fit, check = reading.fit_of(experiment), reading.check_of(experiment)
+  if not experiment.model.codec.is_latent:
+    data.prepare(source, keys, fit, output, fields=experiment.data.fields, broken=experiment.data.broken, check=check)
+    return
+  if output is None:
+    raise ValueError("Got no --output; expected a new folder for the encoded images, such as --output=/data/latents.")
+  files.check_new_folder(output)
+  if source is data.tfds:
+    data.prepare(source, keys, fit, None)
+  _encode(experiment, output)
+
+
+def _encode(experiment: Experiment, output: Path) -> None:
+  """Encode the training images of an experiment into a new folder, for `config.data.latents`.
+
+  The folder holds the moments or codes of each image and, if images are flipped in training, of its mirror image. It
+  also holds the other items of the data, such as classes.
+
+  Args:
+    experiment: the experiment with the data and the codec.
+    output: the new folder.
+
+  Raises:
+    ValueError: if the data or the codec cannot be read, an encoded image is not finite, or the output folder exists.
+  """
+  files.check_new_folder(output)
+  source, _ = reading.read_data(experiment)
+  latents.check_conditions(experiment)
+  mesh = parallel.make_mesh()
+  frozen = frozen_module.load_replicated(experiment, None, mesh)
+  settings = latents.settings_of(experiment, frozen)
+  print_line(f"encoding {len(source):,} images of {'x'.join(map(str, experiment.data.shape))} ...")
+  statistics = _Statistics()
+  with files.atomic_folder(output) as temporary:
+    items = _encoded(experiment, mesh, source, frozen, statistics)
+    names = getattr(source, "class_names", None)
+    count, _ = data.pack_items(items, len(source), temporary, settings, class_names=names)
+  print_line(f"encoded      {output} ({count:,} images{', each with its mirror image' if settings['flip'] else ''})")
+  print_line(statistics.describe())
+  print_line(f"to use them  --config.data.latents={output}")
+
+
+def _encoded(
+  experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source, frozen: PyTree, statistics: "_Statistics"
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yield the items of a source with `latent` in place of `image`."""
+  codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
+  assert codec.compress is not None
+  assert codec.expand is not None
+  compress, expand = codec.compress, codec.expand
+  sharded, replicated = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+
+  def encode(frozen: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    images = jax.lax.with_sharding_constraint(images, sharded)
+    views = [images, images[:, :, ::-1]] if flip else [images]
+    compact = [compress(frozen["codec"], view) for view in views]
+    return jnp.stack(compact, 1), expand(frozen["codec"], jax.random.key(0), compact[0])
+
+  compiled = jax.jit(encode, out_shardings=replicated, compiler_options=parallel.compiler_options(mesh))
+  for first in range(0, len(source), size):
+    # Repeat the last image to fill the last batch, so that a single program is compiled.
+    batch = data.read(source, np.minimum(np.arange(first, first + size), len(source) - 1))
+    compact, x = jax.device_get(compiled(frozen, as_floats(batch.pop("image"))))
+    count = min(size, len(source) - first)
+    if not np.isfinite(compact[:count]).all():
+      raise ValueError(
+        f"Got moments with NaN or infinite values for images {first:,} to {first + count - 1:,}; expected finite moments."
+        " The autoencoder's weights are broken, or its dtype is too narrow: use dtype=float32."
+      )
+    statistics.add(x[:count])
+    for row in range(count):
+      yield {name: value[row] for name, value in batch.items()} | {data.LATENT: compact[row]}
+
+
+class _Statistics:
+  """Sum the mean and the variance of each channel of x."""
+
+  def __init__(self) -> None:
+    self._count, self._sums = 0, np.zeros((2, 1))
+
+  def add(self, x: np.ndarray) -> None:
+    """Add samples [B, ..., C]."""
+    rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    self._count += len(rows)
+    self._sums = self._sums + np.stack([rows.sum(0), (rows**2).sum(0)])
+
+  def describe(self) -> str:
+    """Return the mean and the standard deviation of each channel in words."""
+    mean, square = self._sums / max(self._count, 1)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    texts = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+    return f"x            mean {texts[0]}; standard deviation {texts[1]} (by channel)"
