@@ -207,7 +207,7 @@ WRONG = [
   ({"objective__perceptual": spec("features.vgg", levels=6)}, "Got levels=6; expected 1 to 5"),
   ({"objective": "denoising"}, "objective=denoising with config.task='autoencode'; expected autoencoding"),
   ({"model__network": spec("networks.UNet")}, "Got UNet without encode, decode_features, decode_output"),
-  ({"model__conditions": {"classes": spec("conditions.classes", number=10)}}, "with the conditions classes; expected no"),
+  ({"model__conditions": {"classes": spec("conditions.classes", number=10)}}, "network that has no argument 'classes'"),
   ({"data__hold_out": 0, "evaluation__every": 5}, "Got no held-out images; expected some to reconstruct"),
   ({"training__best_metric": "eval/fid", "evaluation__every": 6, "training__keep_best": 1}, "one of eval/psnr, eval/ssim"),
   ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='autoencode', which generates no samples"),
