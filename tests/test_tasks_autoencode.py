@@ -209,7 +209,10 @@ WRONG = [
   ({"model__network": spec("networks.UNet")}, "Got UNet without encode, decode_features, decode_output"),
   ({"model__conditions": {"classes": spec("conditions.classes", number=10)}}, "network that has no argument 'classes'"),
   ({"data__hold_out": 0, "evaluation__every": 5}, "Got no held-out images; expected some to reconstruct"),
-  ({"training__best_metric": "eval/fid", "evaluation__every": 6, "training__keep_best": 1}, "one of eval/psnr, eval/ssim"),
+  (
+    {"training__best_metric": "eval/fid", "evaluation__every": 6, "training__keep_best": 1},
+    "one of eval/psnr, eval/ssim",
+  ),
   ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='autoencode', which generates no samples"),
 ]
 
