@@ -10,6 +10,7 @@ import pytest
 
 from ddpm_jax import losses
 from ddpm_jax.devices import parallel
+from ddpm_jax.models import codecs
 from ddpm_jax.runs import stepping
 from tests.conftest import ROOT
 from tests.recipes import experiment_of, tree_of
@@ -37,6 +38,7 @@ def load(path):
 def test_all_recipes_exist():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
   assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
+  assert {path.stem for path in RECIPES} >= {"digits_autoencoder", "emoji_autoencoder", "imagenet256_autoencoder"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
@@ -47,12 +49,12 @@ def test_attention_is_at_the_same_heights_as_in_the_papers(name):
   assert {config.data.image_size // 2**level for level in levels} == ATTENTION_HEIGHTS[name]
 
 
-def loss_of(experiment, params, keys, batch):
+def loss_of(experiment, params, frozen, keys, batch):
   """Compute the loss of one training step."""
   objective = experiment.objective
-  extra, memory = objective.init(keys[0], params, ())
+  extra, memory = objective.init(keys[0], params, frozen)
   batch = stepping.encode(experiment.model, None, keys, batch)
-  context = losses.Context(jnp.zeros((), jnp.int32), (), params, memory)
+  context = losses.Context(jnp.zeros((), jnp.int32), frozen, params, memory)
   return objective.loss({"model": params, "extra": extra}, context, keys, batch | objective.prepare(keys, memory))[0]
 
 
@@ -71,9 +73,15 @@ def test_each_recipe_builds_with_consistent_shapes(path):
   params = jax.eval_shape(experiment.model.init, key)
   # Trace only the loss: the gradient has the shapes of the parameters, and takes long to trace.
   keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), stepping.batch_shapes(experiment, 4)
-  loss = jax.eval_shape(partial(loss_of, experiment), params, keys, batch)
+  read = experiment.objective.load
+  frozen = () if read is None else codecs.frozen_shapes(read)
+  loss = jax.eval_shape(partial(loss_of, experiment), params, frozen, keys, batch)
   assert loss.shape == ()
+  extra = jax.eval_shape(
+    lambda key, params, frozen: experiment.objective.init(key, params, frozen)[0], key, params, frozen
+  )
   optimizer, few = stepping.optimizer(experiment), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+  few = {"model": few, "extra": few} if jax.tree.leaves(extra) else few
   before = jax.eval_shape(optimizer.init, few)
   updates, after = jax.eval_shape(optimizer.update, few, before, few)
   assert jax.tree.structure(after) == jax.tree.structure(before)
