@@ -8,6 +8,7 @@ __all__ = [
   "data",
   "devices",
   "editing",
+  "gaussian",
   "guidance",
   "interop",
   "likelihood",

@@ -279,7 +279,10 @@ def steering(args: Args) -> "Steering":
 
 
 def _by_condition(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
-  """Group the values of a flag and its short form by condition. Only values of `classes` are split at commas."""
+  """Return lists of values by condition, from a flag and from its short form `--classes`.
+
+  Only values of `classes` are split at commas.
+  """
   values: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
   for one in texts or ():
     name, equals, value = one.partition("=")

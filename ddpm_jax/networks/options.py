@@ -46,9 +46,7 @@ def _check_values(network: Any) -> None:
       raise ValueError(f"Got {name}={getattr(n, name)}; expected finite numbers.")
   for name in _COUNTS:
     if getattr(n, name) < 0:
-      raise ValueError(
-        f"Got {name}={getattr(n, name)}; expected an integer of 0 or more. Set 0 for none or the default."
-      )
+      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"

@@ -230,9 +230,10 @@ class _Trainer:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
-    """Move checkpoints of later steps than `restored` to the damaged folder, and describe problems in `self.damaged`.
+    """Move checkpoints of later steps than `restored` to the damaged folder.
 
-    Incomplete checkpoints are deleted. Snapshots of later steps are deleted too.
+    Incomplete checkpoints of any step, and snapshots of later steps, are deleted. Messages about damaged and incomplete
+    checkpoints are stored in `self.damaged`.
 
     Args:
       restored: the checkpoint that training resumes from; None to start at step 0.

@@ -17,7 +17,7 @@ from ddpm_jax.runs.reading import Run
 class Scorer(Protocol):
   """Score the weights of a run.
 
-  The constructor raises a ValueError if the experiment's scores are not available.
+  The constructor raises a ValueError if the scores that the config asks for cannot be computed.
   """
 
   def check_scores(self) -> None:
