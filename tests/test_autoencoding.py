@@ -106,9 +106,7 @@ def test_errors_and_features_in_closed_form():
 def test_the_loss_is_the_sum_of_its_terms():
   params, x = make_params(), data()
   for error in ("l1", "l2"):
-    objective = losses.autoencoding(
-      toy(), error=error, kl_weight=0.1, perceptual=FEATURES, perceptual_weight=0.3
-    )
+    objective = losses.autoencoding(toy(), error=error, kl_weight=0.1, perceptual=FEATURES, perceptual_weight=0.3)
     extra, state = context(objective, params)
     (loss, details), _ = evaluate(objective, params, extra, state)
     moments = x @ params["encoder"]

@@ -1,4 +1,4 @@
-"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test reading and writing its folders."""
+"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test its folders."""
 
 import functools
 import json
