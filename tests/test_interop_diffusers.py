@@ -398,8 +398,10 @@ BROKEN = {
   "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "which lacks .*, the config of the scheduler"),
   "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), r"Cannot read .*config\.json as JSON"),
   "another pipeline": (
-    lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["a", "b"]}'),
-    "a StableDiffusionPipeline with the parts vae",
+    lambda f: (f / "model_index.json").write_text(
+      '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["a", "b"]}'
+    ),
+    "a StableDiffusionPipeline with the parts text_encoder",
   ),
 }
 
@@ -461,7 +463,7 @@ def test_paths_that_are_not_folders_are_errors(tmp_path, monkeypatch):
     ({"clip": -1.0}, "clip=-1"),
     ({"prediction": predictions.SCORE}, "expected EPS, X0 or V"),
     ({"prediction": predictions.learned_range(predictions.EPS)}, "expected 6, twice the channels"),
-    ({"data_shape": (8, 8, 1), "shape": (8, 8, 1)}, "out_channels=3 for images of shape"),
+    ({"data_shape": (8, 8, 1), "shape": (8, 8, 1)}, "out_channels=3 for x of shape"),
     ({"data_shape": (16, 16, 3)}, "with a codec .* expected a model of image pixels"),
     ({"codec": codecs.Codec(lambda frozen, keys, data: data, lambda frozen, x: x)}, "with a codec"),
     ({"time_input": lambda t: 1000 * t}, "a custom time_input"),
