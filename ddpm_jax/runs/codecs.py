@@ -59,7 +59,7 @@ def autoencoder(
   if bool(mean) != bool(std) or any(value <= 0 for value in std):
     raise ValueError(f"Got mean={tuple(mean)} and std={tuple(std)}; expected both or none, with std above 0.")
   folder = user_path(path, "config.model.codec.path=")
-  if workdir.config_path(folder).exists() and workdir.checkpoint_folder(folder).exists():
+  if workdir.is_run(folder):
     codec = _from_run(folder, data_shape, posterior, dtype, tile)
   else:
     codec = interop.diffusers.read_codec(
