@@ -81,7 +81,7 @@ def _from_run(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: 
       f" {data_shape[-1]}; expected the same number. Set --config.data.channels={experiment.model.data_shape[-1]}."
     )
   report = scores.read(folder)
-  statistics = (report or {}).get("scores", {}).get(LATENTS)
+  statistics = (report or {}).get(LATENTS)
   if statistics is None:
     raise ValueError(
       f"Got config.model.codec.path={folder}, a run without the mean and standard deviation of its latents in eval.json; expected a scored"
