@@ -121,7 +121,7 @@ UNKNOWN = [
   ("editing.method", "editing.invert", "the function invert; expected a method of editing"),
   ("editing.operator", "editing.repaint", "makes a Sampler; expected an operator"),
   ("data.source", "data.fit_settings", "the function fit_settings; expected a source of data"),
-  ("task", "tasks.Classify", "the class Classify; expected a task, one of classify, denoise"),
+  ("task", "tasks.Classify", "the class Classify; expected a task, one of autoencode, classify, denoise"),
 ]
 
 
@@ -203,7 +203,7 @@ def test_components_that_do_not_fit_a_slot_are_refused(key, name, message):
     ({"model.network": "UNet(channels=wide)"}, "Got config.model.network.channels='wide'; expected an integer"),
     ({"model.network": "UNet(groups=7)"}, "In config.model.network=networks.UNet: .*groups"),
     ({"data.source": "folder"}, "config.data.source=data.folder without its required argument path"),
-    ({"task": "paint"}, "config.task='paint'; expected a task, one of classify, denoise"),
+    ({"task": "paint"}, "config.task='paint'; expected a task, one of autoencode, classify, denoise"),
     ({"editing.operator": "blur"}, "config.editing.operator=editing.blur without its required argument std"),
     ({"editing.operator": "blur(std=-1)"}, "In config.editing.operator=editing.blur: .*std"),
   ],

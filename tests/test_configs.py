@@ -11,6 +11,7 @@ import pytest
 from ddpm_jax import config as configs
 from ddpm_jax import losses
 from ddpm_jax.devices import parallel
+from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import stepping
 from tests.conftest import ROOT
 from tests.recipes import tree_of, without_files
@@ -41,6 +42,7 @@ def load(path):
 def test_all_recipes_exist():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
   assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
+  assert {path.stem for path in RECIPES} >= {"digits_autoencoder", "emoji_autoencoder", "imagenet256_autoencoder"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 
@@ -54,9 +56,10 @@ def test_attention_is_at_the_same_heights_as_in_the_papers(name):
 def loss_of(experiment, params, frozen, keys, batch):
   """Compute the loss of one training step."""
   objective = experiment.objective
-  extra, memory = objective.init(keys[0], params, ())
+  own = frozen.get("objective", ())
+  extra, memory = objective.init(keys[0], params, own)
   batch = stepping.encode(experiment.model, frozen, keys, batch)
-  context = losses.Context(jnp.zeros((), jnp.int32), (), params, memory)
+  context = losses.Context(jnp.zeros((), jnp.int32), own, params, memory)
   return objective.loss({"model": params, "extra": extra}, context, keys, batch | objective.prepare(keys, memory))[0]
 
 
@@ -76,9 +79,14 @@ def test_each_recipe_builds_with_consistent_shapes(path):
   params = jax.eval_shape(experiment.model.init, key)
   # Trace only the loss: the gradient has the shapes of the parameters, and takes long to trace.
   keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), stepping.batch_shapes(experiment, 4)
-  loss = jax.eval_shape(partial(loss_of, experiment), params, experiment.model.frozen_shapes(), keys, batch)
+  frozen = frozen_module.unsharded_shapes(experiment)
+  loss = jax.eval_shape(partial(loss_of, experiment), params, frozen, keys, batch)
   assert loss.shape == ()
+  extra = jax.eval_shape(
+    lambda key, params, own: experiment.objective.init(key, params, own)[0], key, params, frozen.get("objective", ())
+  )
   optimizer, few = stepping.optimizer(experiment), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+  few = {"model": few, "extra": few} if jax.tree.leaves(extra) else few
   before = jax.eval_shape(optimizer.init, few)
   updates, after = jax.eval_shape(optimizer.update, few, before, few)
   assert jax.tree.structure(after) == jax.tree.structure(before)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ddpm_jax.interop import inception as inception_weights
 from ddpm_jax.interop import tensors
 from ddpm_jax.losses import Features
+from ddpm_jax.models.codecs import Loader
 from ddpm_jax.networks.image_classifier import ImageClassifier
 from ddpm_jax.networks.inception import Inception
 from ddpm_jax.networks.vgg import LEVELS, VGG16
@@ -48,13 +49,15 @@ def inception(
   def apply(frozen: PyTree, images: Array) -> list[Array]:
     return cast("list[Array]", network.apply({"params": frozen}, _as_color(images) * (127.5 / 128) - 0.5 / 128, levels))
 
+  def shapes() -> PyTree:
+    images = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
+    return jax.eval_shape(partial(network.init, maps=levels), jax.random.key(0), images)["params"]
+
   def load() -> PyTree:
     params = inception_weights.load(_path(weights, "inception"), sha256_prefix=sha256).params
-    images = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
-    needed = jax.eval_shape(partial(network.init, maps=levels), jax.random.key(0), images)["params"]
-    return {name: params[name] for name in needed}
+    return {name: params[name] for name in shapes()}
 
-  return Features(apply, load)
+  return Features(apply, Loader(load, shapes))
 
 
 def classifier(weights: Annotated[str, "place"] = "") -> Features:
@@ -74,7 +77,7 @@ def classifier(weights: Annotated[str, "place"] = "") -> Features:
     try:
       arrays, _ = sealed.load_tensors(path)
       names = [name.split("/") for name in arrays]
-      params = {layer: {} for layer, _ in names}  # type: dict[str, Any]
+      params: dict[str, Any] = {layer: {} for layer, _ in names}
       for (layer, leaf), array in zip(names, arrays.values(), strict=True):
         params[layer][leaf] = array
       return {name: params[name] for level in range(3) for name in (f"conv_{level}", f"norm_{level}")}
@@ -125,19 +128,20 @@ def vgg(
       images = (images[..., ::-1] + 1) * 127.5 - jnp.asarray(_CAFFE, jnp.float32)[None, None, None]
     return cast("list[Array]", network.apply({"params": frozen}, images))
 
-  def load() -> PyTree:
+  def shapes() -> PyTree:
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    template = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    return jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+
+  def load() -> PyTree:
     names = _vgg_names(levels)
     layout = tensors.Layout(
       lambda path: f"{names[path.split('/')[0]]}.{tensors.leaf_name(path)}",
       is_ignored=lambda name: name.rpartition(".")[0] not in names.values(),
     )
-    return tensors.load(
-      tensors.TensorFile(_path(weights, "vgg"), "features.0.weight", "VGG16 network"), template, layout
-    )
+    file = tensors.TensorFile(_path(weights, "vgg"), "features.0.weight", "VGG16 network")
+    return tensors.load(file, shapes(), layout)
 
-  return Features(apply, load)
+  return Features(apply, Loader(load, shapes))
 
 
 def _vgg_names(levels: int) -> dict[str, str]:

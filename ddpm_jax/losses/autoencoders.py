@@ -44,8 +44,9 @@ def autoencoding(
   adversarial_weight: float = 0.5,
   adversarial_start: int = 50_000,
 ) -> Objective:
-  """Train an autoencoder to reconstruct data (Esser et al. 2021; Rombach et al. 2022, appendix G).
+  """Train an autoencoder to reconstruct data.
 
+  The losses are those of Esser et al. (2021) and Rombach et al. (2022, appendix G).
   The loss of a sample is its `reconstruction_error`, plus `perceptual_weight` times its `perceptual_distance`, plus the
   loss of the bottleneck:
 

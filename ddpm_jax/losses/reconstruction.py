@@ -62,8 +62,13 @@ class Features(NamedTuple):
 class Network(Protocol):
   """Describe a network that an objective trains beside the model, such as a `models.Network`."""
 
-  init: Callable[[Array, Array, Array, Mapping[str, PyTree]], PyTree]
-  apply: Callable[..., Array]
+  def init(self, key: Array, x: Array, time: Array, given: Mapping[str, PyTree]) -> PyTree:
+    """Return the network's parameters."""
+
+  def apply(
+    self, params: PyTree, x: Array, time: Array, given: Mapping[str, PyTree], *, train: bool = False, keys: Any = None
+  ) -> Array:
+    """Return the network's output, as `Apply` does."""
 
 
 @check_types

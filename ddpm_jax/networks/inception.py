@@ -217,7 +217,7 @@ def _max(x: Array, *, stride: int = 2, padded: bool = False) -> Array:
 
 def _mean(x: Array) -> Array:
   """Return the mean over windows of 3x3, excluding padding at the borders."""
-  rows, columns = (np.convolve(np.ones(size), np.ones(3), "same") for size in x.shape[1:3])
+  rows, columns = (np.convolve(np.ones(size), np.ones(3))[1:-1] for size in x.shape[1:3])
   scale = np.asarray(1 / (rows[:, None, None] * columns[:, None]), np.float32)
   for axis in (1, 2):
     widths = [(0, 0)] * x.ndim

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
-from ddpm_jax import guidance, interop
+import numpy as np
+
+from ddpm_jax import guidance, interop, networks
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
+from ddpm_jax.interop import autoencoder_kl
 from ddpm_jax.runs import model
+from ddpm_jax.runs.tasks import Autoencode
 from ddpm_jax.storage import scores
 
 # The keys of eval.json that go on the model card.
@@ -25,6 +29,8 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   Raises:
     ValueError: if diffusers cannot express the model, or the output folder is not empty.
   """
+  if isinstance(experiment.task, Autoencode):
+    return _export_codec(experiment, folder, output, choice)
   experiment.task.check_can_sample("a run")
   interop.diffusers.check_exportable(experiment.model)
   interop.diffusers.check_output(output)
@@ -44,6 +50,36 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   print_line(
     f"model        {output} ({weights.name} weights), to load with diffusers or --pretrained\nmodel card   {output / 'README.md'}"
   )
+  parallel.wait_for_all("done")
+
+
+def _export_codec(experiment: Experiment, folder: Path, output: Path, choice: model.WeightsChoice) -> None:
+  """Export an autoencoder as a folder of diffusers, with the mean and standard deviation of its latents.
+
+  The statistics are those of the scored weights, in eval.json. Without them, latents are exported without a scale.
+  """
+  module = experiment.model.network.module
+  if not isinstance(module, networks.Autoencoder):
+    raise ValueError(
+      f"Got config.model.network={experiment.tree.short_name('model.network')} for an export; expected networks.Autoencoder, the only"
+      " autoencoder that diffusers can compute."
+    )
+  # Check the network before its weights are read.
+  autoencoder_kl.to_config(module, autoencoder_kl.Scale(np.ones(()), np.zeros(())))
+  interop.diffusers.check_output(output)
+  weights, report = model.load_weights(experiment, folder, parallel.make_mesh(), choice), scores.read(folder) or {}
+  if parallel.is_main():
+    statistics = report.get("latents")
+    options: dict[str, np.ndarray] = {}
+    if statistics is None:
+      print_line(
+        "no statistics of latents in eval.json, so the folder has no scale for latents; score the run first: --mode=eval"
+      )
+    else:
+      mean, std = (np.asarray(statistics[name], np.float32) for name in ("mean", "std"))
+      options = {"scale": 1 / std, "shift": mean}
+    interop.diffusers.save_codec(output, module, weights.parameters.params, size=experiment.data.space, **options)
+  print_line(f"autoencoder  {output} ({weights.name} weights), to load with diffusers' AutoencoderKL or as a codec")
   parallel.wait_for_all("done")
 
 

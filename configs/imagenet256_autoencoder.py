@@ -1,0 +1,41 @@
+"""Train the autoencoder of latent diffusion with down-sampling by 8 on ImageNet 256x256 (Rombach et al. 2022).
+
+python -m ddpm_jax.main --config=configs/imagenet256_autoencoder.py --workdir=/tmp/imagenet256_autoencoder \
+  --config.data.source.path=<folder> --config.objective.perceptual.weights=<file>
+
+Network: 83.7M parameters, with the settings of the paper's kl-f8 (appendix G and its code): 4 channels of latents, L1
+and perceptual loss, a KL divergence of weight 1e-6, and from step 50,000 on a discriminator of patches with half of the
+adaptive weight. The network computes in bfloat16 and recomputes activations.
+Differences: the perceptual loss compares features of VGG16 without the learned weights of LPIPS. The discriminator has
+group normalization. Gradients are clipped.
+Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. The paper trained on
+OpenImages. The weights are torchvision's state dict of VGG16.
+Hardware: 8 GPUs or a TPU slice. The paper trained about 250,000 steps.
+Score: in the paper's repository, an FID of reconstructions of 0.90 and a PSNR of 24.2 dB. Not yet run with this code.
+"""
+
+from ddpm_jax.config import default_config, spec
+
+
+def get_config():
+  config = default_config()
+  config.task = "autoencode"
+  # Set the path with --config.data.source.path=<folder>. --mode=plan needs no path and no weights.
+  config.data.source = spec("data.folder", path="", train_split="train", eval_split="val")
+  config.data.update({"image_size": 256, "num_threads": 16})
+  config.model.network = spec("networks.Autoencoder", dtype="bfloat16", remat="blocks")
+  config.objective = spec(
+    "losses.autoencoding",
+    error="l1",
+    kl_weight=1e-6,
+    perceptual=spec("features.vgg", weights=""),
+    perceptual_weight=1.0,
+    discriminator=spec("networks.PatchDiscriminator", channels=64, levels=3),
+    adversarial_weight=0.5,
+    adversarial_start=50_000,
+  )
+  # 4.5e-6 for each image of the batch.
+  config.optimizer.update({"arguments": "b1=0.5, b2=0.9", "learning_rate": 4.3e-4, "warmup_steps": 0})
+  config.training.update({"batch_size": 96, "steps": 250_000})
+  config.evaluation.num_samples = 50_000
+  return config
