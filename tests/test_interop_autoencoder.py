@@ -361,6 +361,8 @@ def test_wrong_arguments_are_errors(folder, tmp_path):
   codec, frozen = interop.diffusers.load_codec(folder)
   with pytest.raises(ValueError, match="Got dtype='float16'; expected 'float32' or 'bfloat16'"):
     interop.diffusers.read_codec(folder, dtype="float16")
+  with pytest.raises(ValueError, match="Got data of 9x8 for a network with 2 levels"):
+    interop.diffusers.read_codec(folder, data_shape=(9, 8, 3))
   with pytest.raises(ValueError, match="posterior"):
     interop.diffusers.read_codec(folder, posterior="median")
   with pytest.raises(
