@@ -72,8 +72,8 @@ def load(
 
   The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
   "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
-  channels. The sampling defaults come from the scheduler. A latent model has the codec of its autoencoder, and
-  `model.load_frozen()` reads the codec's parameters. For a codec with other options, call `read_codec`.
+  channels. The sampling defaults come from the scheduler. A latent model also has the codec of its autoencoder, and
+  `model.load_frozen()` reads the codec's parameters. For other options of the codec, replace it by `read_codec`'s.
 
   Args:
     path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder

@@ -250,7 +250,7 @@ def logged_names(settings: Settings, names: dict[str, str]) -> list[str]:
 
 def higher_is_better(name: str) -> bool:
   """Return whether a score with this name increases when samples improve."""
-  return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy"))
+  return name.endswith(("precision", "recall", "density", "coverage", "_score", "accuracy", "psnr", "ssim"))
 
 
 def format_table(rows: dict[str, Scores | None]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ddpm_jax.report.content import Content as Content
 from ddpm_jax.report.content import Neighbors as Neighbors
+from ddpm_jax.report.content import Reconstructions as Reconstructions
 from ddpm_jax.report.content import check_content
 from ddpm_jax.storage import files
 

@@ -25,6 +25,20 @@ class Neighbors(NamedTuple):
   real_distances: np.ndarray
 
 
+class Reconstructions(NamedTuple):
+  """Hold images beside their reconstructions by an autoencoder.
+
+  Attributes:
+    images: the originals, uint8 [K, H, W, C].
+    reconstructions: the reconstructions, uint8 [K, H, W, C].
+    latents: the latents as gray images, one for each channel, uint8 [K, h, w, D].
+  """
+
+  images: np.ndarray
+  reconstructions: np.ndarray
+  latents: np.ndarray
+
+
 class Content(NamedTuple):
   """Hold everything that a report shows.
 
@@ -44,6 +58,7 @@ class Content(NamedTuple):
     schedule: `t`, `alpha`, `sigma` and `log_snr` of the process, each [T].
     neighbors: the nearest training images of some samples.
     bound_terms: the terms [N] of the variational bound for the steps n = 1..N, in bits per dimension.
+    reconstructions: the reconstructions of an autoencoder. Its report has no samples.
   """
 
   title: str
@@ -58,6 +73,7 @@ class Content(NamedTuple):
   schedule: Mapping[str, np.ndarray] | None = None
   neighbors: Neighbors | None = None
   bound_terms: np.ndarray | None = None
+  reconstructions: Reconstructions | None = None
 
 
 def check_content(content: Content) -> None:
@@ -90,6 +106,8 @@ def check_content(content: Content) -> None:
       )
   if content.neighbors is not None:
     _check_neighbors(content.neighbors)
+  if content.reconstructions is not None:
+    _check_reconstructions(content.reconstructions)
   if content.bound_terms is not None and np.ndim(content.bound_terms) != 1:
     raise ValueError(f"Got bound_terms of shape {np.shape(content.bound_terms)}; expected [N], one term per step.")
   for line in content.metrics:
@@ -97,6 +115,17 @@ def check_content(content: Content) -> None:
       raise ValueError(
         f"Got a line of metrics without a numeric step, {dict(line)}; expected {{'step': 100, 'loss': 0.1, ...}}."
       )
+
+
+def _check_reconstructions(reconstructions: Reconstructions) -> None:
+  for name, value in reconstructions._asdict().items():
+    _check_images(f"reconstructions.{name}", value, "[K, H, W, C]")
+  originals, others, latents = reconstructions
+  if originals.shape != others.shape or len(latents) != len(originals):
+    raise ValueError(
+      f"Got reconstructions of shape {others.shape} and latents of shape {latents.shape} for images of shape"
+      f" {originals.shape}; expected reconstructions of the images' shape, and as many latents."
+    )
 
 
 def _check_neighbors(neighbors: Neighbors) -> None:

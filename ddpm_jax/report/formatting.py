@@ -22,6 +22,8 @@ class Score(NamedTuple):
 
 
 _SCORES = {
+  "psnr": Score("PSNR", "higher", "peak signal-to-noise ratio of each reconstruction in decibels, averaged"),
+  "ssim": Score("SSIM", "higher", "structural similarity of each reconstruction and its original, averaged"),
   "frechet_distance": Score("Fréchet distance", "lower", "between Gaussians fitted to the features of both sets"),
   "spatial_frechet_distance": Score(
     "Spatial Fréchet distance", "lower", "Fréchet distance of features that keep their position in the image"

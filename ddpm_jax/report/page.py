@@ -13,7 +13,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from ddpm_jax.report import figures, formatting, pictures, training
-from ddpm_jax.report.content import Content, Neighbors
+from ddpm_jax.report.content import Content, Neighbors, Reconstructions
 from ddpm_jax.report.figures import Figure
 
 # A sample may be a copy if its distance to a training image is below this fraction of the median distance of held-out
@@ -108,6 +108,7 @@ def _sections(content: Content) -> dict[str, Any]:
     "shown": sum(len(group.pictures) for group in groups),
     "total": len(content.samples),
     "film": _film(content),
+    "reconstructions": _reconstructions(content.reconstructions),
     "neighbors": _neighbors(content.neighbors),
     "curve": figures.plot_curve(curve, scores.get("floor", {})) if curve else [],
     "curve_table": _curve_table(curve),
@@ -119,11 +120,14 @@ def _sections(content: Content) -> dict[str, Any]:
     "config": _config(content.config),
     "provenance": formatting.flatten({key: value for key, value in evaluation.items() if key not in _SECTION_KEYS}),
   }
-  return sections | {"missing": _missing(sections)}
+  return sections | {"missing": _missing(sections, content.reconstructions is not None)}
 
 
-def _missing(sections: Mapping[str, Any]) -> list[str]:
-  """Return the names of the sections that are missing, each with the reason."""
+def _missing(sections: Mapping[str, Any], is_autoencoder: bool) -> list[str]:
+  """Return the names of the sections that are missing, each with the reason.
+
+  Sections about samples are not listed for an autoencoder.
+  """
   reasons = {
     "rows": "scores (none were computed)",
     "groups": "samples (there are none)",
@@ -136,13 +140,13 @@ def _missing(sections: Mapping[str, Any]) -> list[str]:
     "likelihood": "likelihood (not computed)",
     "config": "configuration (none was provided)",
   }
-  return [reason for name, reason in reasons.items() if not sections[name] and not sections.get(f"{name}_small")]
+  names = ("rows", "training", "config") if is_autoencoder else tuple(reasons)
+  return [reasons[name] for name in names if not sections[name] and not sections.get(f"{name}_small")]
 
 
 def _columns(scores: Mapping[str, Any]) -> list[str]:
-  return [name for name in ("generated", "floor") if name in scores] + [
-    name for name in scores if name not in ("generated", "floor")
-  ]
+  first = ("generated", "reconstructed", "floor")
+  return [name for name in first if name in scores] + [name for name in scores if name not in first]
 
 
 def _column_title(name: str) -> str:
@@ -182,6 +186,25 @@ def _film(content: Content) -> pictures.Film | None:
   if content.denoising is None or not content.denoising.size or content.denoising_times is None:
     return None
   return pictures.render_film(content.denoising, np.asarray(content.denoising_times, np.float64))
+
+
+def _reconstructions(reconstructions: Reconstructions | None) -> dict[str, Any] | None:
+  """Return the variables of the section on reconstructions.
+
+  Each row has an original, its reconstruction and the channels of its latents.
+  """
+  if reconstructions is None or not len(reconstructions.images):
+    return None
+  originals, others, latents = reconstructions
+  channels = latents.shape[-1]
+  columns = [pictures.thumbnails(originals), pictures.thumbnails(others)]
+  columns += [pictures.thumbnails(latents[..., channel : channel + 1]) for channel in range(channels)]
+  return {
+    "rows": list(zip(*columns, strict=True)),
+    "names": ["original", "reconstruction", *(f"channel {channel}" for channel in range(channels))],
+    "tile": pictures.tile_size(originals, max_side=108),
+    "channels": channels,
+  }
 
 
 def _neighbors(neighbors: Neighbors | None, max_samples: int = 12, max_images: int = 3) -> dict[str, Any] | None:

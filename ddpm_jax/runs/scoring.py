@@ -241,7 +241,8 @@ class Scorer:
       | {"scores": self._score_samples(sample_set.samples, self._settings)}
       for sample_set in sample_sets
     ]
-    floor, num_floor, problem = self._floor(reference)
+    summary, settings = self._reference_summary, self._settings
+    floor, num_floor, problem = score_floor(self._space, reference, summary, settings, self._count)
     kernel_size, reference_features = None, self._reference_summary.pairwise_features
     if reference_features is not None:
       kernel_size = c.kernel_size or evaluate.kernel_size(len(reference_features), min(self._count, c.pairwise_samples))
@@ -261,21 +262,6 @@ class Scorer:
       report["curve"] = curve
     return report
 
-  def _floor(self, reference: spaces.Reference) -> tuple[evaluate.Scores | None, int, str]:
-    """Score real images that are not in the reference, as the floor of all scores.
-
-    Returns:
-      The scores or None, the number of images, and the reason if there are no scores.
-    """
-    if reference.floor is None:
-      return None, 0, "there are no real images outside the reference"
-    chosen = np.random.default_rng(0).permutation(len(reference.floor))[: self._count]
-    try:
-      summary = self._space.summary(reference.floor, chosen, self._settings)
-      return self._score_summary(summary, self._settings), len(chosen), ""
-    except ValueError as error:  # too few images for the covariance's rank or for neighbors
-      return None, len(chosen), str(error)
-
   def _print(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:
     """Print the scores as tables."""
     if self._reference is None:
@@ -294,6 +280,35 @@ class Scorer:
     print_line(likelihoods.table(likelihood) + f"\nscores       {scores.path_of(self._run.folder)}")
 
 
+def score_floor(
+  space: spaces.Space,
+  reference: spaces.Reference,
+  summary: evaluate.Summary,
+  settings: evaluate.Settings,
+  count: int,
+) -> tuple[evaluate.Scores | None, int, str]:
+  """Score real images that are not in the reference, as the floor of all scores.
+
+  Args:
+    space: the feature space.
+    reference: the reference.
+    summary: the feature summary of the reference.
+    settings: the scores.
+    count: the maximum number of images to score.
+
+  Returns:
+    The scores or None, the number of images, and the reason if there are no scores.
+  """
+  if reference.floor is None:
+    return None, 0, "there are no real images outside the reference"
+  chosen = np.random.default_rng(0).permutation(len(reference.floor))[:count]
+  try:
+    floor = space.summary(reference.floor, chosen, settings)
+    return evaluate.score(floor, summary, settings, evaluate.score_names(space.feature_space)), len(chosen), ""
+  except ValueError as error:  # too few images for the covariance's rank or for neighbors
+    return None, len(chosen), str(error)
+
+
 def dtype_of(experiment: Experiment) -> str:
   """Return the dtype that the network computes in: its attribute `dtype`, by default float32."""
   return np.dtype(getattr(experiment.model.network.module, "dtype", None) or np.float32).name
@@ -305,13 +320,17 @@ def describe_data(experiment: Experiment) -> dict[str, Any]:
   return {key: values[key] for key in ("source", "hold_out", "image_size", "crop", "resize")}
 
 
-def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
+def describe_reference(reference: spaces.Reference) -> str:
+  """Describe the reference of scores in words."""
   if reference.statistics is not None:
     return f"statistics of {reference.statistics.features.count or 'an unknown number of'} images in {reference.name}"
-  kind = "training" if reference.name == "train" else "held-out"
-  is_superres = generation.low_res_name(experiment) is not None
+  return f"{len(reference.images or ()):,} {'training' if reference.name == 'train' else 'held-out'} images"
+
+
+def _describe(reference: spaces.Reference, experiment: Experiment) -> str:
+  is_superres = reference.statistics is None and generation.low_res_name(experiment) is not None
   note = "; the samples are held-out images, downsampled and enlarged again" if is_superres else ""
-  return f"{len(reference.images or ()):,} {kind} images{note}"
+  return f"{describe_reference(reference)}{note}"
 
 
 def _names(variants: Sequence[Experiment], seed: int) -> list[str]:

@@ -3,8 +3,9 @@
 A task checks the experiment, makes previews during training, and scores and reports the result.
 """
 
+from ddpm_jax.runs.tasks.autoencode import Autoencode, autoencode
 from ddpm_jax.runs.tasks.classify import Classify, classify
 from ddpm_jax.runs.tasks.denoise import Denoise, denoise
 from ddpm_jax.runs.tasks.task import Scorer, Task
 
-__all__ = ["Classify", "Denoise", "Scorer", "Task", "classify", "denoise"]
+__all__ = ["Autoencode", "Classify", "Denoise", "Scorer", "Task", "autoencode", "classify", "denoise"]

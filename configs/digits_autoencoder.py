@@ -1,0 +1,35 @@
+"""Train an autoencoder of the 8x8 digits of scikit-learn, to 2 channels of 4x4 latents (Rombach et al. 2022).
+
+python -m ddpm_jax.main --config=configs/digits_autoencoder.py --workdir=/tmp/digits_autoencoder
+
+Data: 1,797 handwritten digits. They need no download.
+Hardware: 2 CPU cores. Time: ?
+Score: ?
+"""
+
+from ddpm_jax.config import default_config, spec
+
+
+def get_config():
+  config = default_config()
+  config.task = "autoencode"
+  config.data.source = spec("data.digits")
+  config.data.update({"image_size": 8, "channels": 1, "flip": False, "hold_out": 500})
+  config.model.network = spec(
+    "networks.Autoencoder",
+    latent_channels=2,
+    channels=16,
+    multipliers=(1, 2),
+    blocks=1,
+    middle_attention=False,
+    groups=4,
+  )
+  config.objective = spec("losses.autoencoding", kl_weight=1e-4)
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "schedule": "cosine"})
+  config.ema.decay = 0.99
+  config.training.update(
+    {"batch_size": 64, "steps": 1000, "log_every": 50, "checkpoint_every": 500, "sample_every": 500}
+  )
+  config.sampling.batch_size = 128
+  config.evaluation.num_samples = 500
+  return config
