@@ -46,6 +46,18 @@ def set_keys(config: ConfigDict, **keys) -> ConfigDict:
   return config
 
 
+def without_files(tree: configs.Tree) -> configs.Tree:
+  """Return a config whose codec is not read from a file.
+
+  An autoencoder with the same downsampling and the same number of channels replaces it.
+  """
+  if "path" not in (tree.values["model"].get("codec") or {}):
+    return tree
+  levels, channels = {8: (2, 2), 64: (3, 4), 256: (3, 3)}[tree.values["data"]["image_size"]]
+  component = f"{Path(__file__).parent / 'user_components.py'}:tiny_autoencoder"
+  return configs.replace(tree, "model.codec", {"component": component, "levels": levels, "latent_channels": channels})
+
+
 def tree_of(config: ConfigDict) -> configs.Tree:
   """Expand a config into a tree."""
   return configs.to_tree(config)

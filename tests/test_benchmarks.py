@@ -140,6 +140,14 @@ def smaller(script, monkeypatch):
   return smaller
 
 
+def test_autoencoders_are_compared_in_processes_of_their_own(run, tmp_path):
+  output = run("autoencoder.py", "--small", "--sizes=32", f"--json={tmp_path / 'results.json'}")
+  rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+  assert [row["task"] for row in rows] == ["encode", "decode"]
+  assert all(row["ours seconds"] > 0 < row["ours increase"] < row["ours peak"] for row in rows)
+  assert "| decode 32 |" in output
+
+
 def test_the_overhead_of_sampling_is_timed(quick, smaller):
   smaller("sampling_overhead")
   results = quick("overhead")

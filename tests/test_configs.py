@@ -8,17 +8,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ddpm_jax import config as configs
 from ddpm_jax import losses
 from ddpm_jax.devices import parallel
-from ddpm_jax.models import codecs
+from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import stepping
 from tests.conftest import ROOT
-from tests.recipes import experiment_of, tree_of
+from tests.recipes import tree_of, without_files
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 # Millions of parameters in the papers (Ho et al. 2020; Nichol and Dhariwal 2021; Dhariwal and Nichol 2021).
 PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.5", "imagenet64_adm": "295.9"}
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
+
+PARAMETERS |= {"celeba256_latent": "274.1"}  # Rombach et al. 2022, table 12
+UNCLIPPED = {"celeba256_latent", "imagenet256_autoencoder"}
 
 # Heights of the levels with attention in the same papers, in Song et al. 2021 and in Karras et al. 2022.
 ATTENTION_HEIGHTS = {
@@ -52,9 +56,10 @@ def test_attention_is_at_the_same_heights_as_in_the_papers(name):
 def loss_of(experiment, params, frozen, keys, batch):
   """Compute the loss of one training step."""
   objective = experiment.objective
-  extra, memory = objective.init(keys[0], params, frozen)
-  batch = stepping.encode(experiment.model, None, keys, batch)
-  context = losses.Context(jnp.zeros((), jnp.int32), frozen, params, memory)
+  own = frozen.get("objective", ())
+  extra, memory = objective.init(keys[0], params, own)
+  batch = stepping.encode(experiment.model, frozen, keys, batch)
+  context = losses.Context(jnp.zeros((), jnp.int32), own, params, memory)
   return objective.loss({"model": params, "extra": extra}, context, keys, batch | objective.prepare(keys, memory))[0]
 
 
@@ -65,20 +70,20 @@ def test_each_recipe_builds_with_consistent_shapes(path):
   assert re.search(r"Score:|precision", module.__doc__)
   assert "Hardware:" in module.__doc__
   config = module.get_config()
-  experiment = experiment_of(config)
+  experiment = configs.build(without_files(tree_of(config)))
   experiment.task.check(experiment, parallel.make_mesh(devices=jax.devices()[:1]))
-  # Karras et al. do not clip gradients.
-  assert (config.optimizer.clip_norm == 0) == (config.model.prediction.component == "predictions.edm")
+  # Karras et al. and Rombach et al. do not clip gradients.
+  unclipped = config.model.prediction.component == "predictions.edm" or path.stem in UNCLIPPED
+  assert (config.optimizer.clip_norm == 0) == unclipped
   key = jax.random.key(0)
   params = jax.eval_shape(experiment.model.init, key)
   # Trace only the loss: the gradient has the shapes of the parameters, and takes long to trace.
   keys, batch = jax.eval_shape(lambda key: jax.random.split(key, 4), key), stepping.batch_shapes(experiment, 4)
-  read = experiment.objective.load
-  frozen = () if read is None else codecs.frozen_shapes(read)
+  frozen = frozen_module.unsharded_shapes(experiment)
   loss = jax.eval_shape(partial(loss_of, experiment), params, frozen, keys, batch)
   assert loss.shape == ()
   extra = jax.eval_shape(
-    lambda key, params, frozen: experiment.objective.init(key, params, frozen)[0], key, params, frozen
+    lambda key, params, own: experiment.objective.init(key, params, own)[0], key, params, frozen.get("objective", ())
   )
   optimizer, few = stepping.optimizer(experiment), {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
   few = {"model": few, "extra": few} if jax.tree.leaves(extra) else few

@@ -12,7 +12,7 @@ from PIL import Image
 from ddpm_jax import data
 from ddpm_jax.config import spec
 from ddpm_jax.data import metadata
-from ddpm_jax.runs import reading
+from ddpm_jax.runs import preparing, reading
 from tests.conftest import ROOT
 from tests.pictures import random_pixels, truncate
 from tests.recipes import experiment_of, tiny_config
@@ -262,7 +262,7 @@ def test_a_config_selects_fields_and_a_pack_keeps_them(tmp_path):
   assert (
     [item["classes"] for item in train] == [1, 0, 1] if hasattr(train, "__iter__") else list(train.classes) == [1, 0, 1]
   )
-  reading.run_prepare(own, tmp_path / "pack")
+  preparing.run_prepare(own, tmp_path / "pack")
   for fields in ({"classes": "group"}, {}):
     packed, packed_out = reading.read_sources(experiment("data.packed", fields, path=pack))
     assert packed.class_names == packed_out.class_names == ["a", "b"]

@@ -70,17 +70,17 @@ REPLACEMENTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_notebook_runs_from_start_to_end():
+def execute(name, steps, replacements):
+  """Run a notebook with changed text, and return its pictures and the printed text."""
   environment = os.environ | {
-    "DDPM_JAX_NOTEBOOK_STEPS": "30",
+    "DDPM_JAX_NOTEBOOK_STEPS": str(steps),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "XLA_FLAGS": FAST_COMPILE,
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
   }
-  source = (ROOT / "experiments" / "colab_quickstart.ipynb").read_text()
-  for text, small in REPLACEMENTS.items():
+  source = (ROOT / "experiments" / name).read_text()
+  for text, small in replacements.items():
     text, small = (json.dumps(value)[1:-1] for value in (text, small))
     assert source.count(text) == 1, text
     source = source.replace(text, small)
@@ -89,12 +89,25 @@ def test_the_notebook_runs_from_start_to_end():
   client.execute(env=environment)
   outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
   pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+  arrays = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L")) for picture in pictures]
+  return arrays, "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_from_start_to_end():
+  pictures, text = execute("colab_quickstart.ipynb", 30, REPLACEMENTS)
   assert len(pictures) == 6
-  for picture in pictures:
-    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("L")).std() > 5
-  text = "".join(output.get("text", "") for output in outputs)
+  assert all(picture.std() > 5 for picture in pictures)
   assert "real images (floor)" in text
   assert jax.default_backend() in text.lower()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_of_latent_diffusion_runs_from_start_to_end():
+  pictures, text = execute("latent_diffusion.ipynb", 2, {"model.times(50)": "model.times(4)"})
+  assert len(pictures) == 3
+  assert all(picture.std() > 5 for picture in pictures)
+  assert "latents" in text
 
 
 def test_every_score_gets_worse_for_degraded_images():

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import ddpm_jax
 from ddpm_jax import interop, sampling
 from ddpm_jax.interop import autoencoder_kl
 from ddpm_jax.networks import Autoencoder
@@ -361,6 +362,8 @@ def test_wrong_arguments_are_errors(folder, tmp_path):
   codec, frozen = interop.diffusers.load_codec(folder)
   with pytest.raises(ValueError, match="Got dtype='float16'; expected 'float32' or 'bfloat16'"):
     interop.diffusers.read_codec(folder, dtype="float16")
+  with pytest.raises(ValueError, match="Got data of 9x8 for a network with 2 levels"):
+    interop.diffusers.read_codec(folder, data_shape=(9, 8, 3))
   with pytest.raises(ValueError, match="posterior"):
     interop.diffusers.read_codec(folder, posterior="median")
   with pytest.raises(
@@ -490,3 +493,22 @@ def test_wrong_latent_pipelines_are_errors(tmp_path):
   (tmp_path / "a" / "vqvae" / "config.json").unlink()
   with pytest.raises(ValueError, match=r"lacks vqvae/config\.json, the config of the autoencoder"):
     interop.diffusers.load(tmp_path / "a")
+
+
+def test_one_line_loads_a_latent_pipeline_with_its_frozen_parameters(tmp_path):
+  write_pipeline(tmp_path)
+  model, params, frozen = ddpm_jax.load(tmp_path)
+  assert_same((params, frozen), (interop.diffusers.load(tmp_path)[1], model.load_frozen()))
+
+
+def test_a_name_on_the_hub_is_read_from_its_cache(folder, tmp_path, monkeypatch):
+  """The test uses the package huggingface_hub offline, with a cache in the format of the hub."""
+  import huggingface_hub
+
+  repository = tmp_path / "models--owner--name"
+  (repository / "refs").mkdir(parents=True)
+  (repository / "refs" / "main").write_text("a" * 40)
+  shutil.copytree(folder, repository / "snapshots" / ("a" * 40) / "vae")
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  assert_same(interop.diffusers.load_codec("owner/name")[1], interop.diffusers.load_codec(folder)[1])

@@ -324,6 +324,7 @@ def test_models_of_latents_form_a_cascade(mine, tmp_path, unscored):
     "data__image_size": 16,
     "data__hold_out": 5,
     "evaluation__num_samples": 4,
+    "evaluation__k": 2,
   }
   runs.run_train(latent_tree(mine), tmp_path / "base")
   upsampler = latent_tree(mine, model__conditions__low="low_resolution(factor=2)", **data_keys)

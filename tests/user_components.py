@@ -118,19 +118,30 @@ def patches(factor: int = 2) -> models.Codec:
 
 
 def tiny_autoencoder(
-  data_shape: tuple[int, ...], seed: int = 0, posterior: str = "sample", bottleneck: str = "kl", tile: int = 0
+  data_shape: tuple[int, ...],
+  seed: int = 0,
+  posterior: str = "sample",
+  bottleneck: str = "kl",
+  tile: int = 0,
+  latent_channels: int = 2,
+  levels: int = 2,
 ) -> models.Codec:
-  """Return the codec of a small autoencoder with random weights, which halves the sides."""
+  """Return the codec of a small autoencoder with random weights, by default one that halves the sides."""
   codes = {"num_codes": 8} if bottleneck == "vq" else {}
-  options = {"channels": 4, "multipliers": (1, 1), "blocks": 1, "groups": 2, "middle_attention": False}
-  module = Autoencoder(data_shape[-1], 2, bottleneck=bottleneck, **codes, **options)
+  options = {"channels": 4, "multipliers": (1,) * levels, "blocks": 1, "groups": 2, "middle_attention": False}
+  module = Autoencoder(data_shape[-1], latent_channels, bottleneck=bottleneck, **codes, **options)
   functions = models.networks.autoencoder(models.networks.from_linen(module, {}), data_shape)
 
   def init(key):
     return module.init(key, jnp.zeros((1, *data_shape)))["params"]
 
   def load():
-    return {"autoencoder": init(jax.random.key(seed)), "scale": np.float32([0.5, 2]), "shift": np.float32([0.1, -1])}
+    scale, shift = np.float32([0.5, 2] * latent_channels), np.float32([0.1, -1] * latent_channels)
+    return {
+      "autoencoder": init(jax.random.key(seed)),
+      "scale": scale[:latent_channels],
+      "shift": shift[:latent_channels],
+    }
 
   return models.codecs.latent(functions, load, posterior=posterior, tile=tile)
 

@@ -44,13 +44,21 @@ def load_codec(
   return codec, codec.load()
 
 
-def read_codec(path: str | Path, *, posterior: str = "sample", dtype: str = "float32", tile: int = 0) -> Codec:
+def read_codec(
+  path: str | Path,
+  *,
+  data_shape: tuple[int, ...] | None = None,
+  posterior: str = "sample",
+  dtype: str = "float32",
+  tile: int = 0,
+) -> Codec:
   """Read the codec of an `AutoencoderKL` from its config.
 
   `codec.load()` reads the weights. `codec.shape` does not read them.
 
   Args:
     path: see `load_codec`.
+    data_shape: the shape [H, W, C] of data that the autoencoder must accept. None checks no shape.
     posterior: see `load_codec`.
     dtype: see `load_codec`.
     tile: see `load_codec`.
@@ -64,6 +72,8 @@ def read_codec(path: str | Path, *, posterior: str = "sample", dtype: str = "flo
   config = jsonfiles.read(folder / "config.json")
   with jsonfiles.named_errors(folder / "config.json"):
     network, scale = autoencoder_kl.from_config(config), autoencoder_kl.scale_of(config)
+    if data_shape is not None:
+      network.check_input(data_shape)
   if folder.name == "vqvae":
     # LDMPipeline ignores the other numbers.
     scale = scale._replace(

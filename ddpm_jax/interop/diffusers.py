@@ -16,24 +16,14 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import autoencoder_kl, schedulers, tensors, unet2d
-from ddpm_jax.interop.card import model_card
-from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec, write_codec
-from ddpm_jax.interop.folders import (
-  AUTOENCODERS,
-  VERSION,
-  WEIGHTS,
-  check_output,
-  find_folder,
-  pipeline_files,
-  weights_path,
-  write_config,
-)
+from ddpm_jax.interop import saving, schedulers, tensors, unet2d
+from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
+from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weights_path
+from ddpm_jax.interop.saving import check_exportable, save
 from ddpm_jax.models import Codec, Condition, Model, codecs, conditions, networks
-from ddpm_jax.networks import Autoencoder, UNet
+from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.storage import files, jsonfiles
 from ddpm_jax.storage.places import user_path
@@ -72,8 +62,8 @@ def load(
 
   The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
   "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
-  channels. The sampling defaults come from the scheduler. A latent model has the codec of its autoencoder, and
-  `model.load_frozen()` reads the codec's parameters. For a codec with other options, call `read_codec`.
+  channels. The sampling defaults come from the scheduler. A latent model also has the codec of its autoencoder, and
+  `model.load_frozen()` reads the codec's parameters. For other options of the codec, replace it by `read_codec`'s.
 
   Args:
     path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
@@ -104,7 +94,7 @@ def load(
     remat=remat,
     attention=attention,
   )
-  channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in _image_conditions(model))
+  channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in saving.image_conditions(model))
   return model, _load_params(pipeline_files(folder).unet.parent, model.network.module, channels)
 
 
@@ -281,11 +271,6 @@ def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_
   return by_name
 
 
-def _image_conditions(model: Model) -> list[str]:
-  """Return the names of the conditions that are concatenated to x."""
-  return [name for name, condition in model.conditions.items() if "image" in jax.tree.leaves(condition.kind)]
-
-
 def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   """Load the network and the parameters of a `UNet2DModel`.
 
@@ -329,133 +314,3 @@ def _template(network: UNet, channels: int) -> PyTree:
     shape = (1,) if network.vector_embedding == "time" else (1, width)
     conditions["vector"] = jax.ShapeDtypeStruct(shape, jnp.float32)
   return tensors.abstract_params(network, (side, side, channels), **conditions)
-
-
-def save(
-  path: str | Path,
-  model: Model,
-  params: PyTree,
-  *,
-  clip: float | None = 1.0,
-  variance: str = "large",
-  spacing: str = "trailing",
-  config: Mapping[str, Any] | None = None,
-  scores: Mapping[str, Any] | None = None,
-  frozen: Mapping[str, PyTree] | None = None,
-) -> None:
-  """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
-
-  Both pipelines can open every saved pixel model, but not sample from every model. They pass no condition to a network,
-  and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with the same
-  two limits.
-
-  Args:
-    path: the folder, new or empty.
-    model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
-      discrete, or continuous and variance-preserving. A continuous process becomes a table with one step for each
-      integer time input, such as 0..999. The codec is that of pixels, or of a `networks.Autoencoder` with one scale for
-      all channels and no shift.
-    params: the parameters of the network.
-    clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
-    variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
-      "learned", even if this argument differs.
-    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
-    config: the training config, for the model card.
-    scores: the evaluation scores, for the model card.
-    frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.
-
-  Raises:
-    ValueError: if the folder is not empty, or diffusers cannot represent the model.
-    WriteError: if the folder cannot be written. A partial folder is removed.
-  """
-  path = check_output(path)
-  check_exportable(model)
-  network, prediction = model.network.module, model.prediction
-  height, width, channels = model.shape
-  out_channels = channels * (2 if prediction.learned_variance else 1)
-  if network.out_channels != out_channels:
-    raise ValueError(
-      f"Got a network with out_channels={network.out_channels} for x of shape {model.shape}; expected {out_channels}"
-      f"{', twice the channels, because the variance is learned' if prediction.learned_variance else ''}."
-    )
-  unet_config = unet2d.to_config(network, (height, width, channels))
-  scheduler_config = schedulers.to_config(model.process, prediction, clip=clip, variance=variance, spacing=spacing)
-  autoencoder = _autoencoder(model, frozen, clip) if model.codec.is_latent else None
-  version = {"_diffusers_version": VERSION}
-  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
-  scheduler = "DDIMScheduler" if autoencoder and not prediction.learned_variance else "DDPMScheduler"
-  scheduler_config["_class_name"] = scheduler
-  index = {
-    "_class_name": "LDMPipeline" if autoencoder else "DDPMPipeline",
-    **version,
-    "scheduler": ["diffusers", scheduler],
-    "unet": ["diffusers", "UNet2DModel"],
-  } | ({"vqvae": ["diffusers", "AutoencoderKL"]} if autoencoder else {})
-  with files.atomic_folder(path) as folder:
-    write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
-    tensors.save(folder / "unet" / f"{WEIGHTS}.safetensors", params, unet2d.layout(len(network.multipliers)))
-    if autoencoder:
-      write_codec(folder / "vqvae", *autoencoder)
-    write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
-    card = model_card(network, params, model.data_shape, scheduler_config, config, scores, latent=bool(autoencoder))
-    files.write_text(folder / "README.md", card)
-    # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
-    write_config(folder / "model_index.json", index)
-
-
-def _autoencoder(
-  model: Model, frozen: Mapping[str, PyTree] | None, clip: float | None
-) -> tuple[dict[str, Any], PyTree]:
-  """Return the config and the parameters of a latent model's autoencoder.
-
-  Raises:
-    ValueError: if LDMPipeline would compute other samples from them.
-  """
-  values = (model.load_frozen() if frozen is None else frozen)["codec"]
-  scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
-  if scale.scale.ndim or scale.shift.any():
-    raise ValueError(
-      f"Got a codec with scale={scale.scale.tolist()} and shift={scale.shift.tolist()}; expected one scale and no shift,"
-      " because diffusers' LDMPipeline ignores other numbers. Save the autoencoder alone with save_codec."
-    )
-  if clip is not None:
-    raise ValueError(f"Got clip={clip} for a latent model; expected None, because latents have no fixed range.")
-  if model.shape[0] != model.shape[1]:
-    raise ValueError(
-      f"Got a latent model of x of shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
-    )
-  size = (model.data_shape[0], model.data_shape[1])
-  config = autoencoder_kl.to_config(model.codec.module, scale, size)
-  return config, values["autoencoder"]
-
-
-def check_exportable(model: Model) -> None:
-  """Check that a model can be saved as a diffusers pipeline.
-
-  Raises:
-    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than that of
-      pixels or of a `networks.Autoencoder`, data other than images [H, W, C], or a custom `time_input`.
-  """
-  image_names = _image_conditions(model)
-  if image_names:
-    raise ValueError(
-      f"Got a model with the image condition {image_names[0]!r}, which no pixel pipeline of diffusers supports;"
-      " expected a model without image conditions."
-    )
-  module = model.network.module
-  if not isinstance(module, UNet):
-    kind = "plain functions" if module is None else f"a {type(module).__name__}"
-    raise ValueError(
-      f"Got a model with a network made of {kind}; expected a networks.UNet, the counterpart of diffusers' UNet2DModel."
-    )
-  is_pixels = model.codec == codecs.pixels() and model.shape == model.data_shape
-  if not (is_pixels or isinstance(model.codec.module, Autoencoder)) or len(model.data_shape) != 3:
-    raise ValueError(
-      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
-      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or the codec of a networks.Autoencoder."
-    )
-  if model.time_input is not None:
-    raise ValueError(
-      "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the"
-      " process, as in diffusers."
-    )

@@ -325,7 +325,7 @@ class Codebook(nn.Module):
 
   def __call__(self, z: Array) -> tuple[Array, Array]:
     """Return the nearest codes [B, *space] of vectors [B, *space, C], and the codes' vectors [B, *space, C]."""
-    vectors = self.vectors.astype(jnp.float32)
+    vectors = jnp.asarray(self.vectors, jnp.float32)
     norms = jnp.sum(vectors**2, axis=-1)
 
     def nearest(z):
@@ -341,4 +341,4 @@ class Codebook(nn.Module):
 
   def lookup(self, codes: Array) -> Array:
     """Return the vectors [B, *space, C] of codes [B, *space], in float32."""
-    return self.vectors.astype(jnp.float32)[codes]
+    return jnp.asarray(self.vectors, jnp.float32)[codes]

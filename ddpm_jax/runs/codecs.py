@@ -59,13 +59,13 @@ def autoencoder(
   if bool(mean) != bool(std) or any(value <= 0 for value in std):
     raise ValueError(f"Got mean={tuple(mean)} and std={tuple(std)}; expected both or none, with std above 0.")
   folder = user_path(path, "config.model.codec.path=")
-  make = _from_run if workdir.config_path(folder).exists() else _from_diffusers
-  codec = make(folder, data_shape, posterior, dtype, tile)
+  if workdir.is_run(folder):
+    codec = _from_run(folder, data_shape, posterior, dtype, tile)
+  else:
+    codec = interop.diffusers.read_codec(
+      folder if folder.is_dir() else path, posterior=posterior, dtype=dtype, tile=tile
+    )
   return _with_statistics(codec, mean, std) if mean else codec
-
-
-def _from_diffusers(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: str, tile: int) -> Codec:
-  return interop.diffusers.read_codec(folder, data_shape=data_shape, posterior=posterior, dtype=dtype, tile=tile)
 
 
 def _from_run(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: str, tile: int) -> Codec:

@@ -44,7 +44,7 @@ def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -
     ValueError: if there is no model at the path, or if it cannot be read.
   """
   folder = user_path(path)
-  if not workdir.config_path(folder).exists():
+  if not workdir.is_run(folder):
     if not ema or step is not None:
       raise ValueError(
         f"Got ema={ema} and step={step} for {path}; expected the folder of a run, because only runs have these options."

@@ -23,6 +23,12 @@ def config_path(workdir: Path) -> Path:
   return workdir / "config.json"
 
 
+def is_run(workdir: Path) -> bool:
+  """Return whether a folder holds a run's config, rather than a model of diffusers, whose config has the same name."""
+  path = config_path(workdir)
+  return path.is_file() and b'"_class_name"' not in path.read_bytes()
+
+
 def checkpoint_folder(workdir: Path) -> Path:
   """Return the folder of a run's checkpoints."""
   return workdir / "checkpoints"

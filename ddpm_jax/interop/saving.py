@@ -1,0 +1,160 @@
+"""Save models as diffusers' unconditional pipelines."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax.interop import autoencoder_kl, schedulers, tensors, unet2d
+from ddpm_jax.interop.card import model_card
+from ddpm_jax.interop.codec_folders import write_codec
+from ddpm_jax.interop.folders import VERSION, WEIGHTS, check_output, write_config
+from ddpm_jax.models import Model, codecs
+from ddpm_jax.networks import Autoencoder, UNet
+from ddpm_jax.storage import files
+
+PyTree = Any
+
+
+def save(
+  path: str | Path,
+  model: Model,
+  params: PyTree,
+  *,
+  clip: float | None = 1.0,
+  variance: str = "large",
+  spacing: str = "trailing",
+  config: Mapping[str, Any] | None = None,
+  scores: Mapping[str, Any] | None = None,
+  frozen: Mapping[str, PyTree] | None = None,
+) -> None:
+  """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
+
+  Both pipelines can open every saved pixel model, but not sample from every model. They pass no condition to a network,
+  and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with the same
+  two limits.
+
+  Args:
+    path: the folder, new or empty.
+    model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
+      discrete, or continuous and variance-preserving. A continuous process becomes a table with one step for each
+      integer time input, such as 0..999. The codec is that of pixels, or of a `networks.Autoencoder` with one scale for
+      all channels and no shift.
+    params: the parameters of the network.
+    clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
+    variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
+      "learned", even if this argument differs.
+    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
+    config: the training config, for the model card.
+    scores: the evaluation scores, for the model card.
+    frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.
+
+  Raises:
+    ValueError: if the folder is not empty, or diffusers cannot represent the model.
+    WriteError: if the folder cannot be written. A partial folder is removed.
+  """
+  path = check_output(path)
+  check_exportable(model)
+  _check_channels(model)
+  height, width, channels = model.shape
+  unet_config = unet2d.to_config(model.network.module, (height, width, channels))
+  scheduler_config = schedulers.to_config(
+    model.process, model.prediction, clip=clip, variance=variance, spacing=spacing
+  )
+  autoencoder = _autoencoder(model, frozen, clip) if model.codec.is_latent else None
+  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
+  scheduler = "DDIMScheduler" if autoencoder and not model.prediction.learned_variance else "DDPMScheduler"
+  scheduler_config["_class_name"] = scheduler
+  version, is_latent = {"_diffusers_version": VERSION}, autoencoder is not None
+  index = {
+    "_class_name": "LDMPipeline" if is_latent else "DDPMPipeline",
+    **version,
+    "scheduler": ["diffusers", scheduler],
+    "unet": ["diffusers", "UNet2DModel"],
+  } | ({"vqvae": ["diffusers", "AutoencoderKL"]} if is_latent else {})
+  card = model_card(model.network.module, params, model.data_shape, scheduler_config, config, scores, latent=is_latent)
+  with files.atomic_folder(path) as folder:
+    write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
+    layout = unet2d.layout(len(model.network.module.multipliers))
+    tensors.save(folder / "unet" / f"{WEIGHTS}.safetensors", params, layout)
+    if autoencoder is not None:
+      write_codec(folder / "vqvae", *autoencoder)
+    write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})
+    files.write_text(folder / "README.md", card)
+    # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
+    write_config(folder / "model_index.json", index)
+
+
+def _check_channels(model: Model) -> None:
+  learns_variance, out_channels = model.prediction.learned_variance, model.network.module.out_channels
+  expected = model.shape[-1] * (2 if learns_variance else 1)
+  if out_channels != expected:
+    raise ValueError(
+      f"Got a network with out_channels={out_channels} for x of shape {model.shape}; expected {expected}"
+      f"{', twice the channels, because the variance is learned' if learns_variance else ''}."
+    )
+
+
+def _autoencoder(
+  model: Model, frozen: Mapping[str, PyTree] | None, clip: float | None
+) -> tuple[dict[str, Any], PyTree]:
+  """Return the config and the parameters of a latent model's autoencoder.
+
+  Raises:
+    ValueError: if LDMPipeline would compute other samples from them.
+  """
+  values = (model.load_frozen() if frozen is None else frozen)["codec"]
+  scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
+  if scale.scale.ndim or scale.shift.any():
+    raise ValueError(
+      f"Got a codec with scale={scale.scale.tolist()} and shift={scale.shift.tolist()}; expected one scale and no shift,"
+      " because diffusers' LDMPipeline ignores other numbers. Save the autoencoder alone with save_codec."
+    )
+  if clip is not None:
+    raise ValueError(f"Got clip={clip} for a latent model; expected None, because latents have no fixed range.")
+  if model.shape[0] != model.shape[1]:
+    raise ValueError(
+      f"Got a latent model of x of shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
+    )
+  size = (model.data_shape[0], model.data_shape[1])
+  config = autoencoder_kl.to_config(model.codec.module, scale, size)
+  return config, values["autoencoder"]
+
+
+def check_exportable(model: Model) -> None:
+  """Check that a model can be saved as a diffusers pipeline.
+
+  Raises:
+    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than that of
+      pixels or of a `networks.Autoencoder`, data other than images [H, W, C], or a custom `time_input`.
+  """
+  image_names = image_conditions(model)
+  if image_names:
+    raise ValueError(
+      f"Got a model with the image condition {image_names[0]!r}, which no pixel pipeline of diffusers supports;"
+      " expected a model without image conditions."
+    )
+  module = model.network.module
+  if not isinstance(module, UNet):
+    kind = "plain functions" if module is None else f"a {type(module).__name__}"
+    raise ValueError(
+      f"Got a model with a network made of {kind}; expected a networks.UNet, the counterpart of diffusers' UNet2DModel."
+    )
+  is_pixels = model.codec == codecs.pixels() and model.shape == model.data_shape
+  if not (is_pixels or isinstance(model.codec.module, Autoencoder)) or len(model.data_shape) != 3:
+    raise ValueError(
+      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
+      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or the codec of a networks.Autoencoder."
+    )
+  if model.time_input is not None:
+    raise ValueError(
+      "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the"
+      " process, as in diffusers."
+    )
+
+
+def image_conditions(model: Model) -> list[str]:
+  """Return the names of the conditions that are concatenated to x."""
+  return [name for name, condition in model.conditions.items() if "image" in jax.tree.leaves(condition.kind)]
