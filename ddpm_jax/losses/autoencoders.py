@@ -146,7 +146,7 @@ def autoencoding(
       jax.lax.stop_gradient((params, trained["extra"]["discriminator"])),
       jax.lax.stop_gradient((x, h, y)),
       adversarial_weight * context.memory["adaptive_weight"],
-      True if adversarial_start <= 0 else context.step >= adversarial_start,
+      context.step >= adversarial_start,
     )
     value = with_gradient(value, (y, trained["extra"]["discriminator"]), gradients)
     return value + jnp.mean(losses), details | more
@@ -191,7 +191,7 @@ def _adversarial_loss(
   params: tuple[PyTree, PyTree],
   arrays: tuple[Array, Array, Array],
   weight: Array,
-  started: Array | bool,
+  started: Array,
 ) -> tuple[Array, tuple[Array, PyTree], dict[str, PyTree]]:
   """Return the loss of reconstructions and of the discriminator, its gradients, and details.
 
@@ -217,16 +217,12 @@ def _adversarial_loss(
 
   error_gradient, (losses, details) = jax.grad(mean_error, has_aux=True)(y)
 
-  def judge():
-    parts = adversarial.adversarial(discriminator, critic, x, y)
-    _, pull_back = jax.vjp(lambda kernel: autoencoder.decode_output(_with_last(model, kernel), h), _last(model))
-    gradients = {"reconstruction": error_gradient, "generator": parts.reconstruction_gradient}
-    return parts, {name: pull_back(gradient)[0] for name, gradient in gradients.items()}
-
-  def skip():
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(judge))
-
-  parts, last_layer = judge() if started is True else jax.lax.cond(started, judge, skip)
+  parts = adversarial.adversarial(discriminator, critic, x, y)
+  # Select zeros before the start instead of a branch of `lax.cond`: on a CPU, convolutions in branches take very long.
+  parts = jax.tree.map(lambda leaf: jnp.where(started, leaf, jnp.zeros_like(leaf)), parts)
+  _, pull_back = jax.vjp(lambda kernel: autoencoder.decode_output(_with_last(model, kernel), h), _last(model))
+  both = {"reconstruction": error_gradient, "generator": parts.reconstruction_gradient}
+  last_layer = {name: pull_back(gradient)[0] for name, gradient in both.items()}
   count = x.shape[0]
   details |= {
     "generator": parts.generator,
