@@ -465,8 +465,14 @@ def test_a_pipeline_with_a_vae_uses_all_numbers_of_its_config(tmp_path):
   model, _ = interop.diffusers.load(tmp_path)
   frozen = model.load_frozen()["codec"]
   assert (float(frozen["scale"]), float(frozen["shift"])) == (np.float32(1.7), 0.5)
-  with pytest.raises(ValueError, match="shift=0.5; expected one scale and no shift"):
-    interop.diffusers.save(tmp_path / "b", *interop.diffusers.load(tmp_path), clip=None)
+  # LDMPipeline knows no shift, so it becomes a part of the weights.
+  interop.diffusers.save(tmp_path / "b", *interop.diffusers.load(tmp_path), clip=None)
+  peer = diffusers.LDMPipeline.from_pretrained(tmp_path / "b").vqvae
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+  with torch.no_grad():
+    expected = peer.decode(as_torch(x) / peer.config.scaling_factor).sample
+  expected = np.moveaxis(expected.numpy(), 1, -1)
+  np.testing.assert_allclose(model.codec.decode(frozen, x), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_latent_pipeline_is_copied_with_its_autoencoder(tmp_path):
