@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from ddpm_jax import gaussian, losses, models, networks, randomness, training
+from ddpm_jax.devices import parallel
 from ddpm_jax.losses import adversarial, codebook, reconstruction
 from ddpm_jax.training import ema, optim
 
@@ -269,17 +270,23 @@ def test_generator_and_discriminator_learn_from_their_own_losses_only():
   assert_trees_close(doubled["extra"], gradient["extra"], rtol=0)
 
 
-def train(objective, params, steps, *, accumulate=1, chain=None, x=None):
+def train(objective, params, steps, *, accumulate=1, chain=None, x=None, mesh=None):
   """Train for a few steps, and return the states before and after each step, and the metrics."""
   has_critic = bool(jax.tree.leaves(objective.init(jax.random.key(0), params, ())[0]))
   extra = optax.sgd(0.1) if has_critic else None
   chain = chain or optim.chain(0.01, averages=ema.params_ema(ema.fixed(0.5)), extra=extra)
   state = training.init_state(jax.random.key(0), lambda key: params, chain, objective)
-  step = jax.jit(functools.partial(training.train_step, objective=objective, optimizer=chain, accumulate=accumulate))
-  states, metrics = [state], []
+  step = functools.partial(training.train_step, objective=objective, optimizer=chain, accumulate=accumulate)
+  if mesh is None:
+    step = jax.jit(step)
+  else:
+    step = parallel.jit_step(functools.partial(step, distribute=parallel.shard_gradient(mesh)), mesh, state)
+    state = jax.device_put(state, parallel.state_shardings(mesh, state))
+  states, metrics = [None if mesh else state], []
   for number in range(steps):
     state, values = step(state, {"x": data(number) if x is None else x, "given": {}})
-    states.append(state)
+    # A sharded step donates its state.
+    states.append(jax.tree.map(np.asarray, state._replace(key=())) if mesh else state)
     metrics.append(values)
   return states, metrics
 
@@ -311,6 +318,16 @@ def test_training_does_not_depend_on_the_number_of_parts(kind):
   (*_, two), _ = train(objective, params, 3, accumulate=2)
   assert_trees_close(one.params, two.params, rtol=2e-3, atol=1e-4)
   assert_trees_close(one.memory, two.memory, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_training_does_not_depend_on_the_number_of_devices(kind):
+  params, objective = make_params(kind), losses.autoencoding(toy(kind), discriminator=Critic(), adversarial_start=0)
+  (*_, one), _ = train(objective, params, 3)
+  mesh = parallel.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+  (*_, four), _ = train(objective, params, 3, mesh=mesh)
+  assert_trees_close(jax.device_get(four.params), one.params, rtol=2e-3, atol=1e-4)
+  assert_trees_close(jax.device_get(four.memory), one.memory, rtol=2e-3, atol=1e-4)
 
 
 def test_the_codebook_is_projected_after_each_step_and_never_decays():

@@ -117,7 +117,7 @@ def test_every_command_has_valid_flags_and_keys(path, saved_page_files):
 def all_keys():
   """Return the keys of configs, including the arguments of components."""
   keys = set()
-  for recipe in ("digits_classifier", "cifar10_iddpm", "mnist_superres", "digits_cond", "imagenet256_autoencoder"):
+  for recipe in ("digits_classifier", "imagenet256_autoencoder", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
     keys |= {*tree.parameters, *trees.leaves(tree.values)}
     for place, one in tree.parameters.items():

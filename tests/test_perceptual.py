@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ddpm_jax import config as configs
 from ddpm_jax import metrics
 from ddpm_jax.interop import features, inception
 from ddpm_jax.networks.image_classifier import ImageClassifier
 from ddpm_jax.networks.inception import Inception
 from ddpm_jax.networks.vgg import LEVELS, VGG16
+from tests.recipes import set_keys, tiny_config, tree_of
 
 # The index of each convolution in torchvision's VGG16.
 TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -119,6 +121,24 @@ def test_the_classifier_of_scores_gives_maps(tmp_path):
   safetensors.numpy.save_file({"a/b": np.zeros(1)}, path)
   with pytest.raises(ValueError, match="as a classifier of real images"):
     made.load()
+
+
+def test_a_file_of_the_user_may_define_features(tmp_path):
+  path = tmp_path / "my_file.py"
+  path.write_text(
+    "import jax.numpy as jnp\n"
+    "from ddpm_jax import losses\n"
+    "def my_features(power: int = 2) -> losses.Features:\n"
+    "  return losses.Features(lambda frozen, images: [frozen * images**power], lambda: jnp.ones(()))\n"
+  )
+  config = set_keys(tiny_config(), model__network="Autoencoder(channels=8, groups=4, multipliers=(1, 2))")
+  config = set_keys(config, task="autoencode", objective=f"autoencoding(perceptual='{path}:my_features(power=3)')")
+  tree = tree_of(config)
+  assert tree.at("objective.perceptual.power") == 3
+  objective = configs.build(tree).objective
+  assert objective.load() == 1
+  with pytest.raises(ValueError, match="objective.perceptual.powr"):
+    configs.replace(tree, "objective.perceptual", f"{path}:my_features(powr=3)")
 
 
 def test_wrong_data_and_levels_are_refused():

@@ -170,7 +170,8 @@ def _basis(evaluation: Mapping[str, Any]) -> str:
   """Describe what the scores were computed from, in one line."""
   parts = []
   if evaluation.get("num_samples"):
-    parts.append(f"{formatting.format_number(evaluation['num_samples'])} samples")
+    kind = "reconstructions" if "reconstructed" in (evaluation.get("scores") or {}) else "samples"
+    parts.append(f"{formatting.format_number(evaluation['num_samples'])} {kind}")
   if evaluation.get("reference"):
     parts.append(f"reference: {formatting.format_value(evaluation['reference'])}")
   if evaluation.get("features"):
