@@ -22,7 +22,7 @@ PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
 PARAMETERS |= {"celeba256_latent": "274.1"}  # Rombach et al. 2022, table 12
-UNCLIPPED = {"celeba256_latent", "imagenet256_autoencoder"}
+UNCLIPPED = {"celeba256_latent"}
 
 # Heights of the levels with attention in the same papers, in Song et al. 2021 and in Karras et al. 2022.
 ATTENTION_HEIGHTS = {

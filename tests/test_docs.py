@@ -1,6 +1,7 @@
 """Test that the keys, commands and names in the documentation exist in the code."""
 
 import ast
+import contextlib
 import importlib
 import itertools
 import re
@@ -139,6 +140,10 @@ def is_public(name):
   except ImportError:
     return False
   for one in attributes:
+    if not hasattr(value, one) and hasattr(value, "__path__"):
+      # A module of a package is an attribute only after its import.
+      with contextlib.suppress(ImportError):
+        importlib.import_module(f"{value.__name__}.{one}")
     if not hasattr(value, one):
       return one in getattr(value, "_fields", ())
     value = getattr(value, one)

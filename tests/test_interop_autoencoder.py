@@ -20,6 +20,7 @@ from ddpm_jax.interop import autoencoder_kl
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import images
 from tests.conftest import ROOT
+from tests.parameters import random_like
 from tests.test_interop_unet import DOWN, levels, random_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -464,8 +465,14 @@ def test_a_pipeline_with_a_vae_uses_all_numbers_of_its_config(tmp_path):
   model, _ = interop.diffusers.load(tmp_path)
   frozen = model.load_frozen()["codec"]
   assert (float(frozen["scale"]), float(frozen["shift"])) == (np.float32(1.7), 0.5)
-  with pytest.raises(ValueError, match="shift=0.5; expected one scale and no shift"):
-    interop.diffusers.save(tmp_path / "b", *interop.diffusers.load(tmp_path), clip=None)
+  # LDMPipeline knows no shift, so it becomes a part of the weights.
+  interop.diffusers.save(tmp_path / "b", *interop.diffusers.load(tmp_path), clip=None)
+  peer = diffusers.LDMPipeline.from_pretrained(tmp_path / "b").vqvae
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+  with torch.no_grad():
+    expected = peer.decode(as_torch(x) / peer.config.scaling_factor).sample
+  expected = np.moveaxis(expected.numpy(), 1, -1)
+  np.testing.assert_allclose(model.codec.decode(frozen, x), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_latent_pipeline_is_copied_with_its_autoencoder(tmp_path):
@@ -512,3 +519,20 @@ def test_a_name_on_the_hub_is_read_from_its_cache(folder, tmp_path, monkeypatch)
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   assert_same(interop.diffusers.load_codec("owner/name")[1], interop.diffusers.load_codec(folder)[1])
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_a_scale_is_folded_into_the_convolutions_between_the_halves(convolutions):
+  options = {"channels": 8, "multipliers": (1, 1), "blocks": 1, "groups": 4, "middle_attention": False}
+  network = Autoencoder(**options, quant_conv=convolutions, post_quant_conv=convolutions)
+  x = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+  params = random_like(network.init(jax.random.key(0), x)["params"], 0, 0.3)
+  scale = autoencoder_kl.Scale(np.float32([0.5, 2, 1, 3]), np.float32([1, -2, 0, 0.3]))
+  folded, new = autoencoder_kl.fold_scale(network, params, scale)
+  moments, scaled = (one.apply({"params": p}, x, method="encode") for one, p in ((network, params), (folded, new)))
+  mean, log_variance = np.split(np.asarray(moments), 2, -1)
+  expected = np.concatenate([(mean - scale.shift) * scale.scale, log_variance + 2 * np.log(scale.scale)], -1)
+  np.testing.assert_allclose(scaled, expected, atol=2e-5 * np.abs(expected).max())
+  decoded = network.apply({"params": params}, mean, method="decode")
+  again = folded.apply({"params": new}, expected[..., :4], method="decode")
+  np.testing.assert_allclose(again, decoded, atol=2e-5 * np.abs(decoded).max())

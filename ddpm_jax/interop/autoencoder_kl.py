@@ -11,6 +11,7 @@ from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
+PyTree = Any
 _NAME = "AutoencoderKL"
 
 # The options of AutoencoderKL and their defaults. Saved configs may omit options that have their defaults.
@@ -176,6 +177,34 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
   shift = (c["shift_factor"] or 0.0) if mean is None else mean
   scale = factor if std is None else factor / np.asarray(std, np.float64)
   return Scale(np.asarray(scale, np.float32), np.asarray(shift, np.float32))
+
+
+def fold_scale(network: Autoencoder, params: PyTree, scale: Scale) -> tuple[Autoencoder, PyTree]:
+  """Return an autoencoder of the bottleneck "kl" whose latents are scaled already.
+
+  Its moments are those of x = (z - shift) * scale, and it decodes x. The scale and the shift become part of the 1x1
+  convolutions between the two halves. A network without these convolutions gets them.
+  """
+  channels = network.latent_channels
+  scales, shifts = (np.broadcast_to(np.asarray(value, np.float64), (channels,)) for value in scale)
+
+  def pointwise(name: str, features: int) -> tuple[np.ndarray, np.ndarray]:
+    if name in params:
+      return np.asarray(params[name]["kernel"], np.float64), np.asarray(params[name]["bias"], np.float64)
+    return np.eye(features).reshape(*(1,) * network.dimensions, features, features), np.zeros(features)
+
+  kernel, bias = pointwise("quant_conv", 2 * channels)
+  kernel = kernel * np.concatenate([scales, np.ones(channels)])
+  mean, log_variance = np.split(bias, 2)
+  bias = np.concatenate([(mean - shifts) * scales, log_variance + 2 * np.log(np.abs(scales))])
+  before = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+  kernel, bias = pointwise("post_quant_conv", channels)
+  bias = bias + shifts @ kernel.reshape(channels, channels)
+  after = {"kernel": (kernel / scales[:, None]).astype(np.float32), "bias": bias.astype(np.float32)}
+  return (
+    network.clone(quant_conv=True, post_quant_conv=True),
+    {**params, "quant_conv": before, "post_quant_conv": after},
+  )
 
 
 def _scale_config(scale: Scale, channels: int) -> Config:

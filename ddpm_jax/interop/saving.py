@@ -107,11 +107,6 @@ def _autoencoder(
   """
   values = (model.load_frozen() if frozen is None else frozen)["codec"]
   scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
-  if scale.scale.ndim or scale.shift.any():
-    raise ValueError(
-      f"Got a codec with scale={scale.scale.tolist()} and shift={scale.shift.tolist()}; expected one scale and no shift,"
-      " because diffusers' LDMPipeline ignores other numbers. Save the autoencoder alone with save_codec."
-    )
   if clip is not None:
     raise ValueError(f"Got clip={clip} for a latent model; expected None, because latents have no fixed range.")
   if model.shape[0] != model.shape[1]:
@@ -119,8 +114,13 @@ def _autoencoder(
       f"Got a latent model of x of shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
     )
   size = (model.data_shape[0], model.data_shape[1])
-  config = autoencoder_kl.to_config(model.codec.module, scale, size)
-  return config, values["autoencoder"]
+  network, params = model.codec.module, values["autoencoder"]
+  autoencoder_kl.to_config(network, scale, size)
+  if scale.scale.ndim or scale.shift.any():
+    # LDMPipeline knows only one scale and no shift.
+    network, params = autoencoder_kl.fold_scale(network, params, scale)
+    scale = autoencoder_kl.Scale(np.ones((), np.float32), np.zeros((), np.float32))
+  return autoencoder_kl.to_config(network, scale, size), params
 
 
 def check_exportable(model: Model) -> None:

@@ -42,6 +42,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
       output,
       experiment.model,
       weights.parameters.params,
+      frozen=weights.parameters.frozen,
       clip=clip,
       variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,

@@ -119,9 +119,8 @@ def compare(folder, task, size, args, tile=0):
   for library in LIBRARIES:
     for key in ("seconds", "peak", "increase"):
       row[f"{library} {key}"] = float(np.median([values[library][key] for values in rounds]))
-  print(
-    f"{row['task']} {size}: ours {row['ours seconds']:.2f} s, diffusers {row['diffusers seconds']:.2f} s", flush=True
-  )
+  figures = (f"{name} {row[f'{name} seconds']:.2f} s, {row[f'{name} peak'] / 1e9:.2f} GB" for name in LIBRARIES)
+  print(f"{row['task']} {size}: {'; '.join(figures)}", flush=True)
   return row
 
 
