@@ -164,9 +164,12 @@ def build_reference(
 ) -> Reference | None:
   """Return the reference for an experiment's samples, or None if the config sets none and there is no default.
 
-  With Inception features, the default reference is the training images, as in most papers. With other features, it is
-  the held-out images, or the training images if the held-out images are fewer than the samples. Without held-out
-  images, other features have no default.
+  With Inception features, the default reference is the training images, as in most papers. With other features, it
+  depends on the number of held-out images:
+
+  - none: no default;
+  - fewer than the samples: the training images;
+  - otherwise: the held-out images.
 
   Raises:
     ValueError: if the reference is empty or missing, or if its features or its image size differ from the experiment's.
