@@ -55,7 +55,8 @@ def autoencoding(
     ratio of the two terms is the same.
   - With a codebook: `commitment_weight` times the mean squared distance between the encoder's vectors and their codes
     (van den Oord et al. 2017, equation 3). The codebook itself is an average of these vectors (`update_codebook`). Its
-    vectors come from the memory, and `project` copies them into the parameters.
+    vectors come from the memory, and `project` copies them into the parameters. The EMA of the parameters averages
+    them like all others, one step late.
 
   With a discriminator, the loss also has `adversarial_weight` times the adaptive weight times the generator's loss, and
   the discriminator's hinge loss. The adaptive weight is the ratio of the norms of two gradients at the kernel of the
