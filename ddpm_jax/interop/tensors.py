@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 _MAX_LISTED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors maps the file into memory. Reopening it after this many bytes releases the pages already read.
-_REOPEN_EVERY = 32 * 2**20
+_REOPEN_EVERY = 16 * 2**20
 # The names of the supported types in safetensors and PyTorch.
 _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 
@@ -333,8 +333,9 @@ def load(
     if not np.isfinite(value).all():
       nonfinite.append(name)
     for path in paths[layout_names[name]]:
-      # Copy, so that no array keeps the file's memory alive.
-      params[path] = jnp.array(layout.from_file(path, value), dtype)
+      # Copy, so that no array keeps the file's memory alive. JAX may use the copy as it is, if its order is C. Wait, so
+      # that only one tensor at a time is in memory twice.
+      params[path] = jax.block_until_ready(jax.device_put(np.array(layout.from_file(path, value), dtype, order="C")))
   try:
     sealed.check_tensors(digests, tensors.metadata)
   except sealed.DamagedFileError as error:

@@ -25,7 +25,11 @@ LIBRARIES = ("ours", "diffusers")
 
 def peak_bytes():
   """Return the peak memory of this process."""
-  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  status = Path("/proc/self/status")
+  if status.exists():
+    return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+  # On Linux, this number would include the memory of the parent process.
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write_weights(folder, small):
