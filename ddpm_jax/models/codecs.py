@@ -27,8 +27,8 @@ _POSTERIOR = 3
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   """Return the shapes of the frozen parameters that `load` reads.
 
-  If `load` has an attribute `shapes`, a function without arguments, it returns the shapes and nothing is read. The
-  results of the 32 most recent functions `load` are cached, so that these functions do not run again.
+  If `load` has an attribute `shapes`, a function without arguments, that function returns the shapes and nothing is
+  read. Shapes are cached for the 32 most recent values of `load`.
   """
   shapes = getattr(load, "shapes", None)
   if shapes is not None:
@@ -120,8 +120,8 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
 def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
   """Return the codec of a frozen autoencoder (Rombach et al. 2022).
 
-  x is (z - shift) * scale. z is drawn from the posterior or, with a codebook, is the code vector nearest to the
-  encoder's output. `decode` replaces z by the nearest code vector before it decodes.
+  x is (z - shift) * scale. Without a codebook, z is drawn from the posterior. With a codebook, z is the code vector
+  nearest to the encoder's output, and `decode` also replaces z by the nearest code vector before it decodes.
 
   The frozen parameters are a dict: "autoencoder" holds the parameters of the network, and "scale" and "shift" are
   arrays of the shape [C] or ().

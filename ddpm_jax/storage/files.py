@@ -166,7 +166,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-  """Remove the temporary files and folders of unfinished writes before the program ends."""
+  """Remove the temporary files and folders of unfinished writes.
+
+  Call this function just before the program exits.
+  """
   for temporary in list(_unfinished):
     if temporary.is_dir():
       shutil.rmtree(temporary, ignore_errors=True)
