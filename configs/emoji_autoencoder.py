@@ -27,7 +27,8 @@ def get_config():
     middle_attention=False,
     groups=8,
   )
-  config.objective = spec("losses.autoencoding", kl_weight=1e-6)
+  # A larger KL divergence than for photographs: latents of few images are easier to model if they are smooth.
+  config.objective = spec("losses.autoencoding", kl_weight=1e-3)
   config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50, "schedule": "cosine"})
   config.ema.decay = 0.99
   config.training.update(
