@@ -20,6 +20,8 @@ def make_value(annotation, number):
   Components need not accept the value.
   """
   kinds = values.members(annotation)
+  if typing.get_origin(kinds[0]) is typing.Literal:
+    return typing.get_args(kinds[0])[-1]  # the default is the first one
   if str in kinds:
     return f"word{number}"
   if int in kinds or kinds[0] in (components.MISSING, typing.Any):
@@ -68,6 +70,8 @@ def arguments_of(full_name, component, tree, key, monkeypatch):
   def raises(**arguments):
     raise Called(arguments)
 
+  # The network of the config is no autoencoder.
+  monkeypatch.setattr(models.networks, "autoencoder", lambda network, shape: None)
   module, _, name = full_name.rpartition(".")
   if inspect.isclass(component):
     monkeypatch.setattr(models.networks, "from_component", lambda component, arguments, conditions: raises(**arguments))

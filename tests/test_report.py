@@ -220,6 +220,10 @@ def test_a_report_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
       {"neighbors": reports.neighbors()._replace(samples=np.zeros((8, 4, 4, 1), np.uint8))},
       "neighbors.nearest of shape",
     ),
+    (
+      {"reconstructions": report.Reconstructions(*(np.zeros((2, side, side, 1), np.uint8) for side in (8, 4, 4)))},
+      "expected reconstructions of the images' shape",
+    ),
     ({"bound_terms": np.zeros((2, 3))}, r"expected \[N\], one term per step"),
     ({"metrics": [{"loss": 1.0}]}, "a line of metrics without a numeric step"),
     ({"metrics": [{"step": "3", "loss": 1.0}]}, "a line of metrics without a numeric step"),
