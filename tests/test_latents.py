@@ -15,7 +15,7 @@ from ddpm_jax import data, editing, gaussian, randomness, runs
 from ddpm_jax.models import tiles
 from ddpm_jax.runs import latents, scoring, stepping
 from tests import user_components
-from tests.recipes import tiny_config, tree_of
+from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
 
@@ -198,6 +198,17 @@ def test_latents_and_the_encoder_give_the_same_losses(bottleneck, mine, tmp_path
   np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
+def test_training_on_latents_resumes_bit_exactly_and_saves_no_codec(mine, tmp_path, unscored, encoded):
+  for folder, lengths in (("resumed", (2, 4)), ("unbroken", (4,))):
+    for steps in lengths:
+      runs.run_train(latent_tree(mine, data__latents=str(encoded), training__steps=steps), tmp_path / folder)
+  states = [newest_state(tmp_path / folder) for folder in ("resumed", "unbroken")]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  shapes = {leaf.shape for leaf in jax.tree.leaves(states[0])}
+  codec = configs.build(latent_tree(mine)).model.load_frozen()["codec"]["autoencoder"]
+  assert not shapes & {leaf.shape for leaf in jax.tree.leaves(codec) if leaf.ndim > 1}
+
+
 def test_a_batch_of_latents_has_the_encoding_of_the_flipped_image(mine, tmp_path):
   experiment = configs.build(
     latent_tree(mine, "posterior=mode", data__flip=True, data__latents=str(tmp_path / "latents"))
@@ -244,7 +255,7 @@ def test_broken_or_missing_latents_are_errors(mine, tmp_path, encoded, monkeypat
   with pytest.raises(ValueError, match="not an empty folder"):
     runs.run_prepare(configs.build(latent_tree(mine)), encoded)
   experiment = configs.build(latent_tree(mine, data__latents=str(tmp_path)))
-  with pytest.raises(ValueError, match="contains no packed images"):
+  with pytest.raises(ValueError, match="holds no encoded data"):
     latents.open_latents(experiment, range(3))
   batch = data.read(data.PackedSource(encoded), [0, 1])
   batch[data.LATENT][1, 0, 0] = np.nan

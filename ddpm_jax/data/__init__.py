@@ -6,7 +6,7 @@ from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
 from ddpm_jax.data.metadata import Fields
-from ddpm_jax.data.packing import PackedSource, pack, pack_items
+from ddpm_jax.data.packing import INDEX, PackedSource, pack, pack_items
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches, finish_batch
 from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.readers import read_arrays, read_digits, read_mnist
@@ -31,6 +31,7 @@ from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
 
 __all__ = [
   "A_TENTH",
+  "INDEX",
   "LATENT",
   "NO_CLASS",
   "RESIZES",

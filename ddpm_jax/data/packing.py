@@ -25,7 +25,7 @@ from ddpm_jax.data.sources import (
 )
 from ddpm_jax.storage import files, sealed
 
-_INDEX, _CLASSES, _VERSION = "index.json", "classes.npy", 1
+INDEX, _CLASSES, _VERSION = "index.json", "classes.npy", 1
 _SHARD_BYTES = 2**29
 _CHUNK = 512
 
@@ -52,7 +52,7 @@ class PackedSource:
   def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
     self._path = Path(path)
     try:
-      index = sealed.read_json(self._path / _INDEX)
+      index = sealed.read_json(self._path / INDEX)
     except (OSError, sealed.DamagedFileError) as error:
       raise ValueError(
         f"Got the folder {str(path)!r}, which contains no packed images ({error}); expected a folder written by"
@@ -215,7 +215,7 @@ def pack_items(
     "settings": settings,
     "left_out": names,
   }
-  sealed.write_json(path / _INDEX, index)
+  sealed.write_json(path / INDEX, index)
   return len(classes), names
 
 

@@ -35,7 +35,12 @@ def open_latents(experiment: Experiment, source: data.Source) -> data.Source | N
       " --config.model.codec='autoencoder(path=<folder>)', or no latents."
     )
   check_conditions(experiment)
-  latents = data.PackedSource(user_path(path, "config.data.latents="))
+  folder = user_path(path, "config.data.latents=")
+  if not (folder / data.INDEX).is_file():
+    raise ValueError(
+      f"Got config.data.latents={path!r}, which holds no encoded data; expected a folder that --mode=prepare wrote with this config. {_AGAIN}"
+    )
+  latents = data.PackedSource(folder)
   settings = latents.settings
   if "codec" not in settings:
     raise ValueError(f"Got config.data.latents={path!r}, a folder of packed images; expected encoded images. {_AGAIN}")
