@@ -77,8 +77,8 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: a small time above 0. By default, it is the last time before 0 in the grids `log_snr` and `karras`.
-      `losses.log_normal` and `losses.logit_normal` sample no smaller time.
+    t_min: a small time above 0. The grids `log_snr` and `karras` use it as the last time before 0, unless another is
+      passed to them. `losses.log_normal` and `losses.logit_normal` sample no smaller time.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """

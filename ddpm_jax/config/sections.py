@@ -279,8 +279,8 @@ class Evaluation:
   inception_sha256: str = key("6726825d")
   resize: str = key("tf1")  # how to resize to 299x299: tf1 (as in the reference code) or clean (as in clean-fid)
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
-  # train, held_out or an .npz file. Empty: train for inception, or if there are more samples than held-out images;
-  # otherwise held_out.
+  # train, held_out or an .npz file. Empty: train for features of Inception; train also if there are fewer held-out
+  # images than samples; otherwise held_out.
   reference: str = key("")
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # compute a Frechet distance even if its covariances cannot have full rank

@@ -212,7 +212,7 @@ def state_bytes(state: PyTree) -> float:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-  """Convert a plan to numbers, strings and dictionaries under the names of `Plan`."""
+  """Convert a plan to a dict of JSON values, with the fields of `Plan` as keys."""
   collectives = plan.collectives
   return plan._asdict() | {
     "collectives": None if collectives is None else {kind: item._asdict() for kind, item in collectives.items()}

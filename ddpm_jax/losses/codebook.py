@@ -41,8 +41,8 @@ def update_codebook(
 
   Counts and sums are averages with the rate `decay`, and a code's vector is its sum divided by its count, with Laplace
   smoothing (van den Oord et al. 2017, equations 6-8). A code whose count is below `restart` times the mean count is
-  dead. A random vector of the batch replaces it, with the mean count. Before training all counts are 0, so the first
-  batch sets the entire codebook.
+  dead. Its vector is replaced by a random vector of the batch, and its count by the mean count. Before training all
+  counts are 0, so with `restart` above 0 the first batch replaces most of the codebook.
 
   Args:
     key: the key that selects the replacements.

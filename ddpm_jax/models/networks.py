@@ -321,8 +321,8 @@ def keywords(
     accepted: the names of the network's arguments. None if it accepts any keyword.
 
   Raises:
-    ValueError: if the network has no argument for a condition, several conditions cannot share an argument, or `given`
-      does not match the conditions.
+    ValueError: if the network has no argument for a condition, if several conditions need the same argument and their
+      values cannot be concatenated, or if `given` does not match the conditions.
   """
   check_given(conditions, given)
   values: dict[str, list[Any]] = {}
