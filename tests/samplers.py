@@ -158,8 +158,8 @@ def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3))
   For Gaussian data, a step is affine in the state and in each noise, so the results of a few rows give both moments
   without sampling. The first row starts at the mean and has no noise. The second row starts one standard deviation
   above the mean and has no noise. Each further row starts at the mean and sets one noise to 1. A key is represented by
-  the tuple of integers that were folded into it, so equal keys give equal noise. `digits[i]` must be at least 2 more than
-  the largest integer at position i of these tuples.
+  the tuple of integers that were folded into it, so equal keys give equal noise. `digits[i]` must exceed the largest
+  integer at position i of these tuples by at least 2.
   """
   rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
 

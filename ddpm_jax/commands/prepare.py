@@ -6,7 +6,7 @@ to read. If the model has an autoencoder as its codec, the training images are a
 training reads the result with --config.data.latents. Run this command once for each data set.
 """
 
-from ddpm_jax.commands import flags
+from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Group
 
 EXAMPLES = (
@@ -32,4 +32,6 @@ def run(args: flags.Args) -> None:
   if tree.short_name("model.codec") == "pixels":
     # Building a config runs small computations. Run them on the CPU, so that no accelerator is occupied.
     jax.config.update("jax_platforms", "cpu")
+  else:
+    jax_setup.start_devices(args)
   runs.run_prepare(config.build(tree), args.output)

@@ -164,10 +164,13 @@ def _model(tree: Tree, data: Data) -> Model:
 
 def _check_clip(model: Model, rule: Any) -> None:
   """Raise a ValueError if estimates of latents are clipped to the range of pixels."""
-  if model.codec.is_latent and getattr(rule, "func", None) is guidance.clip and rule.keywords["high"] == 1:
+  function, options = getattr(rule, "func", None), getattr(rule, "keywords", {})
+  is_narrow = function is guidance.clip and options["high"] <= 1
+  if model.codec.is_latent and (is_narrow or function is guidance.dynamic_threshold):
+    name = f"clip(high={options['high']:g})" if is_narrow else "dynamic_threshold"
     raise ValueError(
-      "Got config.sampling.clip=clip(high=1) for a model of latents; expected None, because latents do not have the range"
-      " [-1, 1] of pixels. Set --config.sampling.clip=None."
+      f"Got config.sampling.clip={name} for a model of latents; expected None, because latents do not have the range [-1, 1] of pixels."
+      " Set --config.sampling.clip=None."
     )
 
 

@@ -211,6 +211,11 @@ def _check_shape(shape: tuple[int, ...], fit: Fit, name: str) -> None:
 
 def _check_settings(source: PackedSource, fit: Fit, fields: Fields) -> None:
   settings, expected = source.settings, fit_settings(fit, fields)
+  if source.is_encoded:
+    raise ValueError(
+      "Got data.source=packed with a folder of encoded images; expected packed images. Set --config.data.latents to this"
+      " folder instead, and data.source to the images."
+    )
   # A config without fields accepts the fields of the pack.
   if settings != {key: value for key, value in settings.items() if key.startswith("fields.")} | expected:
     flags = " and ".join(f"--config.data.{key}={settings.get(key, '')}" for key in expected)

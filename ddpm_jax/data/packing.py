@@ -90,6 +90,11 @@ class PackedSource:
       )
     self._readers: dict[int, Any] = {}
 
+  @property
+  def is_encoded(self) -> bool:
+    """Return whether the folder holds encoded images, for `config.data.latents`."""
+    return LATENT in (self._record.names or ())
+
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_readers": {}}
 

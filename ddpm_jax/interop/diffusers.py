@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ddpm_jax import predictions
 from ddpm_jax.interop import saving, schedulers, tensors, unet2d
 from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
-from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weights_path
+from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files, weights_path
 from ddpm_jax.interop.saving import check_exportable, save
 from ddpm_jax.models import Codec, Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
@@ -179,8 +179,11 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
   if autoencoder is not None:
     source, target = find_folder(path, parts=AUTOENCODERS) / autoencoder.name, user_path(folder) / autoencoder.name
     if target.absolute() != source.absolute():
-      with files.named_errors(target):
-        shutil.copytree(source, target, dirs_exist_ok=True)
+      shutil.rmtree(target, ignore_errors=True)
+      with files.atomic_folder(target) as temporary:
+        for file in weight_files(source):
+          shutil.copyfile(file, temporary / file.name)
+        shutil.copyfile(source / "config.json", temporary / "config.json")
   for source, relative_path in zip(configs, _CONFIGS, strict=True):
     target = user_path(folder) / relative_path
     with files.named_errors(target):

@@ -172,6 +172,15 @@ def weights_path(folder: Path) -> Path:
   )
 
 
+def weight_files(folder: Path) -> list[Path]:
+  """Return the paths of the files that `weights_path` selects: one file, or an index and its shards."""
+  path = weights_path(folder)
+  if path.suffix != ".json":
+    return [path]
+  names = jsonfiles.read(path).get("weight_map", {})
+  return [path, *(folder / name for name in sorted(set(names.values())))]
+
+
 def _variants(suffix: str) -> tuple[str, str]:
   return f"{WEIGHTS}.*.{suffix}", f"{WEIGHTS}.{suffix}.index.*.json"
 

@@ -138,7 +138,9 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
   """
   choose(posterior, ("sample", "mode"), "posterior")
   if tile and tile < tiles.MIN_SIDE:
-    raise ValueError(f"Got tile={tile}; expected 0 for no tiles, or a side of at least {tiles.MIN_SIDE} positions of x.")
+    raise ValueError(
+      f"Got tile={tile}; expected 0 for no tiles, or a side of at least {tiles.MIN_SIDE} positions of x."
+    )
   quantize = autoencoder.quantize
 
   def compress(frozen: PyTree, data: Array) -> Array:

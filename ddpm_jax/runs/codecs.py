@@ -1,17 +1,20 @@
 """Provide the codecs that a config can select: pixels, and frozen autoencoders."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import interop, models
+from ddpm_jax import config, interop, models
+from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel
+from ddpm_jax.interop.codec_folders import DTYPES
 from ddpm_jax.models import Codec
 from ddpm_jax.models.codecs import Loader, latent, pixels
+from ddpm_jax.names import choose
 from ddpm_jax.runs import model
 from ddpm_jax.storage import scores, workdir
 from ddpm_jax.storage.places import user_path
@@ -20,8 +23,8 @@ PyTree = Any
 
 __all__ = ["autoencoder", "pixels"]
 
-# The key of the latents' mean and standard deviation in the scores of a run.
-LATENTS = "latents"
+_COMPONENT = "codecs.autoencoder"
+_KEY = "config.model.codec"
 
 
 def autoencoder(
@@ -30,8 +33,9 @@ def autoencoder(
   posterior: str = "sample",
   mean: Sequence[float] = (),
   std: Sequence[float] = (),
+  step: int = 0,
   dtype: str = "float32",
-  tile: Annotated[int, "speed"] = 0,
+  tile: Annotated[int, "sampling"] = 0,
 ) -> Codec:
   """Return the codec of a frozen autoencoder, from a run or from a folder of diffusers.
 
@@ -40,12 +44,13 @@ def autoencoder(
   `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`.
 
   Args:
-    path: the folder of a run with the task "autoencode", a folder with the weights of an AutoencoderKL, or the folder
-      of a pipeline with vae/.
+    path: the folder of a run with the task "autoencode", a folder with the weights of an AutoencoderKL, the folder of
+      a pipeline with vae/, or a name on the Hugging Face hub.
     data_shape: the shape [H, W, C] of the data.
     posterior: "sample" to draw latents from the posterior, or "mode" for its mean.
     mean: the mean of each channel of z, or one for all channels. Empty for the default.
     std: the standard deviation of each channel of z, or one for all channels. Empty for the default.
+    step: the step of the run's checkpoint; 0 for the newest. The EMA weights are used.
     dtype: the type of parameters and computation, "float32" or "bfloat16".
     tile: see `models.codecs.latent`.
 
@@ -54,72 +59,148 @@ def autoencoder(
   """
   if not path:
     raise ValueError(
-      "Got an empty path of the codec; expected the folder of an autoencoder. Set --config.model.codec.path=<folder>."
+      f"Got an empty path of the codec; expected the folder of an autoencoder. Set --{_KEY}.path=<folder>."
     )
-  if bool(mean) != bool(std) or any(value <= 0 for value in std):
-    raise ValueError(f"Got mean={tuple(mean)} and std={tuple(std)}; expected both or none, with std above 0.")
-  folder = user_path(path, "config.model.codec.path=")
+  choose(dtype, DTYPES, f"{_KEY}.dtype")
+  if bool(mean) != bool(std):
+    raise ValueError(f"Got mean={tuple(mean)} and std={tuple(std)}; expected both or none. Set --{_KEY}.mean and .std.")
+  folder = user_path(path, f"{_KEY}.path=")
   if workdir.is_run(folder):
-    codec = _from_run(folder, data_shape, posterior, dtype, tile)
-  else:
-    codec = interop.diffusers.read_codec(
-      folder if folder.is_dir() else path, posterior=posterior, dtype=dtype, tile=tile
-    )
-  return _with_statistics(codec, mean, std) if mean else codec
+    return _from_run(folder, data_shape, posterior, mean, std, step, dtype, tile)
+  if step:
+    raise ValueError(f"Got step={step} for {path}, which is no run; expected 0. Leave --{_KEY}.step out.")
+  found = folder if folder.is_dir() else path
+  codec = interop.diffusers.read_codec(found, posterior=posterior, dtype=dtype, tile=tile)
+  return _with_statistics(codec, _arrays(mean, std, codec.module.latent_channels)) if mean else codec
 
 
-def _from_run(folder: Path, data_shape: tuple[int, ...], posterior: str, dtype: str, tile: int) -> Codec:
-  experiment = model.load_experiment(None, folder, "config.model.codec.path")
-  if experiment.tree.short_name("task") != "autoencode":
+def _from_run(
+  folder: Path,
+  data_shape: tuple[int, ...],
+  posterior: str,
+  mean: Sequence[float],
+  std: Sequence[float],
+  step: int,
+  dtype: str,
+  tile: int,
+) -> Codec:
+  experiment = _experiment(folder)
+  channels, expected = data_shape[-1], experiment.model.data_shape[-1]
+  if channels != expected:
     raise ValueError(
-      f"Got config.model.codec.path={folder}, a run with config.task={experiment.tree.short_name('task')!r}; expected a run that trained an"
-      " autoencoder, such as one of configs/emoji_autoencoder.py."
+      f"Got {_KEY}.path={folder}, an autoencoder of data with {expected} channels, for data with {channels}; expected the same"
+      f" number. Set --config.data.channels={expected}."
     )
-  if experiment.model.data_shape[-1] != data_shape[-1]:
-    raise ValueError(
-      f"Got config.model.codec.path={folder}, an autoencoder of data with {experiment.model.data_shape[-1]} channels, for data with"
-      f" {data_shape[-1]}; expected the same number. Set --config.data.channels={experiment.model.data_shape[-1]}."
-    )
-  report = scores.read(folder)
-  statistics = (report or {}).get(LATENTS)
-  if statistics is None:
-    raise ValueError(
-      f"Got config.model.codec.path={folder}, a run without the mean and standard deviation of its latents in eval.json; expected a scored"
-      f" run. Run --mode=eval --workdir={folder}, or set mean and std of the codec."
-    )
-  network = experiment.model.network
-  if dtype != "float32":
-    network = models.networks.from_linen(network.module.clone(dtype=jnp.dtype(dtype)), {})
-  mean, std = (np.asarray(statistics[name], np.float32) for name in ("mean", "std"))
-  arrays: dict[str, np.ndarray] = {"scale": 1 / std, "shift": mean}
+  step = step or workdir.checkpoint_steps(folder)[-1]
+  if not mean:
+    mean, std = statistics(folder, step)
+  network = models.networks.from_linen(experiment.model.network.module.clone(dtype=DTYPES[dtype]), {})
+  arrays = _arrays(mean, std, network.module.latent_channels)
 
   def cast(params: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
   def load() -> PyTree:
     mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
-    weights = model.load_weights(experiment, folder, mesh, model.WeightsChoice(), quiet=True)
+    weights = model.load_weights(experiment, folder, mesh, model.WeightsChoice(step=str(step)), quiet=True)
     return {"autoencoder": jax.device_get(cast(weights.parameters.params)), **arrays}
 
   def shapes() -> PyTree:
     params = jax.eval_shape(lambda key: cast(experiment.model.init(key)), jax.random.key(0))
-    return {"autoencoder": params} | {
-      name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in arrays.items()
-    }
+    return {"autoencoder": params, **_shapes(arrays)}
 
   functions = models.networks.autoencoder(network, data_shape)
   return latent(functions, Loader(load, shapes), posterior=posterior, tile=tile)
 
 
-def _with_statistics(codec: Codec, mean: Sequence[float], std: Sequence[float]) -> Codec:
+@functools.lru_cache(maxsize=8)
+def _experiment(folder: Path) -> Experiment:
+  """Return the experiment of the run of an autoencoder."""
+  experiment = model.load_experiment(None, folder, f"{_KEY}.path")
+  name = experiment.tree.short_name("task")
+  if name != "autoencode":
+    raise ValueError(
+      f"Got {_KEY}.path={folder}, a run with config.task={name!r}; expected a run that trained an autoencoder, such as one of"
+      " configs/emoji_autoencoder.py."
+    )
+  return experiment
+
+
+def statistics(folder: Path, step: int, weights: str = "EMA") -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Return the mean and the standard deviation of each channel of an autoencoder's latents, from its run's eval.json.
+
+  Args:
+    folder: the run's folder.
+    step: the step of the weights.
+    weights: the name of the weights, "EMA" or "raw".
+
+  Raises:
+    ValueError: if these weights were not scored.
+  """
+  report = scores.read(folder) or {}
+  found = report.get("latents")
+  if found is None or (report.get("step"), report.get("weights")) != (step, weights):
+    scored = (
+      "not scored" if found is None else f"scored at step {report.get('step')} with the {report.get('weights')} weights"
+    )
+    flags = f" --step={step}{'' if weights == 'EMA' else ' --ema=false'}"
+    raise ValueError(
+      f"Got {folder}, the run of an autoencoder that was {scored}; expected scores of the {weights} weights of step {step:,}, which hold the"
+      f" mean and the standard deviation of the latents. Run --mode=eval --workdir={folder}{flags}."
+    )
+  return tuple(found["mean"]), tuple(found["std"])
+
+
+def _arrays(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[str, np.ndarray]:
+  """Return the arrays `scale` and `shift` of a codec, of the shape [C] or ()."""
+  values = [np.asarray(one, np.float32) for one in (mean, std)]
+  for name, one in zip(("mean", "std"), values, strict=True):
+    if len(one) not in (1, channels) or not np.isfinite(one).all() or (name == "std" and one.min() <= 0):
+      raise ValueError(
+        f"Got {name}={one.tolist()} for the latents of an autoencoder; expected {channels} finite numbers or one, with std above 0. A channel"
+        f" with std=0 holds nothing: train an autoencoder with fewer latent channels, or set --{_KEY}.mean and .std."
+      )
+  shift, std_array = (one[0] if len(one) == 1 else one for one in values)
+  return {"scale": np.asarray(1 / std_array), "shift": np.asarray(shift)}
+
+
+def _with_statistics(codec: Codec, arrays: dict[str, np.ndarray]) -> Codec:
   """Return the codec with another mean and standard deviation of z."""
-  arrays: dict[str, np.ndarray] = {"scale": 1 / np.asarray(std, np.float32), "shift": np.asarray(mean, np.float32)}
   load = codec.load
   assert isinstance(load, Loader)
-
-  def with_arrays(frozen: PyTree, values: PyTree) -> PyTree:
-    return {**frozen, **values}
-
-  shapes = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in arrays.items()}
-  loader = Loader(lambda: with_arrays(load(), arrays), lambda: with_arrays(load.shapes(), shapes))
+  loader = Loader(lambda: {**load(), **arrays}, lambda: {**load.shapes(), **_shapes(arrays)})
   return codec._replace(load=loader)
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
+  return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def pin(tree: Tree, folder: Path) -> Tree:
+  """Return the config with the step and the statistics of the autoencoder that a run uses.
+
+  A new run takes those that are current. An existing run keeps its own, even if its autoencoder was trained or scored
+  again. Other configs are returned unchanged.
+
+  Args:
+    tree: the config.
+    folder: the run's folder.
+  """
+  codec = tree.values["model"].get("codec") or {}
+  if codec.get("component") != _COMPONENT or not codec["path"]:
+    return tree
+  source = user_path(codec["path"], f"{_KEY}.path=")
+  if not workdir.is_run(source):
+    return tree
+  saved = config.find_run(folder)
+  own = (saved.values["model"].get("codec") or {}) if saved is not None else {}
+  pinned = {name: own[name] for name in ("step", "mean", "std") if own.get("component") == _COMPONENT}
+  if not pinned:
+    step = codec["step"] or workdir.checkpoint_steps(_experiment(source) and source)[-1]
+    pinned = {"step": step}
+    if not codec["mean"]:
+      pinned["mean"], pinned["std"] = statistics(source, step)
+  for name, value in pinned.items():
+    if not codec[name]:
+      tree = config.replace(tree, f"model.codec.{name}", value)
+  return tree

@@ -9,7 +9,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.interop import autoencoder_kl
-from ddpm_jax.runs import model
+from ddpm_jax.runs import codecs, model
 from ddpm_jax.runs.tasks import Autoencode
 from ddpm_jax.storage import scores
 
@@ -57,7 +57,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
 def _export_codec(experiment: Experiment, folder: Path, output: Path, choice: model.WeightsChoice) -> None:
   """Export an autoencoder as a folder of diffusers, with the mean and standard deviation of its latents.
 
-  The statistics are those of the scored weights, in eval.json. Without them, latents are exported without a scale.
+  The statistics are those in eval.json, which must belong to the exported weights.
   """
   module = experiment.model.network.module
   if not isinstance(module, networks.Autoencoder):
@@ -68,18 +68,13 @@ def _export_codec(experiment: Experiment, folder: Path, output: Path, choice: mo
   # Check the network before its weights are read.
   autoencoder_kl.to_config(module, autoencoder_kl.Scale(np.ones(()), np.zeros(())))
   interop.diffusers.check_output(output)
-  weights, report = model.load_weights(experiment, folder, parallel.make_mesh(), choice), scores.read(folder) or {}
+  weights = model.load_weights(experiment, folder, parallel.make_mesh(), choice)
+  mean, std = codecs.statistics(folder, weights.step, weights.name)
   if parallel.is_main():
-    statistics = report.get("latents")
-    options: dict[str, np.ndarray] = {}
-    if statistics is None:
-      print_line(
-        "no statistics of latents in eval.json, so the folder has no scale for latents; score the run first: --mode=eval"
-      )
-    else:
-      mean, std = (np.asarray(statistics[name], np.float32) for name in ("mean", "std"))
-      options = {"scale": 1 / std, "shift": mean}
-    interop.diffusers.save_codec(output, module, weights.parameters.params, size=experiment.data.space, **options)
+    scale, shift = 1 / np.asarray(std, np.float32), np.asarray(mean, np.float32)
+    interop.diffusers.save_codec(
+      output, module, weights.parameters.params, size=experiment.data.space, scale=scale, shift=shift
+    )
   print_line(f"autoencoder  {output} ({weights.name} weights), to load with diffusers' AutoencoderKL or as a codec")
   parallel.wait_for_all("done")
 

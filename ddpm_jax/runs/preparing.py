@@ -1,6 +1,8 @@
 """Prepare data before training: download, convert, pack or encode them."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,10 @@ def _encode(experiment: Experiment, output: Path) -> None:
   files.check_new_folder(output)
   source, _ = reading.read_data(experiment)
   latents.check_conditions(experiment)
+  if jax.process_count() > 1:
+    raise ValueError(
+      "Got several processes with --mode=prepare; expected one. Run it on one host with all its devices."
+    )
   mesh = parallel.make_mesh()
   frozen = frozen_module.load_replicated(experiment, None, mesh)
   settings = latents.settings_of(experiment, frozen)
@@ -93,13 +99,11 @@ def _encoded(
   def encode(frozen: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     images = jax.lax.with_sharding_constraint(images, sharded)
     views = [images, images[:, :, ::-1]] if flip else [images]
-    compact = [compress(frozen["codec"], view) for view in views]
-    return jnp.stack(compact, 1), expand(frozen["codec"], jax.random.key(0), compact[0])
+    compact = [compress(frozen.get("codec"), view) for view in views]
+    return jnp.stack(compact, 1), expand(frozen.get("codec"), jax.random.key(0), compact[0])
 
   compiled = jax.jit(encode, out_shardings=replicated, compiler_options=parallel.compiler_options(mesh))
-  for first in range(0, len(source), size):
-    # Repeat the last image to fill the last batch, so that a single program is compiled.
-    batch = data.read(source, np.minimum(np.arange(first, first + size), len(source) - 1))
+  for first, batch in _read_ahead(source, size, experiment.data.num_threads):
     compact, x = jax.device_get(compiled(frozen, as_floats(batch.pop("image"))))
     count = min(size, len(source) - first)
     if not np.isfinite(compact[:count]).all():
@@ -110,6 +114,23 @@ def _encoded(
     statistics.add(x[:count])
     for row in range(count):
       yield {name: value[row] for name, value in batch.items()} | {data.LATENT: compact[row]}
+
+
+def _read_ahead(source: data.Source, size: int, num_threads: int) -> Iterator[tuple[int, data.Batch]]:
+  """Yield the index of the first item and the arrays of each batch, while threads read the next batches."""
+
+  def read(first: int) -> tuple[int, data.Batch]:
+    # Repeat the last image to fill the last batch, so that a single program is compiled.
+    return first, data.read(source, np.minimum(np.arange(first, first + size), len(source) - 1))
+
+  with ThreadPoolExecutor(num_threads) as pool:
+    pending: deque[Future] = deque()
+    for first in range(0, len(source), size):
+      pending.append(pool.submit(read, first))
+      if len(pending) > num_threads:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
 
 
 class _Statistics:

@@ -88,6 +88,16 @@ def read_data(experiment: Experiment) -> data.Splits:
       "Got a model with the condition 'image'; expected another name, such as 'hint', because 'image' is the name of the data to generate."
       " Rename the condition in config.model.conditions."
     )
+  spatial = [
+    name
+    for name, condition in conditions.items()
+    if condition.from_data is None and "image" in jax.tree.leaves(condition.kind)
+  ]
+  if experiment.model.codec.is_latent and c.flip and spatial:
+    raise ValueError(
+      f"Got config.data.flip=True for a model of latents with the image condition {spatial[0]}; expected False, because only arrays with the"
+      " sides of the image are mirrored with it. Set --config.data.flip=False."
+    )
   for name, condition in conditions.items():
     if condition.from_data is None and name not in item:
       raise ValueError(

@@ -16,7 +16,7 @@ from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup
 from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.names import choose
-from ddpm_jax.runs import frozen, generation, latents, limits, model, pretrained, reading, scoring, stepping
+from ddpm_jax.runs import codecs, frozen, generation, latents, limits, model, pretrained, reading, scoring, stepping
 from ddpm_jax.runs.reading import Run
 from ddpm_jax.storage import checkpoint, frozen_file, images, records, workdir
 from ddpm_jax.training import ema, optim
@@ -105,6 +105,7 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   Nothing is written, except that the folder is created.
   """
   tree, start = (pretrained.restore_init_from(tree, folder), None) if resuming else pretrained.load_init_from(tree)
+  tree = codecs.pin(tree, folder)
   config.check_same_run(folder, tree)
   experiment = config.build(tree, None if start is None else start.model)
   pretrained.check_shape(experiment)
