@@ -44,7 +44,7 @@ def get_config():
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
   config.ema.decay = 0.998
   config.training.update(
-    {"batch_size": 64, "steps": 3000, "log_every": 50, "checkpoint_every": 250, "sample_every": 500}
+    {"batch_size": 32, "steps": 2800, "log_every": 50, "checkpoint_every": 350, "sample_every": 700}
   )
   config.sampler = spec("sampling.dpmpp_2m")
   config.sampling.update({"num_steps": 30, "batch_size": 64})
