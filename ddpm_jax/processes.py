@@ -349,8 +349,8 @@ def discrete(betas: schedules.Betas) -> Process:
   bad = np.flatnonzero(~((betas[:num_with_data] > 0) & (betas[:num_with_data] < 1)))
   if bad.size:
     raise ValueError(
-      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} invalid betas in total); expected every beta inside (0, 1)."
-      " Lower the end of the schedule, or use more steps. Only the last of several betas may be 1."
+      f"Got beta {betas[bad[0]]:g} at step {bad[0] + 1} of {n} ({bad.size} invalid betas in total); expected every beta inside (0, 1);"
+      " the last beta may also be 1, if there are other betas. Lower the end of the schedule, or use more steps."
     )
   # The table of -log(alpha_bar), summed in float64. With it, 1 - alpha_bar = -expm1(-table) is accurate in float32,
   # even where 1 - alpha_bar is near 0.

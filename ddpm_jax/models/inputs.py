@@ -97,10 +97,10 @@ def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, An
 def default_inputs(
   conditions: Mapping[str, Condition], count: int, source: data.Source, counts: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-  """Return default values [count, ...] of all conditions by name, for use where the user gives no values.
+  """Return values [count, ...] of all conditions by name, for use where the user gives no values.
 
-  If every condition has a default and no condition is computed from data, the result is these defaults, such as each
-  class in turn. Otherwise all items come from real data.
+  If every condition has a `default` and none is computed from data, the values are these defaults, such as each class in
+  turn. Otherwise the values of all conditions come from real data.
 
   Args:
     conditions: the conditions by name.

@@ -27,8 +27,8 @@ from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_x_0, i
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
   """Build singlestep DPM-Solver-1, -2 or -3 on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2).
 
-  Order 1 is DDIM. A step calls the network `order` times. A step to clean data, or from or to a time without data,
-  calls it once.
+  Order 1 is DDIM. A step calls the network `order` times. There are exceptions with one call: a step to clean
+  data, and a step that starts or ends in pure noise (alpha = 0).
 
   Raises:
     ValueError: if the order is not 1, 2 or 3.
@@ -83,7 +83,8 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
   """Build DPM-Solver++(2S), with an estimate of x_0 at the midpoint in lambda (Lu et al. 2022b, algorithm 1).
 
-  A step calls the network twice. A step to clean data, or from or to a time without data, calls it once.
+  A step calls the network twice. There are exceptions with one call: a step to clean data, and a step that starts or
+  ends in pure noise (alpha = 0).
 
   Args:
     process: the forward process.
@@ -155,9 +156,11 @@ def dpmpp_3m(process: Process) -> Sampler:
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
   """Build singlestep DPM-Solver++ of order 2 on the reverse SDE (k-diffusion's `sample_dpmpp_sde`).
 
-  A step calls the network twice. A step to clean data, or from or to a time without data, calls it once. The noise of a
-  step contains the noise of its first half, as on one path of Brownian motion (SEEDS-2, Gonzalez et al. 2023).
-  k-diffusion correlates the two noises by their distance in sigma instead.
+  A step calls the network twice. There are exceptions with one call: a step to clean data, and a step that starts or
+  ends in pure noise (alpha = 0).
+
+  The noise of a step contains the noise of its first half, as on one path of Brownian motion (SEEDS-2, Gonzalez et al.
+  2023). k-diffusion correlates the two noises by their distance in sigma instead.
 
   Args:
     process: the forward process.
