@@ -99,8 +99,8 @@ def default_inputs(
 ) -> dict[str, np.ndarray]:
   """Return values [count, ...] of all conditions by name, for use where the user gives no values.
 
-  If every condition has a `default` and none is computed from data, the values are these defaults, such as each class in
-  turn. Otherwise the values of all conditions come from real data.
+  If every condition has a `default` and none is computed from data, the values are these defaults, such as each class
+  in turn. Otherwise the values of all conditions come from real data.
 
   Args:
     conditions: the conditions by name.

@@ -148,8 +148,8 @@ def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencod
   """Return the parts of an autoencoder as pure functions.
 
   Args:
-    network: the network of a Linen module with the methods `encode`, `decode_features`, `decode_output` and, if its
-      attribute `bottleneck` is "vq", `quantize`, such as `networks.Autoencoder`.
+    network: a network that wraps a Linen module such as `networks.Autoencoder`. The module needs the methods `encode`,
+      `decode_features` and `decode_output`. If its attribute `bottleneck` is "vq", it also needs `quantize`.
     data_shape: the shape of one sample of data, for an objective with a discriminator.
 
   Raises:

@@ -27,8 +27,8 @@ class Sampler(NamedTuple):
     process: the rule's process. `sample` checks that all times of the grid are in [0, process.t_max]. None allows all
       times of at least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
-    calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step from or
-      to a time without data (alpha = 0).
+    calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step that
+      starts or ends in pure noise (alpha = 0).
     prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
       it.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
@@ -55,9 +55,9 @@ class Sampler(NamedTuple):
 
 
 def add_calls(sampler: Sampler, calls: int) -> Sampler:
-  """Count `calls` additional network calls in each step of a rule.
+  """Return a rule that declares `calls` more network calls in each step.
 
-  Wrappers use this for their own calls.
+  A wrapper uses this function if it calls the network itself.
   """
   between, to_data, at_zero_snr = (number + calls for number in sampler.calls)
   sampler = sampler._replace(calls=(between, to_data, at_zero_snr))
