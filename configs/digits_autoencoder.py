@@ -32,6 +32,5 @@ def get_config():
   config.training.update(
     {"batch_size": 64, "steps": 1000, "log_every": 50, "checkpoint_every": 500, "sample_every": 500}
   )
-  config.sampling.batch_size = 128
   config.evaluation.num_samples = 500
   return config

@@ -40,6 +40,5 @@ def get_config():
       "sample_every": 500,
     }
   )
-  config.sampling.batch_size = 64
   config.evaluation.update({"num_samples": 199, "batch_size": 64})
   return config

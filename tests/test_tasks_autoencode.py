@@ -89,7 +89,7 @@ def test_a_run_logs_all_terms_and_scores_reconstructions(finished):
   assert latents["shape"] == [4, 4, 3]
   assert latents["num_codes"] == CODES
   assert 1 <= latents["perplexity"] <= CODES
-  assert 0 < latents["used_codes"] <= 1
+  assert 0 < latents["used_share"] <= 1
   assert (finished / "samples" / "final.png").exists()
   assert (finished / "samples" / "step_0000005.png").exists()
 

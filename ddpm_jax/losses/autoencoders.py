@@ -62,9 +62,11 @@ def autoencoding(
   the discriminator's hinge loss. The adaptive weight is the ratio of the norms of two gradients at the kernel of the
   decoder's last layer: that of the first two terms, and that of the generator's loss (Esser et al. 2021, equation 7).
   The weight itself receives no gradient. It comes from the gradients of the entire batch in the step before, so it does
-  not depend on how a batch is split. Before `adversarial_start` all adversarial terms are exactly 0 and the
-  discriminator does not change. In step `adversarial_start` only the discriminator learns, because the weight is still
-  0.
+  not depend on how a batch is split.
+
+  Before `adversarial_start` all adversarial terms, and all gradients of the discriminator, are exactly 0. The
+  discriminator is computed nevertheless, so steps take as long as later ones, and weight decay also acts on it. In step
+  `adversarial_start` the weight is still 0, so the generator's loss starts one step after the discriminator's loss.
 
   One step trains the autoencoder and the discriminator. Neither receives gradients of the other one's loss.
 
@@ -210,7 +212,7 @@ def _adversarial_loss(
   Returns:
     The loss, its gradients with respect to the reconstructions and to the discriminator's parameters, and details.
   """
-  (model, critic), (x, h, y) = params, arrays
+  (model, judge), (x, h, y) = params, arrays
 
   def mean_error(y):
     losses, details = errors(y)
@@ -218,7 +220,7 @@ def _adversarial_loss(
 
   error_gradient, (losses, details) = jax.grad(mean_error, has_aux=True)(y)
 
-  parts = adversarial.adversarial(discriminator, critic, x, y)
+  parts = adversarial.adversarial(discriminator, judge, x, y)
   # Select zeros before the start instead of a branch of `lax.cond`: on a CPU, convolutions in branches take very long.
   parts = jax.tree.map(lambda leaf: jnp.where(started, leaf, jnp.zeros_like(leaf)), parts)
   _, pull_back = jax.vjp(lambda kernel: autoencoder.decode_output(_with_last(model, kernel), h), _last(model))

@@ -60,7 +60,8 @@ def update_codebook(
   sums = decay * state.sums + (1 - decay) * sums
   total = jnp.sum(counts)
   # Without replacements, a code that was never used keeps its initial vector.
-  is_dead, was_used = counts < restart * total / size, counts > 0
+  # Nor does a code move after its count has fallen so low that smoothing would pull its vector to 0.
+  is_dead, was_used = counts < restart * total / size, counts > 100 * _SMOOTHING
   rows = jax.random.randint(key, (size,), 0, z.shape[0])
   counts = jnp.where(is_dead, total / size, counts)
   sums = jnp.where(is_dead[:, None], (total / size) * z[rows], sums)

@@ -51,7 +51,8 @@ class Features(NamedTuple):
 
   Attributes:
     apply: `apply(frozen, images) -> maps` for images [B, H, W, C] in [-1, 1]. The maps are arrays [B, h, w, D].
-    load: `load() -> frozen` reads the network's parameters.
+    load: `load() -> frozen` reads the network's parameters. If it has an attribute `shapes`, `shapes()` returns their
+      shapes, and planning a run reads no file.
   """
 
   apply: Callable[[PyTree, Array], Sequence[Array]]
@@ -97,8 +98,8 @@ def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
   """Compute the distance of two batches of images in the features of a network, for each sample [B].
 
   At each position of each map, the features are divided by their Euclidean norm. The distance is the squared
-  difference, summed over channels and averaged over positions and maps. This is equation 1 of Zhang et al. (2018)
-  without their learned weights, which belong to their own networks.
+  difference, summed over channels and averaged over positions and maps. In equation 1 of Zhang et al. (2018), maps
+  are summed, and channels have learned weights, which belong to their own networks.
 
   Args:
     maps: the feature maps of the first images, arrays [B, ..., D] as `Features.apply` returns them.

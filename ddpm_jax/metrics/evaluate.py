@@ -46,14 +46,14 @@ class Summary(NamedTuple):
 
   Attributes:
     count: number of images; 0 if it is unknown.
-    features: Gaussian of the features.
+    features: Gaussian of the features; None if no score needs it.
     spatial: Gaussian of the spatial features; None if the space has none.
     classes: class statistics; None if the space has no classes.
     pairwise_features: features [n, D] for pairwise scores; None if they were not stored.
   """
 
   count: int  # type: ignore[assignment]  # hides tuple.count
-  features: metrics.Gaussian
+  features: metrics.Gaussian | None = None
   spatial: metrics.Gaussian | None = None
   classes: metrics.ClassStatistics | None = None
   pairwise_features: np.ndarray | None = None
@@ -70,14 +70,17 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
     raise ValueError(
       f"Got {total} image(s) to compute statistics from; expected two or more. Check that the set is not empty."
     )
-  features, spatial, classes = metrics.MomentSum(), None, None
+  spatial, classes = None, None
+  # A covariance has as many numbers as the square of the features' size. Compute it only if a score needs it.
+  features = metrics.MomentSum() if "frechet" in settings.scores else None
   is_stored, stored, first = _sample_mask(total, settings.pairwise_samples), [], 0
   for images in batches:
     if first + len(images) > total:
       raise ValueError(f"Got {first + len(images):,} images or more; expected {total:,}.")
     taps = extract(images)
     values = taps["features"]
-    features.add(values)
+    if features is not None:
+      features.add(values)
     if "spatial" in taps:
       spatial = spatial or metrics.MomentSum()
       spatial.add(taps["spatial"])
@@ -91,7 +94,7 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
     raise ValueError(f"Got {first:,} images; expected {total:,}.")
   return Summary(
     total,
-    metrics.gaussian(features.result()),
+    None if features is None else metrics.gaussian(features.result()),
     None if spatial is None else metrics.gaussian(spatial.result()),
     classes,
     np.concatenate(stored) if stored else None,
@@ -170,6 +173,10 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
   names = {name: name for name in SCORES} | (names or {})
   scores: Scores = {}
   if "frechet" in settings.scores:
+    if generated.features is None or reference.features is None:
+      raise ValueError(
+        "Got a summary without a Gaussian of the features for the score 'frechet'; expected one. Summarize with the same scores."
+      )
     scores[names["frechet"]] = metrics.frechet_distance(
       generated.features, reference.features, allow_singular=settings.allow_singular
     )

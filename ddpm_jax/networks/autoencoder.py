@@ -74,7 +74,7 @@ class Autoencoder(nn.Module):
     return 2 ** (len(self.multipliers) - 1)
 
   @property
-  def moments(self) -> int:
+  def encoded_channels(self) -> int:
     """Return the number of channels that `encode` returns."""
     return self.latent_channels * (2 if self.bottleneck == "kl" else 1)
 
@@ -107,13 +107,13 @@ class Autoencoder(nn.Module):
     )
     widths = tuple(round(self.channels * multiplier) for multiplier in self.multipliers)
     shared = (widths, self.middle_attention, self.remat, block_options)
-    self.encoder = Encoder(self.moments, self.channels, self.blocks, *shared)
+    self.encoder = Encoder(self.encoded_channels, self.channels, self.blocks, *shared)
     self.decoder = Decoder(self.out_channels, self.blocks + 1, *shared)
 
     def pointwise(features, name):
       return layers.Conv(features, self.dtype, size=1, kernels=self.kernels, name=name)
 
-    self.before_latents = pointwise(self.moments, "quant_conv") if self.quant_conv else None
+    self.before_latents = pointwise(self.encoded_channels, "quant_conv") if self.quant_conv else None
     self.after_latents = pointwise(self.latent_channels, "post_quant_conv") if self.post_quant_conv else None
     self.codebook = Codebook(self.num_codes, self.latent_channels) if self.bottleneck == "vq" else None
 

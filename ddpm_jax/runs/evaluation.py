@@ -74,6 +74,7 @@ def run_statistics(experiment: Experiment, output: Path) -> None:
     metrics.check_rank(count, space.dimensions)
   print_line(f"extracting {space.name} features of {count:,} images ({reference.name}) ...")
   summary = space.summary(reference.images, np.arange(count), evaluate.Settings(("frechet",)))
+  assert summary.features is not None
   provenance = space.feature_space.provenance
   about = spaces.describe_space(experiment, space.name, provenance) | {
     "split": reference.name,

@@ -25,8 +25,8 @@ Array = jax.Array
 
 # The number of pairs in a preview, and in the report.
 _PAIRS, _SHOWN = 32, 24
-# The number of latent channels in the report.
-_SHOWN_CHANNELS = 8
+# The maximum number of latent channels in the report.
+_SHOWN_CHANNELS = 32
 # The scores of pairs of images.
 _PAIR_SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"psnr": metrics.psnr, "ssim": metrics.ssim}
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     images: the originals, uint8 [B, H, W, C].
     reconstructions: the reconstructions, uint8 [B, H, W, C].
     latents: the means of the posteriors, or the vectors of the nearest codes [B, *space, D].
-    first, second: the mean over positions of the latents and of their squares, for each image [B, D]. With a posterior
+    means, squares: the mean over positions of the latents and of their squares, for each image [B, D]. With a posterior
       the squares include its variance.
     kl: the KL divergence of each posterior from a standard normal distribution in nats [B]; None with a codebook.
     codes: the codes [B, *space]; None without a codebook.
@@ -47,8 +47,8 @@ class Batch(NamedTuple):
   images: np.ndarray
   reconstructions: np.ndarray
   latents: np.ndarray
-  first: np.ndarray
-  second: np.ndarray
+  means: np.ndarray
+  squares: np.ndarray
   kl: np.ndarray | None = None
   codes: np.ndarray | None = None
 
@@ -72,7 +72,7 @@ def program(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[Parame
       codes, z = parts.quantize(params, latents)
       spread, extra = jnp.zeros_like(z), {"codes": codes}
     y = parts.decode_output(params, parts.decode_features(params, z))
-    moments = {"first": jnp.mean(z, axes), "second": jnp.mean(jnp.square(z) + spread, axes)}
+    moments = {"means": jnp.mean(z, axes), "squares": jnp.mean(jnp.square(z) + spread, axes)}
     return {"reconstructions": y, "latents": z} | moments | extra
 
   def function(parameters, seed, first, batch):
@@ -133,7 +133,7 @@ def reconstruct(
   )
   for result in results:
     _check_finite("reconstructions", result["reconstructions"])
-    _check_finite("latents", result["second"])
+    _check_finite("latents", result["squares"])
     result = result | {"reconstructions": images.to_uint8(result["reconstructions"])}
     yield Batch(images=originals[0][: len(result["latents"])], **result)
 
@@ -158,7 +158,7 @@ class Totals:
   def __init__(self, num_codes: int = 0, shown: int = _PAIRS):
     self._shown, self._counts = shown, np.zeros(num_codes, np.int64)
     self._scores: dict[str, list[np.ndarray]] = {name: [] for name in _PAIR_SCORES}
-    self._moments: dict[str, list[np.ndarray]] = {"first": [], "second": [], "kl": []}
+    self._moments: dict[str, list[np.ndarray]] = {"means": [], "squares": [], "kl": []}
     self._kept: list[Batch] = []
 
   def add(self, batch: Batch) -> None:
@@ -188,21 +188,21 @@ class Totals:
     Returns:
       `shape`, and the `mean` and `std` of each latent channel over images and positions, of samples of the posterior or
       of the codes' vectors. A codec subtracts `mean` and divides by `std`. Without a codebook also `kl`, the mean KL
-      divergence in nats. With one also `num_codes`, `used_codes` (the share of codes that occur) and `perplexity` (of
+      divergence in nats. With one also `num_codes`, `used_share` (the share of codes that occur) and `perplexity` (of
       their frequencies).
     """
-    first, second = (np.concatenate(self._moments[name]).mean(0) for name in ("first", "second"))
+    means, squares = (np.concatenate(self._moments[name]).mean(0) for name in ("means", "squares"))
     statistics: dict[str, Any] = {
       "shape": list(self._kept[0].latents.shape[1:]),
-      "mean": [round(float(value), 6) for value in first],
-      "std": [round(float(value), 6) for value in np.sqrt(np.maximum(second - first**2, 0))],
+      "mean": [round(float(value), 6) for value in means],
+      "std": [round(float(value), 6) for value in np.sqrt(np.maximum(squares - means**2, 0))],
     }
     if self._moments["kl"]:
       return statistics | {"kl": float(np.concatenate(self._moments["kl"]).mean())}
     shares = self._counts[self._counts > 0] / self._counts.sum()
     return statistics | {
       "num_codes": len(self._counts),
-      "used_codes": float(np.mean(self._counts > 0)),
+      "used_share": float(np.mean(self._counts > 0)),
       "perplexity": float(np.exp(-np.sum(shares * np.log(shares)))),
     }
 
@@ -284,7 +284,10 @@ class Scorer:
       print_line("no scores: there are no held-out images (see config.data.source.eval_split and config.data.hold_out)")
       return
     print_line(f"reconstructing {self._count:,} held-out images with the {weights.name} weights ...")
+    # All processes gather the parameters, because no process may hold all of them.
     parameters = parallel.gather(run.mesh, weights.parameters)
+    leaves = jax.tree.leaves(jax.device_get(parameters.params))
+    weights = weights._replace(parameters=parameters, sha256=metrics.digest(*map(np.asarray, leaves)))
     totals = self._totals()
 
     def images_of_batches() -> Iterator[np.ndarray]:
@@ -323,7 +326,6 @@ class Scorer:
       originals = space.summary(reference.images, np.arange(len(reference.images)), self._settings)
     assert originals is not None
     floor, floor_num, problem = scoring.score_floor(space, reference, originals, self._settings, self._count)
-    leaves = jax.tree.leaves(jax.device_get(weights.parameters.params))
     report: dict[str, Any] = {
       "scores": {
         "reconstructed": totals.scores() | evaluate.score(reconstructed, originals, self._settings, names),
@@ -339,7 +341,7 @@ class Scorer:
       "settings": self._settings._asdict(),
       "data": scoring.describe_data(experiment),
       "dtype": scoring.dtype_of(experiment),
-      "weights_sha256": metrics.digest(*map(np.asarray, leaves)),
+      "weights_sha256": weights.sha256,
     }
     return report | ({"no_floor": problem} if problem else {})
 
@@ -349,7 +351,7 @@ def _describe_latents(statistics: dict[str, Any]) -> str:
   if "kl" in statistics:
     details = f"KL divergence {statistics['kl']:,.1f} nats"
   else:
-    details = f"{statistics['used_codes']:.1%} of {statistics['num_codes']:,} codes used, perplexity {statistics['perplexity']:,.1f}"
+    details = f"{statistics['used_share']:.1%} of {statistics['num_codes']:,} codes used, perplexity {statistics['perplexity']:,.1f}"
   return f"latents      {shape}, standard deviation {std} by channel, {details}"
 
 

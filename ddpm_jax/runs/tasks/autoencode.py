@@ -7,7 +7,6 @@ import numpy as np
 
 from ddpm_jax import data, models
 from ddpm_jax.config import Experiment
-from ddpm_jax.devices import parallel
 from ddpm_jax.models import Condition
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import reconstruction
@@ -33,7 +32,6 @@ class Autoencode(Task):
       )
     check_objective(experiment, "autoencode", ("autoencoding",))
     models.networks.autoencoder(model.network, model.shape)
-    parallel.check_batch(experiment.sampling.batch_size, mesh.size, "sampling batch size")
 
   def classes(self, experiment: Experiment) -> Condition | None:
     """Return None, because the data need no classes."""
