@@ -185,7 +185,7 @@ def tfds(
 
 
 def fit_settings(fit: Fit, fields: Fields = _NO_FIELDS) -> dict[str, str | int]:
-  """Return the crop, the resize and the fields that a pack records and `packed` checks."""
+  """Return the crop, the resize and the fields as a pack stores them."""
   names = {f"fields.{item}": field for item, field in fields.chosen.items()}
   return {"crop": fit.crop, "resize": fit.resize, **names}
 

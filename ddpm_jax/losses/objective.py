@@ -255,7 +255,7 @@ def _distribution(times: TimeDistribution | AdaptiveTimes, memory: PyTree) -> Ti
 
 
 def _times(times: TimeDistribution | AdaptiveTimes, context: Context, batch: Mapping[str, PyTree]) -> TimeDistribution:
-  """Return the times that `prepare` sampled, or the distribution if the batch has no times."""
+  """Return a distribution that yields the times in the batch. If the batch has no times, return the loss's own."""
   return (lambda keys: batch["times"]) if "times" in batch else _distribution(times, context.memory)
 
 

@@ -252,7 +252,7 @@ def vector(name: str, size: int, dropout: float = 0.0) -> Condition:
     ValueError: if `size` is below 1, or `dropout` is outside [0, 1).
   """
   if size < 1:
-    raise ValueError(f"Got size={size} of {name}; expected 1 or more numbers.")
+    raise ValueError(f"Got size={size} of {name}; expected an integer of 1 or more.")
   check_dropout(dropout, name)
 
   return Condition(

@@ -34,7 +34,7 @@ class Sampler(NamedTuple):
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
     spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time. "log_snr" is even in the log-SNR.
-      "ends" is only t_max, the last time above 0, and 0, for a rule that chooses its own steps in between.
+      "ends" is for a rule that chooses its own steps: its grid has three times, t_max, a last time above 0, and 0.
     two_estimates: whether the rule can use separate estimates for data and noise, from `guidance.cfg_plus_plus`.
   """
 

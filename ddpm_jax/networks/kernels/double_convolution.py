@@ -26,8 +26,9 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   For every output row, two of the kernel's three rows multiply the same row of x, so the tuned forms add those two rows
   first. In two dimensions this leaves 4/9 of the products. The CPU form computes the even and the odd output rows by
   separate convolutions of x, with kernels of two rows. The TPU form inserts zeros between the values of x and convolves
-  the result with one larger kernel. The larger kernel is the sum of shifted copies of `kernel`, one for each position
-  of a repeated value. A TPU skips products with the inserted zeros. Other platforms double the data.
+  the result with one larger kernel. Doubling puts every value at several places (two along each axis), and the larger
+  kernel is the sum of as many shifted copies of `kernel`. A TPU skips products with the inserted zeros. Other platforms
+  double the data.
 
   Args:
     x: the data [B, *space, C].
