@@ -138,9 +138,9 @@ def continuous_bound(
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
 
-  Where the noise is smaller than the distance between levels, a model that cannot distinguish the levels loses up to
-  half a nat per dimension and unit of l. A larger t_min can then give a smaller bound, because the decoder covers this
-  range instead.
+  At the smallest times, the noise is smaller than the distance between neighboring pixel values. A model that cannot
+  tell these values apart adds up to half a nat to the bound there, per dimension and unit of l. With a larger t_min,
+  the decoder covers these times instead, and the bound can be smaller.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.

@@ -81,7 +81,10 @@ def evaluate(
 
 
 def squared_error(evaluation: Evaluation, process: Process, prediction: Prediction, weighting: Weighting) -> Array:
-  """Compute the weighted squared error of each sample [B], averaged over dimensions, without importance weights."""
+  """Compute the squared error of each sample [B], averaged over dimensions and multiplied by `weighting`.
+
+  The importance weights of the times are not applied.
+  """
   # x_0 is linear in the output: an error d of the output is an error (alpha / sigma) slope d of eps.
   _, sigma, *slopes = coefficients(process, prediction, evaluation.t, evaluation.t)
   alpha = jnp.maximum(process.alpha(evaluation.t), sigma * jnp.exp(0.5 * _MIN_LOG_SNR))

@@ -230,7 +230,10 @@ def _check_size(network: Any) -> None:
 
 
 def _check_blocks(network: Any, blocks: int, count: int) -> None:
-  """Check the number of residual blocks of a network with at least `count` parameters."""
+  """Check that a network has at most `_MAX_BLOCKS` residual blocks.
+
+  `count`, a lower bound of its number of parameters, is used in the message.
+  """
   if blocks > _MAX_BLOCKS:
     raise ValueError(
       f"Got blocks={network.blocks} at each of {len(network.multipliers)} levels, with parameters of at least"
