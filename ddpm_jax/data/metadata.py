@@ -104,7 +104,7 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Sequence[str]
 def number_classes(
   values: Sequence[Any], field: str, where: str, names: Sequence[str] | None = None
 ) -> tuple[list[str], np.ndarray]:
-  """Return the names of the classes in the order of their numbers, and the number of each value, int32 [N].
+  """Return the names of the classes in the order of their numbers, and the class number of every value, int32 [N].
 
   Args:
     values: text, integers, or None for an image without a class.

@@ -149,8 +149,8 @@ def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.n
 def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
   """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  The steps are equally spaced up to rounding, and include N and 1. With `open_end`, step 1 is left out of the grid of
-  K + 1 steps, as in diffusers' multistep solvers.
+  The steps are equally spaced up to rounding, and include N and 1. With `open_end`, the function
+  makes a grid of K + 1 steps and leaves out the step at 1, as in diffusers' multistep solvers.
   """
   if open_end:
     return np.delete(linspace(process, num_steps + 1), -2)
