@@ -4,8 +4,8 @@ python -m ddpm_jax.main --config=configs/emoji_autoencoder.py --workdir=/tmp/emo
   --config.data.source.path=<folder>
 
 Data: a folder with train/ and test/. `experiments/emoji.py` makes one with 1,599 emoji on white.
-Hardware: 2 CPU cores. Time: 25 minutes, including compilation and scoring.
-Score: on the 199 emoji of test/, ?
+Hardware: 2 CPU cores. Time: 16 minutes, including compilation and scoring.
+Score: for the 199 emoji of test/, PSNR 31.5 dB, SSIM 0.93.
 """
 
 from ddpm_jax.config import default_config, spec
