@@ -8,13 +8,14 @@ python -m ddpm_jax.main --mode=prepare --config=configs/emoji_latent.py --output
 python -m ddpm_jax.main --config=configs/emoji_latent.py --workdir=/tmp/emoji_latent \
   --config.data.source.path=<folder> --config.model.codec.path=/tmp/emoji_autoencoder \
   --config.data.latents=/tmp/emoji_latents
-python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_latent --num_samples=64 --guidance_scale=2
+python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_latent --num_samples=64 --guidance_scale=3
 
 Data: 1,400 emoji to train on and 199 held out (see docs/data.md). The class of an emoji is its group, numbered in
 alphabetical order: activities, animals-nature, food-drink, objects, people-body, smileys-emotion, symbols and
 travel-places.
-Hardware: 2 CPU cores. Time: 30 minutes after the autoencoder.
-Score: see docs/latents.md.
+Hardware: 2 CPU cores. Time: 31 minutes beside other programs, after the autoencoder.
+Score: for 199 samples in pixel space, precision 0.84 (real training images 0.77), recall 0.62 (0.78). Smileys, people and
+symbols are recognizable; the other groups need longer training.
 """
 
 from ddpm_jax.config import default_config, spec
