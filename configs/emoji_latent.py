@@ -14,8 +14,8 @@ Data: 1,400 emoji to train on and 199 held out (see docs/data.md). The class of 
 alphabetical order: activities, animals-nature, food-drink, objects, people-body, smileys-emotion, symbols and
 travel-places.
 Hardware: 2 CPU cores. Time: 31 minutes beside other programs, after the autoencoder.
-Score: for 199 samples in pixel space, precision 0.84 (real training images 0.77), recall 0.62 (0.78). Smileys, people and
-symbols are recognizable; the other groups need longer training.
+Score: for 199 samples in pixel space, precision 0.84 (real training images 0.77), recall 0.62 (0.78). Smileys, people
+and symbols are recognizable; the other groups need longer training.
 """
 
 from ddpm_jax.config import default_config, spec
