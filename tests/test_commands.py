@@ -70,7 +70,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
   for wrong, message in (
     ("digit_vp", "Got --config=digit_vp, neither a file nor the name of a recipe; .*Did you mean digits_vp?"),
     ("configs/digits_vp.py", "Did you mean digits_vp?"),
-    ("qqqq", "Choose one of celeba64_vp, .*mnist_vp"),
+    ("qqqq", "Choose one of celeba256_latent, .*mnist_vp"),
   ):
     with pytest.raises(ValueError, match=message):
       recipes.read(wrong)

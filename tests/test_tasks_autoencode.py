@@ -213,7 +213,7 @@ WRONG = [
     {"training__best_metric": "eval/fid", "evaluation__every": 6, "training__keep_best": 1},
     "one of eval/psnr, eval/ssim",
   ),
-  ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='autoencode', which generates no samples"),
+  ({"init_from": "somewhere"}, "init_from='somewhere' with config.task='autoencode'; expected no init_from"),
 ]
 
 

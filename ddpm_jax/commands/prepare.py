@@ -12,7 +12,6 @@ from ddpm_jax.commands.parser import Group
 EXAMPLES = (
   "--mode=prepare --config=cifar10_vp",
   "--mode=prepare --config=folder --config.data.source.path=/data/photos --output=/data/packed",
-  "--mode=prepare --config=emoji_latent --config.data.source.path=/data/emoji --output=/data/latents",
 )
 
 
