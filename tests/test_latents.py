@@ -75,6 +75,17 @@ def test_a_codec_scales_latents_and_decodes_what_the_autoencoder_decodes(bottlen
   )
 
 
+def test_latents_of_another_autoencoder_are_refused():
+  codec = user_components.tiny_autoencoder(SHAPE)
+  frozen = codec.load()
+  with pytest.raises(
+    ValueError, match=r"Got x of shape \(1, 4, 4, 5\) .* 2 latent channels; expected a last axis of 2"
+  ):
+    codec.decode(frozen, jnp.zeros((1, 4, 4, 5)))
+  with pytest.raises(ValueError, match=r"Got moments of shape \(1, 4, 4, 6\) .* expected a last axis of 4"):
+    codec.expand(frozen, keys(1), jnp.zeros((1, 4, 4, 6)))
+
+
 def test_the_posterior_and_the_noise_of_training_are_independent():
   codec = user_components.tiny_autoencoder(SHAPE)
   frozen, count = codec.load(), 4000

@@ -12,7 +12,7 @@ from ddpm_jax.floats import widen
 Array = jax.Array
 PyTree = Any
 
-# Added to the norm of features, so that features of zero stay zero.
+# Added to the norm of features, so that nothing is divided by zero if all features at a position are zero.
 _EPSILON = 1e-10
 
 

@@ -143,6 +143,16 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     )
   quantize = autoencoder.quantize
 
+  channels = getattr(autoencoder.module, "latent_channels", None)
+
+  def check(name: str, array: Array, expected: int) -> None:
+    # Check here, because scales of another length would raise an error about broadcasting.
+    if channels is not None and array.shape[-1] != expected:
+      raise ValueError(
+        f"Got {name} of shape {array.shape} for an autoencoder with {channels} latent channels; expected a last axis of {expected}. Use the"
+        " autoencoder that the model or the latents were made with."
+      )
+
   def compress(frozen: PyTree, data: Array) -> Array:
     def encode(data: Array) -> Array:
       return autoencoder.encode(params, data)
@@ -160,6 +170,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     if quantize is not None:
       z = frozen["autoencoder"]["codebook"]["vectors"][compact]
     else:
+      check("moments", compact, 2 * (channels or 0))
       distribution = gaussian.from_moments(compact.astype(jnp.float32))
       is_random = posterior == "sample"
       z = distribution.sample(randomness.fold_in(keys, _POSTERIOR)) if is_random else distribution.mode()
@@ -172,6 +183,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     def decode(z: Array) -> Array:
       return autoencoder.decode_output(params, autoencoder.decode_features(params, z))
 
+    check("x", x, channels or 0)
     params, z = frozen["autoencoder"], x / frozen["scale"] + frozen["shift"]
     z = z if quantize is None else quantize(params, z)[1]
     return tiles.apply(decode, z, tile) if tile else decode(z)
