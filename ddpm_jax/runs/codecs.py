@@ -196,7 +196,8 @@ def pin(tree: Tree, folder: Path) -> Tree:
   own = (saved.values["model"].get("codec") or {}) if saved is not None else {}
   pinned = {name: own[name] for name in ("step", "mean", "std") if own.get("component") == _COMPONENT}
   if not pinned:
-    step = codec["step"] or workdir.checkpoint_steps(_experiment(source) and source)[-1]
+    _experiment(source)  # raises an error if the run has no checkpoint, or trained no autoencoder
+    step = codec["step"] or workdir.checkpoint_steps(source)[-1]
     pinned = {"step": step}
     if not codec["mean"]:
       pinned["mean"], pinned["std"] = statistics(source, step)
