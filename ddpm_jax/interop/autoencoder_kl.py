@@ -119,8 +119,8 @@ def to_config(network: Autoencoder, scale: Scale, size: tuple[int, int] | None =
 
   Args:
     network: our autoencoder.
-    scale: the scale and shift of the latents. Numbers become scaling_factor and shift_factor, arrays latents_mean and
-      latents_std.
+    scale: the scale and shift of the latents. Numbers become scaling_factor and shift_factor. Arrays become
+      latents_mean and latents_std.
     size: the height and width of the data. None for the default of `AutoencoderKL`.
 
   Raises:
@@ -157,7 +157,7 @@ def to_config(network: Autoencoder, scale: Scale, size: tuple[int, int] | None =
 
 
 def scale_of(config: Mapping[str, Any]) -> Scale:
-  """Return the scale and shift of the latents that a config contains.
+  """Read the scale and shift of the latents from a config.
 
   Raises:
     ValueError: if the config contains invalid or contradicting values.
@@ -180,10 +180,10 @@ def scale_of(config: Mapping[str, Any]) -> Scale:
 
 
 def fold_scale(network: Autoencoder, params: PyTree, scale: Scale) -> tuple[Autoencoder, PyTree]:
-  """Return an autoencoder of the bottleneck "kl" whose latents are scaled already.
+  """Fold the scale and shift of the latents into an autoencoder with the bottleneck "kl".
 
-  Its moments are those of x = (z - shift) * scale, and it decodes x. The scale and the shift become part of the 1x1
-  convolutions between the two halves. A network without these convolutions gets them.
+  The new autoencoder encodes data to the moments of x = (z - shift) * scale, and decodes x. The scale and the shift
+  become part of the 1x1 convolutions between encoder and decoder. A network without these convolutions gets them.
   """
   channels = network.latent_channels
   scales, shifts = (np.broadcast_to(np.asarray(value, np.float64), (channels,)) for value in scale)
@@ -227,7 +227,7 @@ def _scale_config(scale: Scale, channels: int) -> Config:
 
 
 def _shortest(value: np.ndarray) -> float:
-  """Return the number with the fewest digits that equals a float32."""
+  """Return the decimal number with the fewest digits that rounds to a given float32."""
   return float(str(np.float32(value)))
 
 

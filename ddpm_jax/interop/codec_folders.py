@@ -36,8 +36,8 @@ def load_codec(
     The codec, and its frozen parameters: "autoencoder", "scale" and "shift".
 
   Raises:
-    ValueError: if the autoencoder does not exist, has an unsupported class or option, or an argument is invalid; or if
-      the weights cannot be read or do not match the config. The message names the cause.
+    ValueError: if the autoencoder does not exist or has an unsupported class or option, if an argument is invalid, or
+      if the weights cannot be read or do not match the config. The message names the cause.
   """
   codec = read_codec(folders.find_folder(path, parts=folders.AUTOENCODERS), posterior=posterior, dtype=dtype, tile=tile)
   assert codec.load is not None
@@ -84,7 +84,7 @@ def read_codec(
   template = _template(network)
 
   def load() -> PyTree:
-    # A name on the hub, of which only the configs were downloaded so far.
+    # For a name on the hub, only the configs have been downloaded so far.
     found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS))
     return {"autoencoder": _load_params(found, network, template), **arrays}
 
@@ -125,8 +125,8 @@ def save_codec(
     path: the folder, new or empty.
     network: the autoencoder, with the bottleneck "kl" and two dimensions.
     params: its parameters.
-    scale: the factor of the latents, a number or one for each channel.
-    shift: what is subtracted from the latents before, a number or one for each channel.
+    scale: the factor of the latents: one number, or one for each channel.
+    shift: the value that is subtracted from the latents before scaling: one number, or one for each channel.
     size: the height and width of the data that the autoencoder was trained on. None leaves diffusers' default.
 
   Raises:

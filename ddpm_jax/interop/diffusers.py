@@ -63,7 +63,8 @@ def load(
   The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
   "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
   channels. The sampling defaults come from the scheduler. A latent model also has the codec of its autoencoder, and
-  `model.load_frozen()` reads the codec's parameters. For other options of the codec, replace it by `read_codec`'s.
+  `model.load_frozen()` reads the codec's parameters. To set other options of the codec, replace it with the result of
+  `read_codec`.
 
   Args:
     path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
@@ -81,8 +82,8 @@ def load(
     The model, and the parameters of its network in float32.
 
   Raises:
-    ValueError: if the model does not exist, has an unsupported option, or an argument does not fit the model; or if the
-      weights cannot be read or do not match the config. The message names the cause.
+    ValueError: if the model does not exist or has an unsupported option, if an argument does not fit the model, or if
+      the weights cannot be read or do not match the config. The message names the cause.
   """
   folder = find_folder(path)
   model = read(

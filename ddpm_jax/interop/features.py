@@ -61,15 +61,15 @@ def inception(
 
 
 def classifier(weights: Annotated[str, "place"] = "") -> Features:
-  """Return the features of the small classifier that scores of small images use.
+  """Return the features of the small classifier that evaluation uses to score small images.
 
-  Its images have the size and the channels of the data that it was trained on.
+  Images must have the size and the channels of the data that the classifier was trained on.
 
   Args:
     weights: the file of its weights, `classifier.safetensors` in the folder of an evaluated run.
 
   Raises:
-    ValueError: when `load` is called, if the file is missing, damaged or no classifier.
+    ValueError: when `load` is called, if the file is missing or damaged, or contains no classifier.
   """
 
   def load() -> PyTree:
@@ -91,8 +91,8 @@ def classifier(weights: Annotated[str, "place"] = "") -> Features:
     channels = frozen["conv_0"]["kernel"].shape[2]
     if images.shape[-1] != channels:
       raise ValueError(
-        f"Got images with {images.shape[-1]} channel(s) for a classifier of images with {channels}; expected images like"
-        " those that it was trained on. Set other features."
+        f"Got images with {images.shape[-1]} channel(s) for a classifier that was trained on images with {channels};"
+        f" expected {channels} channel(s). Set other features."
       )
     return cast("list[Array]", ImageClassifier(1).apply({"params": frozen}, images, maps=True))
 
@@ -109,7 +109,7 @@ def vgg(
       `features.N.bias`. The layers of its classifier are ignored.
     levels: the number of levels, with 64, 128, 256, 512 and 512 channels.
     scale: how the network expects images: "torchvision" for RGB in units of ImageNet's standard deviation, or "caffe"
-      for BGR in 0..255 less the mean.
+      for BGR in 0..255 minus the mean.
 
   Raises:
     ValueError: if an argument is out of range. `load` raises a ValueError if the file is missing or wrong.
@@ -145,7 +145,7 @@ def vgg(
 
 
 def _vgg_names(levels: int) -> dict[str, str]:
-  """Return torchvision's names of the convolutions by our names.
+  """Map our names of the convolutions to torchvision's names.
 
   Torchvision counts each convolution, each ReLU and each pooling layer.
   """

@@ -104,7 +104,8 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
   Args:
     path: a folder, or a name on the hub.
     weights: whether to download the weights too, or only the configs.
-    parts: the parts of a pipeline whose weights to download, beside those outside any part. Empty for all parts.
+    parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights that belong to no part are
+      always downloaded.
 
   Raises:
     ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
@@ -147,7 +148,8 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
 def weights_path(folder: Path) -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
-  Safetensors files have priority over .bin files, and then plain names over variants such as fp16.
+  Safetensors files have priority over .bin files. Among files of one type, plain names have priority over variants such
+  as fp16.
 
   Raises:
     ValueError: if the folder has no weights, or several variants.

@@ -183,7 +183,11 @@ def _defaults(process: Process, variance: str) -> SamplingDefaults | None:
 def infer_network(
   file: tensors.TensorFile, *, heads: int | None = None, head_channels: int | None = None
 ) -> tuple[UNet, PyTree]:
-  """Return the U-Net of a checkpoint, inferred from the shapes of its tensors, and the shapes of our parameters."""
+  """Infer the U-Net of a checkpoint from the shapes of its tensors.
+
+  Returns:
+    The U-Net, and the shapes of its parameters.
+  """
   levels, blocks = _levels_of_unet(file)
   options = _options(file, levels, blocks, heads, head_channels)
   ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
@@ -208,7 +212,7 @@ def load_classifier(
   process: Process | None = None,
   rescale_timesteps: bool = False,
 ) -> tuple[Model, PyTree]:
-  """Load a classifier of noisy images and its parameters.
+  """Load a classifier of noisy images, with its parameters.
 
   The classifier must have attention pooling, as the published classifiers do.
 
@@ -300,8 +304,8 @@ def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only a way down. A residual block that downsamples has the same tensors as other residual blocks. So
-  test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only the downsampling half of a U-Net. A residual block that downsamples has the same tensors as
+  other residual blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = _count(file, "input_blocks")
   widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -420,7 +424,7 @@ def _layout(network: UNet | Classifier, new_order: bool) -> tensors.Layout:
 
 
 def _names(network: UNet | Classifier) -> Callable[[str], str]:
-  """Return the function `name_of(path)` from our paths to guided-diffusion's names."""
+  """Return a function `name_of(path)` that maps our paths to guided-diffusion's names."""
   levels, blocks = len(network.multipliers), network.blocks
   residual = {
     "norm1": "in_layers.0",

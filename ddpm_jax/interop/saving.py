@@ -32,16 +32,16 @@ def save(
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  Both pipelines can open every saved pixel model, but not sample from every model. They pass no condition to a network,
-  and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with the same
-  two limits.
+  Both pipelines can open every saved pixel model, but cannot sample from all of them: they pass no condition to a
+  network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
+  the same two limits.
 
   Args:
     path: the folder, new or empty.
     model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
       discrete, or continuous and variance-preserving. A continuous process becomes a table with one step for each
-      integer time input, such as 0..999. The codec is that of pixels, or of a `networks.Autoencoder` with one scale for
-      all channels and no shift.
+      integer time input, such as 0..999. The codec is `codecs.pixels`, or the codec of a
+      `networks.Autoencoder` with one scale for all channels and no shift.
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
@@ -64,7 +64,7 @@ def save(
     model.process, model.prediction, clip=clip, variance=variance, spacing=spacing
   )
   autoencoder = _autoencoder(model, frozen, clip) if model.codec.is_latent else None
-  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
+  # LDMPipeline documents DDIM as its scheduler, but DDIM does not support learned variance.
   scheduler = "DDIMScheduler" if autoencoder and not model.prediction.learned_variance else "DDPMScheduler"
   scheduler_config["_class_name"] = scheduler
   version, is_latent = {"_diffusers_version": VERSION}, autoencoder is not None
@@ -103,7 +103,7 @@ def _autoencoder(
   """Return the config and the parameters of a latent model's autoencoder.
 
   Raises:
-    ValueError: if LDMPipeline would compute other samples from them.
+    ValueError: if LDMPipeline would generate different samples with this autoencoder.
   """
   values = (model.load_frozen() if frozen is None else frozen)["codec"]
   scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
@@ -111,7 +111,7 @@ def _autoencoder(
     raise ValueError(f"Got clip={clip} for a latent model; expected None, because latents have no fixed range.")
   if model.shape[0] != model.shape[1]:
     raise ValueError(
-      f"Got a latent model of x of shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
+      f"Got a latent model whose x has shape {model.shape}; expected a square, as in diffusers' LDMPipeline."
     )
   size = (model.data_shape[0], model.data_shape[1])
   network, params = model.codec.module, values["autoencoder"]
@@ -127,8 +127,9 @@ def check_exportable(model: Model) -> None:
   """Check that a model can be saved as a diffusers pipeline.
 
   Raises:
-    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than that of
-      pixels or of a `networks.Autoencoder`, data other than images [H, W, C], or a custom `time_input`.
+    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than
+      `codecs.pixels` or the codec of a `networks.Autoencoder`, data other than images [H, W, C], or a custom
+      `time_input`.
   """
   image_names = image_conditions(model)
   if image_names:
@@ -146,7 +147,7 @@ def check_exportable(model: Model) -> None:
   if not (is_pixels or isinstance(model.codec.module, Autoencoder)) or len(model.data_shape) != 3:
     raise ValueError(
       f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
-      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or the codec of a networks.Autoencoder."
+      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or a model with the codec of a networks.Autoencoder."
     )
   if model.time_input is not None:
     raise ValueError(

@@ -6,8 +6,7 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   use_clipped_model_output=True.
 - Euler and Heun round the "linspace" grid to integer steps. diffusers does not.
 - DEIS samples down to time 0. diffusers stops one step earlier.
-- The first and the last steps of third-order rules are those of our samplers and differ from diffusers' steps. For
-  dpmpp_3m, all steps differ.
+- Third-order rules differ from diffusers' rules in the first and the last steps. dpmpp_3m differs in all steps.
 """
 
 import functools
@@ -278,7 +277,7 @@ def _betas(config: Mapping[str, Any], name: str, kind: _Kind) -> tuple[np.ndarra
   if config.get("trained_betas") is not None:
     return np.asarray(config["trained_betas"], np.float64), "table", ends
   if schedule == "sigmoid":
-    # In diffusers the betas follow a sigmoid from -6 to 6. In our sigmoid schedule alpha_bar does.
+    # In diffusers the betas follow a sigmoid from -6 to 6. In our sigmoid schedule, alpha_bar follows a sigmoid.
     return ends[0] + (ends[1] - ends[0]) / (1 + np.exp(-np.linspace(-6, 6, n))), "table", ends
   if schedule not in _SCHEDULES:
     raise _unsupported(name, "beta_schedule", schedule, *_SCHEDULES, "sigmoid")

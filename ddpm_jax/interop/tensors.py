@@ -169,12 +169,18 @@ class ShardedFile:
 
 
 def _is_file_name(name: Any) -> bool:
-  """Return whether a value is a file name without a folder, so that an index cannot point outside its own folder."""
+  """Return whether a value is a file name without a folder.
+
+  An index with other names could point to files outside its own folder.
+  """
   return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
 def _prefix(path: Path, names: Collection[str], anchor: str, description: str, content: str) -> str:
-  """Return the common prefix of a network's tensor names, located by the name `anchor`."""
+  """Return the common prefix of a network's tensor names, such as "module.".
+
+  The tensor that every network has, `anchor`, identifies the prefix.
+  """
   if not anchor or anchor in names:
     return ""
   prefixes = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
@@ -333,8 +339,8 @@ def load(
     if not np.isfinite(value).all():
       nonfinite.append(name)
     for path in paths[layout_names[name]]:
-      # Copy, so that no array keeps the file's memory alive. JAX may use the copy as it is, if its order is C. Wait, so
-      # that only one tensor at a time is in memory twice.
+      # Copy the tensor, so that no array keeps the file's memory alive. JAX can use a copy in C order without copying
+      # it again. Block until the transfer has ended, so that only one tensor at a time is in memory twice.
       params[path] = jax.block_until_ready(jax.device_put(np.array(layout.from_file(path, value), dtype, order="C")))
   try:
     sealed.check_tensors(digests, tensors.metadata)
@@ -370,7 +376,7 @@ def _check_shapes(path: Path, expected: Shapes, shapes: Shapes) -> None:
 
 
 def _shorten(names: list[str]) -> str:
-  """Join the first `_MAX_LISTED` names, and add how many names are left out."""
+  """Join the first `_MAX_LISTED` names, and add the number of omitted names."""
   ending = f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
   return ", ".join(names[:_MAX_LISTED]) + ending
 
