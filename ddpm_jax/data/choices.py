@@ -1,8 +1,8 @@
 """Provide the data sets that a config can select.
 
 Each data set is a function that returns `Splits`. Its first argument `fit` describes the size, channels and resizing
-of the images. An argument of type `Fields` receives `config.data.fields`. A function that does not use one of them may
-omit the argument. The other arguments are keys of the config.
+of the images. An argument of type `Fields` receives `config.data.fields`. A function that does not need `fit` or the
+fields may omit that argument. The other arguments are keys of the config.
 
 A user can write another data set, `def mine(fit: data.Fit, path: str) -> data.Splits`, and select it in a config as
 `my_file.py:mine(path='/data')`. A resumed run may use another value for an argument of type `Place`.
@@ -132,11 +132,11 @@ def packed(
     train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
     eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
       folder exists, `path` itself must be a pack.
-    fields: the fields of metadata.jsonl that the images were packed with. By default, any fields.
+    fields: the fields of metadata.jsonl that the images were packed with. By default, a pack may have any fields.
 
   Raises:
-    ValueError: if a folder is missing or is no pack, the splits share images, or the images were packed with another
-      shape, crop or resize than `fit`, or with other fields than `fields`.
+    ValueError: if a folder is missing or is no pack, the splits share images, or the shape, crop, resize or fields of a
+      pack differ from `fit` or `fields`.
   """
   root = _resolve(path, "a folder of packed images", "<folder>")
   splits = _read_splits(root, (train_split, eval_split), PackedSource, has_class_folders=False)

@@ -94,7 +94,7 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
 
 
 def fit_to(image: Any, target: Fit) -> np.ndarray:
-  """Crop and resize a PIL image like `fit`, with arguments that `check_fit` has already checked."""
+  """Crop and resize a PIL image as `fit` does, with arguments that `check_fit` has already checked."""
   from PIL import Image, ImageOps
 
   height, width = target.image_size

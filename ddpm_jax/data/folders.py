@@ -42,8 +42,8 @@ class FolderSource:
   Attributes:
     class_names: names of the classes, by number.
     classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`. If
-      `fields` chooses the classes, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if its value is null
-      or not in `class_names`.
+      `fields` chooses the classes, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if the value in that
+      line is null or not in `class_names`.
     fields: the argument `fields`.
 
   Raises:
@@ -66,7 +66,8 @@ class FolderSource:
     self._root = os.fsencode(os.path.abspath(path))
     self.fields = fields
     folders = _find_images(self._root, str(path), used=[FILE] if fields.chosen else [])
-    # A million Path objects would take half a gigabyte. Store all names as one byte string, and an array of their ends.
+    # A million Path objects would take half a gigabyte. Store all names in one byte string, and store the
+    # end positions of the names in an array.
     self._folders, self._names = list(folders), b"".join(folders.values())
     self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
     counts = np.array([names.count(b"\0") for names in folders.values()])

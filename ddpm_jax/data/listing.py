@@ -108,7 +108,7 @@ def count_skipped(folders: Iterable[Folder], used: Iterable[str] = ()) -> str:
 
   Args:
     folders: the folders.
-    used: names of files other than images that are used, and not counted.
+    used: names of files that are used although they are not images. They are not counted.
   """
   counts = Counter({os.path.splitext(name)[1]: -1 for name in used})
   for folder in folders:

@@ -99,12 +99,12 @@ def classes_below(number: int, key: str = "model.conditions.classes.number") -> 
 
 
 def _class_rule(source: FolderSource) -> str:
-  """Return what gives an image of a folder its class, for error messages."""
+  """Describe how an image in a folder gets its class, for error messages."""
   names = f": {', '.join(source.class_names[:10])}" if source.class_names else ""
   field = source.fields.classes
   if field:
     return (
-      f"a line in metadata.jsonl for each image, whose field {field!r} is a class of the training split{names}. Correct"
+      f"for each image, a line in metadata.jsonl whose field {field!r} is a class of the training split{names}. Correct"
       " the lines, or remove the images"
     )
   other = ". To take the classes from metadata.jsonl, set --config.data.fields.classes" if source.has_metadata else ""
@@ -112,7 +112,7 @@ def _class_rule(source: FolderSource) -> str:
 
 
 def _removal_flag(key: str) -> str:
-  """Return the flag that removes from the model the condition that `key` configures, for error messages."""
+  """Return the flag that removes the condition of the config key `key` from the model, for error messages."""
   condition = key.rpartition(".")[0]
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 

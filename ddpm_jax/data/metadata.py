@@ -1,7 +1,7 @@
 """Read fields of images, such as their classes, from metadata.jsonl.
 
 This is the layout of Hugging Face's ImageFolder: a folder of images has a file metadata.jsonl. Each line is a JSON
-object with the key `file_name`, the path of an image in the folder, and other keys of any names, the fields.
+object. Its key `file_name` holds the path of an image in the folder. Its other keys are the fields, with any names.
 """
 
 import glob
@@ -19,7 +19,7 @@ from ddpm_jax.storage import jsonfiles
 
 FILE = "metadata.jsonl"
 _FILE_NAME = "file_name"
-# Files with which Hugging Face's ImageFolder replaces metadata.jsonl, and a function of pandas that reads them.
+# Files that Hugging Face's ImageFolder accepts in place of metadata.jsonl, each with the pandas function that reads it.
 _OTHER_FILES = {"metadata.csv": "read_csv", "metadata.parquet": "read_parquet"}
 _MAX_NAMES = 5
 
@@ -31,14 +31,14 @@ class Fields(NamedTuple):
   """Name the fields of metadata.jsonl that become items of a data source.
 
   Attributes:
-    classes: the field with the class of an image, text or an integer; "" for none.
+    classes: the field that holds the class of an image, as text or an integer; "" for none.
   """
 
   classes: str = ""
 
   @property
   def chosen(self) -> dict[str, str]:
-    """Return the field of each item that has one."""
+    """Return the field of each item, without items that have no field."""
     return {item: field for item, field in self._asdict().items() if field}
 
 
@@ -175,7 +175,7 @@ def _check_file(root: str) -> None:
 
 
 def _objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yield the number, from 1, and the JSON object of each line of a file that is not empty."""
+  """Yield the number (from 1) and the JSON object of each nonempty line in a file."""
   line = 0
   try:
     with open(path, encoding="utf-8-sig") as file, tqdm(desc=f"reading {FILE}", unit=" lines", delay=2) as bar:
@@ -206,7 +206,7 @@ def _not_an_object(path: str, line: int, text: str, problem: str) -> ValueError:
 
 
 def _find(name: str, numbers: Mapping[bytes, int], where: str) -> int | None:
-  """Return the number of the image with a path, or None if there is no such image."""
+  """Return the number of the image at a path, or None if there is no image."""
   try:
     path = os.fsencode(name)
   except UnicodeEncodeError:

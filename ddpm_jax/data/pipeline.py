@@ -22,7 +22,7 @@ from absl import flags
 from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.storage.images import as_floats
 
-# Seconds between checks that the worker processes are alive while waiting for a batch.
+# While the main process waits for a batch, it checks at this interval in seconds whether the workers are alive.
 _CHECK_SECONDS = 0.5
 
 
@@ -211,8 +211,8 @@ def batches(
     num_workers: processes that prepare batches ahead instead of threads, for images that are slow to decode; 0 for
       none. Python's "spawn" method starts them. They import the main file of the program again, so a script needs
       `if __name__ == "__main__":`.
-    rows: the rows that this process reads of each batch, as increasing indices [b]; all rows by default. They do not
-      affect which images and flips a row gets.
+    rows: the rows of each batch that this process reads, as increasing indices [b]; all rows by default. This choice
+      does not affect the image and the flip of a row.
 
   Returns:
     `Batches` that yields what `put` returns. The argument of `put` is a dict from name to array: `image` is float32
@@ -273,8 +273,8 @@ def batches(
 def finish_batch(batch: Batch, flips: np.ndarray | None = None) -> Batch:
   """Turn items of a source into a training batch.
 
-  Images are mirrored where `flips` is true, and become floats in [-1, 1]. Of the items of a latent data set, the
-  encoding of the image or of the mirrored image is kept.
+  Images are mirrored where `flips` is true, and become floats in [-1, 1]. In a latent data set, `flips` selects the
+  encoding of the image or the encoding of the mirrored image.
 
   Args:
     batch: arrays [b, ...] that `read` returned.

@@ -27,7 +27,7 @@ from ddpm_jax.storage.images import as_uint8
 Batch = dict[str, np.ndarray]
 # The value of `classes` for an image without a class.
 NO_CLASS = -1
-# The name of an item's encoded image, [F, ...]: of the image alone (F = 1), or also of the mirrored image (F = 2).
+# The name of the encodings [F, ...] in an item: F = 1 for the image alone, F = 2 for the image and the mirrored image.
 LATENT = "latent"
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1

@@ -129,7 +129,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     if not was_prepared and _is_public(builder) and importlib.util.find_spec("tensorflow") is None:
       raise ModuleNotFoundError(name="tensorflow")
     if builder.name == "lsun":
-      # TFDS reads the files of LSUN with tensorflow_io, but current TensorFlow cannot load it.
+      # TFDS reads the files of LSUN with tensorflow_io, which current TensorFlow cannot load.
       builder._generate_examples = _lsun_examples
     if not was_prepared:
       builder.download_and_prepare(file_format="array_record")
@@ -158,7 +158,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
 
 
 def _lsun_examples(extracted_dir: str, file_path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yield the records of an LSUN folder in LMDB format, with encoded images."""
+  """Yield the records of an LSUN folder in LMDB format, without decoding the images."""
   import lmdb
 
   with lmdb.open(str(Path(extracted_dir) / file_path), readonly=True, lock=False) as folder, folder.begin() as records:
