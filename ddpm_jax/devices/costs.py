@@ -48,7 +48,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo_text: str) -> dict[str, Collective]:
-  """Count the collectives of a compiled program by kind (`COLLECTIVES`), without kinds that do not occur.
+  """Count the collectives of a compiled program by kind (`COLLECTIVES`), and omit absent kinds.
 
   An asynchronous collective counts once. A combined collective counts once, with the bytes of all its arrays. A
   collective in a loop counts once for each iteration, if the HLO states the number of iterations (XLA's
@@ -247,7 +247,7 @@ def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple
 
 
 def _in_memory(shape: str) -> float:
-  """Return the size in bytes of those arrays of an HLO shape that are in the device's main memory."""
+  """Return how many bytes of an HLO shape are in the device's main memory."""
   # If an array is in another memory, its layout contains S(...). For example, S(1) is a TPU's VMEM.
   return sum(
     sum(_sizes(array)) for array, layout in re.findall(r"(\w+\[[\d,<=]*\])(\{[^}]*\})?", shape) if "S(" not in layout

@@ -112,7 +112,10 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def peak(chip: Chip | None, dtype: object) -> float | None:
-  """Return the peak dense FLOP/s of a device for a dtype or the name of one, or None if the peak is unknown."""
+  """Return the peak dense FLOP/s of a device for a dtype, or None if the peak is unknown.
+
+  `dtype` is a dtype or its name.
+  """
   name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
   return None if chip is None else chip.flops.get(name)
 

@@ -57,7 +57,7 @@ def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-  """Let the main thread alone handle the first signal during the block, even if this takes more than a second.
+  """Let only the main thread handle the first signal during the block, even if this takes more than a second.
 
   The other thread of `exit_on_interrupt` does not call `end` for this signal. For example, the handler of a training
   run saves a checkpoint after the current step.

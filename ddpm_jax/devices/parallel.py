@@ -42,7 +42,7 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
       f"Got a mesh of data={data} by fsdp={fsdp} on {count} device(s); expected data x fsdp to be {count}, such as"
       f" {', '.join(valid)}, or data=0 to compute it from fsdp."
     )
-  # With explicit axes, JAX's default, reshapes inside networks would fail.
+  # Explicit axes are JAX's default, but reshapes inside networks would fail with them.
   axis_types = (jax.sharding.AxisType.Auto,) * 2
   return jax.make_mesh((count // fsdp, fsdp), _BOTH, axis_types=axis_types, devices=devices)
 
@@ -87,8 +87,8 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
   """Return the sharding of each leaf of a state.
 
   On a given mesh, the sharding depends on the shape alone. The largest axis that is divisible by the size of "fsdp" is
-  split over "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the shapes of
-  their parameters, and so the shardings of their parameters.
+  split over "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the same
+  shapes as their parameters, and therefore the same shardings.
   """
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
@@ -106,7 +106,10 @@ def _split_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:
-  """Return the shapes and types of a state, with one given sharding for each leaf or for all leaves."""
+  """Return the shapes, types and shardings of a state.
+
+  `shardings` is one sharding for all leaves, or a tree with one sharding for each leaf.
+  """
   if isinstance(shardings, jax.sharding.Sharding):
     shardings = jax.tree.map(lambda _: shardings, state)
   return jax.tree.map(
