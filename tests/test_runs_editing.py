@@ -333,7 +333,7 @@ WRONG = [
   ("invert", {"sampler": "ancestral"}, "--sampler=ancestral, which adds noise"),
   ("invert", {"sampler": "ddim(eta=1.0)"}, "--sampler=ddim, which adds noise.*without eta"),
   ("invert", {"sampler": "heun(s_churn=1.0)"}, "--sampler=heun, which adds noise"),
-  ("invert", {"sampler": "with_langevin(sampler=ddim())"}, "adds noise .*without churn, and without corrector steps"),
+  ("invert", {"sampler": "with_langevin(sampler=ddim())"}, "adds noise .*without churn, both without corrector steps"),
   ("invert", {"sampler": "with_langevin(sampler=ode())"}, "--sampler=with_langevin, which adds noise"),
   ("interpolate", {"sampler": "ancestral"}, "which adds noise"),
   (

@@ -168,7 +168,7 @@ def output_path(args: Args, content: str, example: str) -> Path:
 
 
 def config_keys(args: Args, **short: Any) -> dict[str, str]:
-  """Return the config keys that flags set, a dict from the dotted name of a key to its value as text.
+  """Return the config keys that flags set, as a dict from the dotted name of a key to its value as text.
 
   Keys are set by --config.<key> flags and by short forms of such flags, for example --sampler. The key that
   --guidance_scale sets is left out.

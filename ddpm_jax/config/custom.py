@@ -59,7 +59,7 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
 
 
 def _pickle_by_value(names: set[str], folders: list[Path]) -> None:
-  """Send objects of custom modules to worker processes by value, because workers cannot import these modules."""
+  """Pickle objects of custom modules by value, because worker processes cannot import these modules."""
   import cloudpickle
 
   custom_folders = {folder.absolute() for folder in folders}

@@ -124,7 +124,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
 
 
 def _data(tree: Tree) -> Data:
-  """Build the section of the data, whose source is a function of a `data.Fit`."""
+  """Build the data section, with a function of a `data.Fit` as its source."""
   fields = Fields(**tree.values["data"]["fields"])
   component = tree.components["data.source"]
   if fields.chosen and not any(slots.is_supplied(one, [Fields]) for one in component.signature.values()):
@@ -181,7 +181,7 @@ def _objective(tree: Tree, model: Model) -> losses.Objective:
     Model: model,
     losses.Apply: model.network.apply,
     "time_input": model.time_input,
-    # For a network that the objective trains, such as a discriminator of the data.
+    # An objective needs these dimensions for a network that it trains, such as a discriminator.
     "dimensions": len(model.shape) - 1,
     "conditions": {},
   }

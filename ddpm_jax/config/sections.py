@@ -160,7 +160,7 @@ class Data:
   flip: bool = key(True)
   # Training images to hold out for evaluation if the source has no evaluation split; -1: a tenth, at most 500.
   hold_out: int = key(0, limits=Limits(minimum=-1))
-  broken: str = key("stop", FREE)  # if an image cannot be decoded: stop, or skip to use the next image
+  broken: str = key("stop", FREE)  # if an image cannot be decoded: stop, or skip (use the next image)
   num_threads: int = count(4, SPEED)
   num_workers: int = key(0, SPEED)  # processes that prepare batches; 0: threads prepare them
 
@@ -279,8 +279,8 @@ class Evaluation:
   inception_sha256: str = key("6726825d")
   resize: str = key("tf1")  # how to resize to 299x299: tf1 (as in the reference code) or clean (as in clean-fid)
   classifier_steps: int = count(600)  # training steps of the classifier that gives features of small gray images
-  # train, held_out or an .npz file. Empty: train for features of Inception; train also if there are fewer held-out
-  # images than samples; otherwise held_out.
+  # train, held_out or an .npz file. Empty: train if the features are Inception's or if there are fewer held-out images
+  # than samples; otherwise held_out.
   reference: str = key("")
   scores: Sequence[str] = key(())  # names of evaluate.SCORES; empty: all that features, reference and samples allow
   allow_singular: bool = key(False)  # compute a Frechet distance even if its covariances cannot have full rank

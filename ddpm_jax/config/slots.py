@@ -72,7 +72,8 @@ class Slot(NamedTuple):
 
 
 # Slots for arguments by their types: an argument belongs to a slot if its type is, or includes, the slot's first kind.
-# Their own supplied arguments come before those of the component that has the argument.
+# In addition to a slot's own supplied arguments, the builder supplies the arguments that it supplies to the component
+# that has this argument (see `slot_of`).
 _SLOTS = (
   Slot("a process", (processes.Process,), "processes", "discrete(betas=cosine())"),
   Slot("a prediction", (predictions.Prediction,), "predictions", "V"),
@@ -189,7 +190,7 @@ def signature(component: Any) -> inspect.Signature | None:
 
   Annotations in quotes are resolved if possible.
   """
-  # Read the `__init__` of a class, because classes of NNX and Equinox themselves accept any arguments.
+  # Read the `__init__` of a class, because the signatures of NNX and Equinox classes accept any arguments.
   is_class = inspect.isclass(component) and component.__init__ is not object.__init__
   for resolve in (True, False):
     try:
@@ -241,7 +242,10 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 def _can_be_set(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether an argument has a default, or the builder or a config can set it. A config cannot hold an array."""
+  """Return whether an argument has a default or can be set by the builder or a config.
+
+  A config cannot set an array.
+  """
   if parameter.default is not MISSING or is_supplied(parameter, slot.supplied):
     return True
   kinds = members(parameter.annotation)

@@ -37,11 +37,11 @@ def autoencoder(
   dtype: str = "float32",
   tile: Annotated[int, "sampling"] = 0,
 ) -> Codec:
-  """Return the codec of a frozen autoencoder, from a run or from a folder of diffusers.
+  """Return the codec of a frozen autoencoder, from a run or from a folder in diffusers' format.
 
-  x is (z - mean) / std for latents z. By default, the mean and the standard deviation are those of each channel over
-  the run's held-out images (`latents` in its eval.json), or those that the folder of diffusers publishes as
-  `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`.
+  x is (z - mean) / std for latents z. By default, a run provides the mean and the standard deviation of each channel
+  over its held-out images (`latents` in its eval.json). A diffusers folder provides `scaling_factor`, `shift_factor`,
+  `latents_mean` and `latents_std` in its config.
 
   Args:
     path: the folder of a run with the task "autoencode", a folder with the weights of an AutoencoderKL, the folder of
@@ -115,7 +115,7 @@ def _from_run(
 
 @functools.lru_cache(maxsize=8)
 def _experiment(folder: Path) -> Experiment:
-  """Return the experiment of the run of an autoencoder."""
+  """Return the experiment of an autoencoder's run."""
   experiment = model.load_experiment(None, folder, f"{_KEY}.path")
   name = experiment.tree.short_name("task")
   if name != "autoencode":
@@ -179,8 +179,9 @@ def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
 def pin(tree: Tree, folder: Path) -> Tree:
   """Return the config with the step and the statistics of the autoencoder that a run uses.
 
-  A new run takes those that are current. An existing run keeps its own, even if its autoencoder was trained or scored
-  again. Other configs are returned unchanged.
+  Values that the config sets do not change. For the others, a new run takes the autoencoder's current values. An
+  existing run keeps its values, even if the autoencoder was trained or scored again. A config without such a codec is
+  returned unchanged.
 
   Args:
     tree: the config.

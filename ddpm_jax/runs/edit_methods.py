@@ -136,8 +136,8 @@ def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callabl
   elif not sampler.reversible:
     raise ValueError(
       f"Got --task={task} with --sampler={experiment.sampler_name}, which adds noise with its present arguments; expected a"
-      " deterministic sampler that can also encode images: --sampler=ddim without eta, or --sampler=heun without churn, and"
-      " without corrector steps."
+      " deterministic sampler that can also encode images: --sampler=ddim without eta or --sampler=heun without churn,"
+      " both without corrector steps."
     )
 
   def edit(keys, denoise, batch, parameters):

@@ -111,7 +111,10 @@ def run_edit(
 
 
 def with_reversible_sampler(experiment: Experiment) -> Experiment:
-  """Return the experiment, with DDIM as its sampler if its own sampler adds noise and so cannot encode images."""
+  """Return the experiment with a sampler that can encode images.
+
+  DDIM replaces a sampler that adds noise.
+  """
   if experiment.sampler.reversible:
     return experiment
   print_line(f"{experiment.sampler_name} adds noise and cannot encode images; using ddim instead")

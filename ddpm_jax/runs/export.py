@@ -55,9 +55,9 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
 
 
 def _export_codec(experiment: Experiment, folder: Path, output: Path, choice: model.WeightsChoice) -> None:
-  """Export an autoencoder as a folder of diffusers, with the mean and standard deviation of its latents.
+  """Export an autoencoder as a diffusers folder, with the mean and standard deviation of its latents.
 
-  The statistics are those in eval.json, which must belong to the exported weights.
+  These statistics come from eval.json, and must belong to the exported weights.
   """
   module = experiment.model.network.module
   if not isinstance(module, networks.Autoencoder):
@@ -80,7 +80,7 @@ def _export_codec(experiment: Experiment, folder: Path, output: Path, choice: mo
 
 
 def _clip(experiment: Experiment) -> float | None:
-  """Return the maximum magnitude for diffusers to clip estimates to, or None without clipping.
+  """Return the maximum magnitude to which diffusers clips estimates, or None for no clipping.
 
   Raises:
     ValueError: if estimates are clipped in a way that diffusers cannot express.

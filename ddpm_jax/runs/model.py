@@ -149,7 +149,11 @@ def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
 
 
 def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: WeightsChoice) -> tuple[PyTree, int]:
-  """Return an EMA of any width, a weighted sum of snapshots (Karras et al. 2024, section 3.2), and the EMA's step."""
+  """Reconstruct an EMA of any width as a weighted sum of snapshots (Karras et al. 2024, section 3.2).
+
+  Returns:
+    The EMA and its step.
+  """
   length = choice.ema_length
   assert length is not None
   if not choice.ema:

@@ -134,7 +134,7 @@ def _read_ahead(source: data.Source, size: int, num_threads: int) -> Iterator[tu
 
 
 class _Statistics:
-  """Sum the mean and the variance of each channel of x."""
+  """Compute the mean and the standard deviation of each channel of x over many batches."""
 
   def __init__(self) -> None:
     self._count, self._sums = 0, np.zeros((2, 1))

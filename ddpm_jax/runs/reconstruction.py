@@ -38,8 +38,9 @@ class Batch(NamedTuple):
     images: the originals, uint8 [B, H, W, C].
     reconstructions: the reconstructions, uint8 [B, H, W, C].
     latents: the means of the posteriors, or the vectors of the nearest codes [B, *space, D].
-    means, squares: the mean over positions of the latents and of their squares, for each image [B, D]. With a posterior
-      the squares include its variance.
+    means: the mean of the latents over positions, for each image [B, D].
+    squares: the mean of the squared latents over positions, for each image [B, D]. With a posterior, the mean includes
+      the posterior's variance.
     kl: the KL divergence of each posterior from a standard normal distribution in nats [B]; None with a codebook.
     codes: the codes [B, *space]; None without a codebook.
   """
@@ -56,8 +57,8 @@ class Batch(NamedTuple):
 def program(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[Parameters, Any, Any, Any], dict[str, Array]]:
   """Compile a function that reconstructs a batch from the mean of the posterior or from the nearest codes.
 
-  The arguments are those of the functions that `generation.run_in_batches` calls. The images are `image` of the batch.
-  The result is a dict of the fields of `Batch` except the originals. The batch is sharded over the mesh.
+  The function takes the arguments that `generation.run_in_batches` passes. The batch contains the images as `image`,
+  and is sharded over the mesh. The result is a dict with the fields of `Batch`, except the originals.
   """
   parts = models.networks.autoencoder(experiment.model.network, experiment.model.shape)
 
@@ -186,10 +187,10 @@ class Totals:
     """Return statistics of the latents as JSON values.
 
     Returns:
-      `shape`, and the `mean` and `std` of each latent channel over images and positions, of samples of the posterior or
-      of the codes' vectors. A codec subtracts `mean` and divides by `std`. Without a codebook also `kl`, the mean KL
-      divergence in nats. With one also `num_codes`, `used_share` (the share of codes that occur) and `perplexity` (of
-      their frequencies).
+      A dict with `shape`, and with the `mean` and `std` of each latent channel over images and positions. They describe
+      samples of the posterior, or the vectors of the codes. A codec subtracts `mean` and divides by `std`. An
+      autoencoder without a codebook also has `kl`, the mean KL divergence in nats. An autoencoder with a codebook also
+      has `num_codes`, `used_share` (the share of codes that occur) and `perplexity` (of the frequencies of the codes).
     """
     means, squares = (np.concatenate(self._moments[name]).mean(0) for name in ("means", "squares"))
     statistics: dict[str, Any] = {
@@ -271,7 +272,7 @@ class Scorer:
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Reconstruct held-out images, and write the scores and the statistics of the latents to eval.json.
 
-    With `evaluation.report`, report.html shows originals beside reconstructions and the latents.
+    With `evaluation.report`, report.html shows the originals, the reconstructions and the latents.
 
     Args:
       weights: the weights to score.
@@ -366,7 +367,7 @@ def content(run: Run, report: dict[str, Any], shown: Batch) -> page.Content:
   tree, shape = run.experiment.tree, run.experiment.model.data_shape
   statistics, latents = report["latents"], shown.latents[..., :_SHOWN_CHANNELS]
   mean, std = (np.asarray(statistics[name])[: latents.shape[-1]] for name in ("mean", "std"))
-  # Three standard deviations are black and white.
+  # Black is three standard deviations below the mean, and white is three above.
   pictures = images.to_uint8((latents - mean) / np.maximum(3 * std, 1e-6))
   facts = [
     ("run", str(run.folder)),

@@ -45,9 +45,9 @@ def denoising(
 def neighbors(
   extract: evaluate.Extract, samples: np.ndarray, source: data.Source, held_out: data.Source | None
 ) -> page.Neighbors | None:
-  """Find the training images that are nearest to samples, and those nearest to held-out images, in a feature space.
+  """Find the nearest training images of samples and of held-out images in a feature space.
 
-  Distances of held-out images show which distances are typical. Returns None if there are no held-out images or too
+  The distances of held-out images show which distances are typical. Return None if there are no held-out images or too
   few training images.
   """
   if held_out is None or len(source) < _NUM_NEIGHBORS:

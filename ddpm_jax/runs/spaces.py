@@ -229,8 +229,8 @@ def build_settings(experiment: Experiment, space: Space, reference: Reference, c
   """Return the settings of an experiment's scores, checked for `count` samples.
 
   If the config lists no scores and there are too few images for a covariance of full rank, the Frechet distance is
-  left out. With Inception features this is an error instead, because users expect their Frechet distance (FID). Neither
-  happens with `evaluation.allow_singular`.
+  left out. With Inception features, too few images are an error instead, because users expect the FID.
+  `evaluation.allow_singular` disables both rules.
 
   Raises:
     ValueError: if a score is unknown or not available, or if there are too few samples or reference images for it.

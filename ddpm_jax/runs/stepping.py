@@ -37,7 +37,7 @@ def training_mesh(experiment: Experiment, devices: Sequence[Any] | None = None) 
 def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
   """Return the learning rate as a function of the step."""
   c = experiment.optimizer
-  # By default, a schedule with an end ends at the last step of training.
+  # By default, cosine and linear decay end at the last step of training.
   name = choose(c.schedule, optim.SCHEDULES, "config.optimizer.schedule")
   return optim.schedule(
     c.learning_rate,
@@ -106,7 +106,7 @@ def params_ema(experiment: Experiment) -> optax.GradientTransformation:
 def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch: Batch) -> Batch:
   """Return the training batch for the objective, with the encoded data `x` and the encoded conditions `given`.
 
-  The image, or its entry of a latent data set, is removed from the batch. All other items of the data stay.
+  The image, or its encoding in a latent data set, is removed from the batch. All other items of the data stay.
   """
   is_latent = data.LATENT in batch
   x = model.expand(keys, batch[data.LATENT], frozen) if is_latent else model.encode(keys, batch["image"], frozen)

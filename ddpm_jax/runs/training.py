@@ -58,7 +58,7 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     if parallel.is_main():
       stack.enter_context(workdir.locked(folder))
     parallel.wait_for_all("locked")
-    # Until the lock was taken, another command may have used the folder. Hosts may also see different files.
+    # Before this process had the lock, another command may have used the folder. Hosts may also see different files.
     if parallel.broadcast(bool(workdir.checkpoint_steps(folder))) != resuming:
       raise ValueError(
         f"Got --workdir={folder}, where another process changed the checkpoints after this command started; expected no other process to use"
@@ -235,7 +235,7 @@ class _Trainer:
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
-    """Move checkpoints of later steps than `restored` to the damaged folder.
+    """Move checkpoints that are later than `restored` to the damaged folder.
 
     Incomplete checkpoints of any step, and snapshots of later steps, are deleted. Messages about damaged and incomplete
     checkpoints are stored in `self.damaged`.
@@ -364,7 +364,7 @@ class _Work:
   def save_checkpoint(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     """Save a checkpoint, with the scores of its step if there are any."""
     scores = self._scores[1] if self._scores[0] == step else {}
-    # Without the metric of the best checkpoints, save no metrics: the checkpoint cannot be compared.
+    # If the metric that ranks checkpoints is missing, save no metrics, because this checkpoint cannot be ranked.
     lacks_best = self._run.experiment.training.best_metric.startswith("eval/") and not scores
     self.checkpoints.save(
       step, training.state_to_items(state), self._trainer.batches.state, {} if lacks_best else metrics | scores

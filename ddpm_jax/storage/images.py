@@ -69,7 +69,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
     columns: the number of columns; None for an approximately square grid.
     tile: the target length of an image's longer side, in pixels. Smaller images are enlarged by the largest integer
       factor with which the longer side is at most this length. If `displayable` splits an image into one tile for each
-      channel, the length is that of one tile.
+      channel, this length applies to each of these tiles.
 
   Returns:
     uint8 [H, W, C] with 1, 3 or 4 channels.

@@ -24,7 +24,10 @@ def config_path(workdir: Path) -> Path:
 
 
 def is_run(workdir: Path) -> bool:
-  """Return whether a folder holds a run's config, rather than a model of diffusers, whose config has the same name."""
+  """Return whether a folder holds a run's config.
+
+  The config of a diffusers model has the same file name, but is not a run's config.
+  """
   path = config_path(workdir)
   return path.is_file() and b'"_class_name"' not in path.read_bytes()
 
