@@ -43,7 +43,7 @@ class Guided(NamedTuple):
   Attributes:
     experiment: the experiment, with a guidance rule that uses the guides.
     guides: the models that guide.
-    load: a function that loads the parameters of the guides, as a dict whose keys are names in `Guides`.
+    load: a function that loads the parameters of the guides, as a dict whose keys are field names of `Guides`.
     inputs: the conditions of the samples, arrays [count, ...] by name.
   """
 
