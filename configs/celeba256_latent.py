@@ -4,8 +4,9 @@ python -m ddpm_jax.main --config=configs/celeba256_latent.py --workdir=/tmp/cele
   --config.data.source.path=<folder> --config.model.codec.path=<autoencoder>
 
 Data: a folder of CelebA-HQ's 30,000 faces at 256x256 or larger. The autoencoder turns images into latents of 64x64x3.
-For the paper's codebook, train configs/imagenet256_autoencoder.py with --config.model.network.multipliers=1,2,4
---config.model.network.latent_channels=3 --config.model.network.bottleneck=vq --config.model.network.num_codes=8192.
+To train an autoencoder with the paper's codebook, use configs/imagenet256_autoencoder.py with
+--config.model.network.multipliers=1,2,4 --config.model.network.latent_channels=3
+--config.model.network.bottleneck=vq --config.model.network.num_codes=8192.
 Encode the faces once with --mode=prepare (see docs/latents.md).
 
 The settings are those of the paper: 274M parameters, batch 48, 410,000 steps, a learning rate of 9.6e-5, betas that are

@@ -6,10 +6,10 @@ python -m ddpm_jax.main --config=configs/celeba64_vp.py --workdir=/tmp/celeba64_
 
 Network: 78.7M parameters.
 Data: celeb_a of TFDS, 162,770 training images of 178x218. The central 140x140 pixels are resized to 64x64, as in
-score_sde, but with antialiased bicubic instead of bilinear interpolation. The code of DDIM crops a 128x128 square a
-little lower. Scores are comparable only for equal crops.
-The decoded training set takes 2 GB, more than the limit of 1 GiB for decoding at the start. So each image is decoded
-every time it is read. To decode images only once, pack them as 64x64 records: add --output=<new folder> to
+score_sde, but with antialiased bicubic instead of bilinear interpolation. The code of DDIM instead crops a square of
+128x128 pixels whose center is a little lower. Scores are comparable only for equal crops.
+The decoded training set takes 2 GB. Only sets of at most 1 GiB are decoded once at the start, so here each image is
+decoded every time it is read. To decode images only once, pack them as 64x64 records: add --output=<new folder> to
 --mode=prepare, then train with --config.data.source=packed --config.data.source.path=<new folder>.
 Hardware: one GPU or a TPU slice. The paper trained 500,000 steps with 128 images each.
 Score: in the paper, FID 3.26 for 1000 ancestral steps with the large variance, and 6.53 for 100 steps of DDIM. Not

@@ -4,8 +4,8 @@ python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_cond.py
 python -m ddpm_jax.main --config=configs/cifar10_cond.py --workdir=/tmp/cifar10_cond
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/cifar10_cond --num_samples=100 --guidance_scale=3
 
-Training hides the class of 10% of the images. To prepare the data, or to train on a folder of images, see
-configs/cifar10_vp.py.
+In training, the class of an image is hidden with a probability of 10%. To prepare the data, or to train on a folder of
+images, see configs/cifar10_vp.py.
 
 Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
 Score: not yet trained in full.

@@ -5,7 +5,7 @@ python -m ddpm_jax.main --config=configs/cifar10_ddpmpp.py --workdir=/tmp/cifar1
 Network: 55,733,891 parameters. It has the paper's 9 inputs for augmentations. This recipe trains without these
 augmentations, on plain and flipped images, so these 9 inputs are zero.
 Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
-Hardware: one GPU or a TPU slice. The paper trained 390,625 steps with 512 images each, or 200 million in total.
+Hardware: one GPU or a TPU slice. The paper trained 390,625 steps with 512 images each, 200 million images in total.
 Score: in the paper, FID 1.97 with augmentation and 18 steps of Heun (35 evaluations). Not yet reproduced with this
 code.
 """

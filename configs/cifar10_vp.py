@@ -6,7 +6,7 @@ pip install '.[prepare]'
 python -m ddpm_jax.main --mode=prepare --config=configs/cifar10_vp.py
 python -m ddpm_jax.main --config=configs/cifar10_vp.py --workdir=/tmp/cifar10_vp
 
-To train instead on a folder of images, which contains train/<class>/ and test/<class>/, or only <class>/:
+To train on a folder of images instead, with sub-folders train/<class>/ and test/<class>/, or only <class>/:
 
 python -m ddpm_jax.main --config=configs/cifar10_vp.py --workdir=/tmp/folder \
   --config.data.source=folder --config.data.source.path=<folder>

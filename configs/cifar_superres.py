@@ -43,6 +43,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 30, "batch_size": 100})
-  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
+  # The scores in the docstring were computed with these settings. Compare only scores of equally many samples.
   config.evaluation.update({"num_samples": 200, "features": "pixels", "allow_singular": True})
   return config

@@ -1,4 +1,4 @@
-"""Train an autoencoder of the 8x8 digits of scikit-learn, to 2 channels of 4x4 latents (Rombach et al. 2022).
+"""Train an autoencoder from the 8x8 digits of scikit-learn to 4x4 latents of 2 channels (Rombach et al. 2022).
 
 python -m ddpm_jax.main --config=configs/digits_autoencoder.py --workdir=/tmp/digits_autoencoder
 

@@ -1,4 +1,4 @@
-"""Train an autoencoder of 64x64 color emoji, to 4 channels of 16x16 latents (Rombach et al. 2022).
+"""Train an autoencoder from 64x64 color emoji to 16x16 latents of 4 channels (Rombach et al. 2022).
 
 python -m ddpm_jax.main --config=configs/emoji_autoencoder.py --workdir=/tmp/emoji_autoencoder \
   --config.data.source.path=<folder>

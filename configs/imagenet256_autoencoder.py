@@ -1,13 +1,14 @@
-"""Train the autoencoder of latent diffusion with down-sampling by 8 on ImageNet 256x256 (Rombach et al. 2022).
+"""Train the autoencoder of latent diffusion on ImageNet 256x256, with down-sampling by 8 (Rombach et al. 2022).
 
 python -m ddpm_jax.main --config=configs/imagenet256_autoencoder.py --workdir=/tmp/imagenet256_autoencoder \
   --config.data.source.path=<folder> --config.objective.perceptual.weights=<file>
 
-Network: 83.7M parameters, with the settings of the paper's kl-f8 (appendix G and its code): 4 channels of latents, L1
-and perceptual loss, a KL divergence of weight 1e-6, and from step 50,000 on a discriminator of patches with half of the
-adaptive weight. The network computes in bfloat16 and recomputes activations.
-Differences: the perceptual loss compares features of VGG16 without the learned weights of LPIPS, and averages over its
-maps. The discriminator has group normalization. Gradients of the autoencoder are clipped.
+Network: 83.7M parameters, with the settings of kl-f8 in the paper's appendix G and code: latents with 4 channels, an L1
+loss, a perceptual loss, and a KL divergence of weight 1e-6. At step 50,000, a discriminator of patches starts, with
+half of the adaptive weight. The network computes in bfloat16 and recomputes activations.
+Differences: the perceptual loss compares features of VGG16 without the learned weights of LPIPS, and averages over the
+feature maps instead of summing them. The discriminator has group normalization. Gradients of the autoencoder are
+clipped.
 Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. The paper trained on
 OpenImages. The weights are torchvision's state dict of VGG16.
 Hardware: 8 GPUs or a TPU slice. The paper trained about 250,000 steps.
@@ -34,9 +35,9 @@ def get_config():
     adversarial_weight=0.5,
     adversarial_start=50_000,
   )
-  # 4.5e-6 for each image of the batch.
+  # The learning rate is 4.5e-6 for each image of the batch.
   config.optimizer.update({"arguments": "b1=0.5, b2=0.9", "learning_rate": 4.3e-4, "warmup_steps": 0})
   config.training.update({"batch_size": 96, "steps": 250_000})
-  # Set --inception_weights=<file> for an FID. Without it, only scores of pairs and of pixels are computed.
+  # Set --inception_weights=<file> for an FID. Without it, only PSNR, SSIM and scores in pixel space are computed.
   config.evaluation.update({"num_samples": 50_000, "batch_size": 16, "pairwise_samples": 2000})
   return config

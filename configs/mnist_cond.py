@@ -4,7 +4,7 @@ pip install '.[mnist]'
 python -m ddpm_jax.main --config=configs/mnist_cond.py --workdir=/tmp/mnist_cond
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/mnist_cond --num_samples=100 --guidance_scale=3
 
-Data: 5,000 digits. Training hides the class of 10% of the images.
+Data: 5,000 digits. In training, the class of an image is hidden with a probability of 10%.
 Hardware: 2 CPU cores. Time: about 20 minutes if nothing else runs on the cores (31 minutes of CPU time), and 44 minutes
 if other runs train on them.
 Score: Frechet distance in pixel space 24.7 (floor 22.9), precision 0.97 (0.96), recall 0.89 (0.95), for 500 samples
@@ -49,6 +49,6 @@ def get_config():
   )
   config.sampler = spec("sampling.ddim")
   config.sampling.update({"num_steps": 50, "batch_size": 125})
-  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
+  # The scores in the docstring were computed with these settings. Compare only scores of equally many samples.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config

@@ -42,6 +42,6 @@ def get_config():
     }
   )
   config.sampling.update({"num_steps": 100, "batch_size": 125})
-  # The scores in the docstring were computed with these settings. Compare them only with scores of as few samples.
+  # The scores in the docstring were computed with these settings. Compare only scores of equally many samples.
   config.evaluation.update({"num_samples": 500, "features": "pixels", "allow_singular": True})
   return config
