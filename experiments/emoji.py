@@ -4,7 +4,8 @@ npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0 --pack-destination
 python experiments/emoji.py --packages=<packages> --output=<folder>
 
 The images are the 3D emoji of Microsoft's Fluent Emoji (MIT), as npm distributes them. The English names, groups and
-tags are those of emojibase (MIT). Flags, components such as skin tones alone, and variants of skin tone are omitted.
+tags are those of emojibase (MIT). Flags, skin-tone variants, and components (such as a skin tone without an emoji) are
+omitted.
 
 The folder has the layout of Hugging Face's ImageFolder: train/ (1,400) and test/ (199) contain images and a
 metadata.jsonl with `file_name`, `text`, `group` and `tags`. The split is random, and always the same. To train on the
@@ -27,15 +28,15 @@ from ddpm_jax.storage import files
 IMAGES, CAPTIONS = "@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0"
 LEFT_OUT = ("component", "flags")
 SIZE = 64
-# A file name in the packages is the code points of the emoji in hexadecimal. Packages differ in whether it includes
-# this one, which only asks for a colored picture.
+# In the packages, a file name is the code points of an emoji in hexadecimal. Some packages leave this code point out of
+# the names, because it only asks for a colored picture.
 SELECTOR = "fe0f"
 # The test split is an eighth of all emoji.
 SHARE = 8
 
 
 def read_package(folder, package, prefixes):
-  """Return the contents of the files of an npm package whose names start with one of `prefixes`, by name."""
+  """Return a dict from name to content, for the files in an npm package that have a name with one of `prefixes`."""
   path = folder / f"{package.removeprefix('@').replace('/', '-').replace('@', '-')}.tgz"
   if not path.is_file():
     raise ValueError(

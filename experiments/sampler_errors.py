@@ -283,7 +283,10 @@ def measured_orders(points):
   mean, std, start, end = 0.3, 0.4, 0.9, 0.1
 
   def flow(x, t):
-    """Move x along the exact probability flow. The flow preserves quantiles."""
+    """Move x along the exact probability flow.
+
+    The flow preserves quantiles.
+    """
     old, new = (jnp.sqrt(VP.alpha(u) ** 2 * std**2 + VP.sigma(u) ** 2) for u in (start, t))
     return VP.alpha(t) * mean + new / old * (x - VP.alpha(start) * mean)
 
@@ -316,7 +319,7 @@ class ExactQuantiles:
     ]
 
   def distance(self, x):
-    """Return the sliced Wasserstein-1 distance of samples [count, 2] from the mixture."""
+    """Return the sliced Wasserstein-1 distance between samples [count, 2] and the mixture."""
     pairs = zip(self.directions, self.quantiles, strict=True)
     return float(np.mean([np.abs(np.sort(np.asarray(x) @ direction) - exact).mean() for direction, exact in pairs]))
 
@@ -328,7 +331,7 @@ class ExactQuantiles:
 
 
 def distances(exact, names, grid, budgets):
-  """Return `{sampler: {NFE: distance of its samples from the mixture}}` for the VP process."""
+  """Return `{sampler: {NFE: distance between its samples and the mixture}}` for the VP process."""
   x = starts(VP, len(exact.quantiles[0]))
   curves = {}
   for name in with_progress(names, "distance against NFE"):

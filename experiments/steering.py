@@ -37,7 +37,10 @@ def flatten(x):
 
 
 def deslant(x):
-  """Return images as vectors [N, D] of norm 1, without the slant that follows from their second moments."""
+  """Return images as vectors [N, D] of norm 1, without their slant.
+
+  The second moments of an image determine its slant.
+  """
   rows, columns = np.mgrid[: x.shape[1], : x.shape[2]]
 
   def shear(image):

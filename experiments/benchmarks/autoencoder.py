@@ -1,12 +1,12 @@
-"""Measure time and peak memory of encoding and decoding with the autoencoder of Stable Diffusion, beside diffusers.
+"""Measure the time and peak memory of Stable Diffusion's autoencoder in our code and in diffusers.
 
 python experiments/benchmarks/autoencoder.py [--sizes=256,512] [--rounds=1] [--tiles=1024] [--json=<file>]
 
-The network has 83.7 million random parameters. Each measurement has a process of its own: ours, compiled, or diffusers'
-`AutoencoderKL` in eager PyTorch, on the same device, with a batch of --batch in float32. The peak memory is that of the
-process (on a CPU), with everything it imports and compiles. The last column of the table is the increase of this peak
-by compiling and computing. With --tiles, both also decode images of this size in tiles of 64 latents. --small uses a
-tiny network, to test this file.
+The network has 83.7 million random parameters. Each measurement runs in a new process, with either our compiled code or
+diffusers' `AutoencoderKL` in eager PyTorch. Both use the same device, float32, and --batch images. The peak memory is
+the process's memory on the host, with everything that it imports and compiles. The last column of the table shows by
+how much compiling and computing increase this peak. With --tiles, both also decode images of this size in tiles of 64
+latents. --small uses a tiny network, to test this file.
 """
 
 import json
@@ -51,7 +51,7 @@ def write_weights(folder, small):
 
 
 def our_call(folder, task, tile):
-  """Return a function of an input, compiled."""
+  """Return a compiled function that encodes or decodes its input with our code."""
   import jax
 
   from ddpm_jax import interop
@@ -63,7 +63,7 @@ def our_call(folder, task, tile):
 
 
 def their_call(folder, task, tile):
-  """Return a function of an input in PyTorch."""
+  """Return a function that encodes or decodes its input with diffusers."""
   import diffusers
   import torch
 
@@ -83,14 +83,14 @@ def their_call(folder, task, tile):
 
 
 def measure_here(library, folder, task, size, batch, tile, output):
-  """Print the seconds of a call and the peak memory as JSON, and save the result, in a new process."""
+  """Measure a call in this process, print the seconds and the peak memory as JSON, and save the result of the call."""
   call = (our_call if library == "ours" else their_call)(folder, task, tile)
   shape = (batch, size, size, 3) if task == "encode" else (batch, size // 8, size // 8, 4)
   x = np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
   before = peak_bytes()
   result = call(x)
   seconds, start = [], time.perf_counter()
-  # At least two calls, and five seconds.
+  # Make at least two calls, and measure for at least five seconds.
   while len(seconds) < 2 or time.perf_counter() - start < 5:
     begin = time.perf_counter()
     call(x)
@@ -100,7 +100,7 @@ def measure_here(library, folder, task, size, batch, tile, output):
 
 
 def measure(library, folder, task, size, args, tile=0):
-  """Run `measure_here` in a new process, and return what it prints with the result."""
+  """Run `measure_here` in a new process, and return the values that it prints and the result that it saves."""
   output = Path(folder) / f"{library}.npy"
   values = ["--child", library, str(folder), task, str(size), str(args.batch), str(tile), str(output)]
   process = subprocess.run([sys.executable, __file__, *values], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Compare the time of our Frechet distance between feature sets with code in NumPy and SciPy.
+"""Compare the speed of our Frechet distance with the speed of code in NumPy and SciPy.
 
 python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
 

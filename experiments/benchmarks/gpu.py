@@ -3,8 +3,8 @@
 pip install '.[cuda,peers]'
 python experiments/benchmarks/gpu.py --output=<folder>
 
-PyTorch needs a CUDA build too. The extra `peers` installs the CPU build from the package index. Each benchmark runs in
-a separate process. If one fails, the others still run, and the script reports the failure at the end. With --minutes=8
+PyTorch must be a CUDA build too. On some systems, the extra `peers` installs a CPU build. Each benchmark runs in a
+separate process. If one fails, the others still run, and the script reports the failure at the end. With --minutes=8
 the script stops after eight minutes and keeps the results up to then. The most important benchmarks run first. --quick
 runs a small version of the benchmarks on any machine.
 """

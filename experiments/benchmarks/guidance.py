@@ -4,7 +4,7 @@ python experiments/benchmarks/guidance.py [--limit=1.1] [--json=<file>]
 
 A class-conditional U-Net denoises a batch with guidance, and a batch of twice the size without guidance. Both programs
 are compiled and run alternately, so a drift of the machine's speed affects both. The script prints the median over
-rounds of the ratio of their times, with and without rescaling. Guidance at scale 1 is off, and the script compares it
+rounds of the ratio of their times, with and without rescaling. At scale 1, guidance is off, so the script compares it
 with one call on the batch itself. Absolute times are not comparable between machines. The script fails if a ratio
 exceeds the limit.
 """

@@ -10,7 +10,7 @@ size, Adam, warm-up, gradient clipping and EMA. Ours runs `stepping.step` and `t
 Theirs follows the example of unconditional training in diffusers.
 
 The trainers take turns, one part of the training at a time, so a drift of the machine's speed affects both. The
-training time includes compilation but not scoring. Our DDIM samples from both models with the same noise, and the
+training time includes compilation but not scoring. Our DDIM sampler runs both models with the same noise, and the
 samples are scored against held-out images. The script writes a figure with curves and samples, and prints scores after
 the same number of images and after the same time. Scores of a single run vary. With several --seeds, the script repeats
 everything with other weights, data order and noise.
@@ -302,7 +302,7 @@ def plot_curves(path, results, batch, floor, samples, title):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="recipe with EPS or V and Adam")
+  parser.add_argument("--config", type=Path, default=CONFIGS / "digits_vp.py", help="recipe with Adam, and EPS or V")
   parser.add_argument("--data", default="", help="folder of images in class folders; default: the recipe's data")
   parser.add_argument(
     "--steps", type=timing.positive_int, default=None, help="steps of each trainer; default: the recipe's"
@@ -310,7 +310,7 @@ def main():
   parser.add_argument("--parts", type=timing.positive_int, default=8, help="number of parts; scores follow each part")
   parser.add_argument("--samples", type=timing.positive_int, default=500, help="samples to score")
   parser.add_argument(
-    "--seeds", type=timing.positive_int, default=1, help="repetitions, starting with the recipe's seed"
+    "--seeds", type=timing.positive_int, default=1, help="number of repetitions; the first has the recipe's seed"
   )
   parser.add_argument("--compile", action="store_true", help="use torch.compile")
   parser.add_argument("--output", type=Path, required=True, help="folder for the figure")

@@ -54,7 +54,7 @@ def activation_bytes(experiment, images=2):
 
 def temporary_bytes(experiment, topology):
   """Compile the step for a topology and return the bytes of its temporaries."""
-  with contextlib.redirect_stdout(sys.stderr):  # keep the table on stdout separate
+  with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table only
     plan = runs.run_plan(experiment.tree, topology_name=topology, num_devices=None)
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 

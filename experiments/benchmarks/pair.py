@@ -16,7 +16,7 @@ from ddpm_jax.models import Model, codecs, networks
 from ddpm_jax.networks import UNet
 
 # The network of Ho et al. for CIFAR-10 (35.7M parameters), the network of Dhariwal and Nichol for ImageNet 64x64 (295M,
-# without classes and learned variance), and two small networks.
+# without classes or learned variance), and two small networks.
 MODELS = {
   "ddpm": recipe.CONFIGS / "cifar10_vp.py",
   "adm64": recipe.CONFIGS / "imagenet64_adm.py",

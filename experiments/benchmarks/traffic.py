@@ -68,7 +68,7 @@ def residual(options, embedding, keys, *data):
 
 
 FINE, COARSE = (32, 32, 128), (16, 16, 256)
-# A function of options, embedding, keys and data, and the shapes of the data, by name.
+# For each name: a block as a function of options, embedding, keys and data, and the shapes of the data.
 BLOCKS = {
   "normalization": (lambda options, e, k, x: nn.swish(options.norm("norm")(x)), [COARSE]),
   "convolution": (lambda options, e, k, x: layers.conv(x, x.shape[-1], "conv", options.dtype), [COARSE]),
