@@ -131,7 +131,7 @@ def vp_flow(denoise, shape):
 
 
 def network_of(process, prediction, denoise):
-  """Return a network with outputs of type `prediction` that represents a denoiser.
+  """Return a network that represents a denoiser, with outputs of type `prediction`.
 
   The time input of the network is t itself.
   """

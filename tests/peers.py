@@ -104,9 +104,10 @@ def run_diffusers(scheduler, process, network, x, times, *, before=None, **optio
 
 
 def states_of_heun_steps(states):
-  """Select the start and the state after each Heun step from the start and the states after each network call.
+  """Return the start and the state after each Heun step.
 
-  Each step has two calls, but the last step, to 0, has only one.
+  The argument has the start and the state after each network call. Each step has two calls, but the last step, to 0,
+  has only one.
   """
   return np.concatenate([states[::2], states[-1:]])
 

@@ -1,4 +1,4 @@
-"""Test the codec of an autoencoder's run: its statistics, its weights, what a run pins, and what it refuses."""
+"""Test the codec from the run of an autoencoder: statistics, weights, errors, and the values that latent runs store."""
 
 import json
 import shutil

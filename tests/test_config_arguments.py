@@ -34,7 +34,10 @@ def make_value(annotation, number):
 
 
 def make_flag(parameter, number):
-  """Return the text and the value of a flag for an argument. The value is None if the text names a component."""
+  """Return the text and the value of a flag for an argument.
+
+  The value is None if the text names a component.
+  """
   if parameter.slot is not None:
     simple = [name for name in slots.names(parameter.slot) if has_no_required_key(name, parameter.slot)]
     if simple:
@@ -128,7 +131,7 @@ def test_every_public_component_fits_a_slot():
   for module in slots.MODULES:
     for name, component in slots.exports(module).items():
       result = inspect.signature(component).return_annotation if inspect.isroutine(component) else type(component)
-      # In a config, `codecs.autoencoder` reads the folders of `diffusers.read_codec`.
+      # In a config, `codecs.autoencoder` reads the folders that `diffusers.read_codec` reads.
       is_part = (module, name) == ("diffusers", "read_codec")
       if result in kinds and result is not np.ndarray and id(component) not in fitting and not is_part:
         missing.append(f"{module}.{name}")

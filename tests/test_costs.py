@@ -261,7 +261,8 @@ ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
 def test_operations_of_a_program_for_tpus_have_their_traffic():
   """A copy to on-chip memory counts only its reads, not its writes.
 
-  Slices and in-place updates count with the bytes of the slice. Waiting and grouping values have no traffic.
+  Slices and in-place updates count with the bytes of the slice. Operations that only wait for values or group them have
+  no traffic.
   """
   operations = {operation.name: operation for operation in costs.operations(HLO)}
   traffic = {name: (operation.read_bytes / KB, operation.written_bytes / KB) for name, operation in operations.items()}

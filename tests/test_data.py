@@ -189,9 +189,9 @@ def test_box_averages_over_boxes_with_any_aspect_ratio():
 
 
 def adm_rows(pixels, size):
-  """Downsample an array like Dhariwal and Nichol 2021.
+  """Downsample an array as in Dhariwal and Nichol 2021.
 
-  The array is halved by 2x2 means while both sides are at least `2 * size`. Means are rounded like in Pillow. Then the
+  The array is halved by 2x2 means while both sides are at least `2 * size`. Means are rounded as in Pillow. Then the
   array is scaled with bicubic interpolation and cropped.
   """
   while min(pixels.shape[:2]) >= 2 * size:

@@ -1,4 +1,4 @@
-"""Test image folders whose metadata.jsonl gives the classes, the layout of Hugging Face's ImageFolder."""
+"""Test image folders in the layout of Hugging Face's ImageFolder, where metadata.jsonl gives the classes."""
 
 import json
 import subprocess
@@ -27,9 +27,9 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(root, groups, lines=None):
-  """Write an image for each path of `groups`, and a line of metadata.jsonl with its group.
+  """Write an image for each path in `groups`, and a metadata.jsonl with a line for each image and its group.
 
-  `lines` replaces the lines. A line is an object or text.
+  If `lines` is not None, it replaces these lines. Each of its items is an object or text.
   """
   for index, name in enumerate(groups):
     (root / name).parent.mkdir(parents=True, exist_ok=True)

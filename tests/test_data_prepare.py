@@ -104,7 +104,8 @@ def test_records_with_floats_or_huge_labels_are_errors(monkeypatch, record, mess
 def test_reading_needs_neither_the_builder_nor_tensorflow(tmp_path):
   write_builder(tmp_path / "far_squares.py", "FarSquares")
   data.prepare_tfds("far_squares", str(tmp_path / "tfds"), str(tmp_path / "far_squares.py"))
-  # Open the source in this process, which has the builder, and read it in a process without the builder, like a worker.
+  # Open the source in this process, which has the builder, and read it as a worker does: in a process without the
+  # builder.
   source = data.TfdsSource("far_squares", "train", (6, 6), 3, str(tmp_path / "tfds"))
   (tmp_path / "source").write_bytes(pickle.dumps(source))
   code = (

@@ -1,4 +1,4 @@
-"""Test operators and their transposes, and compare methods for measurements with closed-form posteriors."""
+"""Test operators and their transposes, and compare restoration methods with closed-form posteriors."""
 
 import importlib
 import runpy

@@ -38,7 +38,7 @@ GROUPS = {
 KEPT = {"1f600": "face", "0023-20e3": "keycap: #", "1f441": "eye"} | {
   f"1f40{index}": f"cat {index}" for index in range(10)
 }
-# The file that gives the picture, if its name is not the emoji's.
+# The name of the picture's file, for each emoji of KEPT with another name.
 ASSETS = {"0023-20e3": "0023-fe0f-20e3", "1f441": "1f441-fe0f"}
 
 
@@ -47,7 +47,7 @@ def color_of(name):
 
 
 def picture(name):
-  """Return a picture with a transparent upper half and a color that depends on the name below."""
+  """Return a picture with a transparent upper half, and with a color in the lower half that depends on the name."""
   pixels = np.zeros((256, 256, 4), np.uint8)
   pixels[128:] = (*color_of(name), 255)
   file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Run the research scripts and the notebook from start to end."""
+"""Run the research scripts and the notebooks from start to end."""
 
 import base64
 import io
@@ -58,7 +58,7 @@ def test_the_strip_of_the_readme_shows_the_present_figures(tmp_path):
     np.testing.assert_array_equal(np.asarray(made), np.asarray(shown))
 
 
-# Replacements in the notebook that make it fast. The last line shortens the training of the classifier.
+# Replacements that make the quickstart notebook fast. The last line shortens the training of the classifier.
 REPLACEMENTS = {
   "channels=32,": "channels=8,",
   "multipliers=(1, 2),": "multipliers=(1,),",

@@ -258,6 +258,6 @@ def test_the_package_writes_files_atomically_only():
 
 
 def test_unsafe_writes_are_detected():
-  """The function of the test above finds each kind of unsafe write in an example."""
+  """`writes` finds each kind of unsafe write in an example."""
   text = "np.savez(a)\nPath(a).write_text(b)\nos.replace(a, b)\nopen_.open('wb')\nwith files.atomic_file(a) as t:\n  np.save(t, b)\n"
   assert len(list(writes(ast.parse(text)))) == 4

@@ -69,7 +69,10 @@ def test_cfg_plus_plus_is_refused_by_rules_that_would_ignore_its_noise(name):
 
 
 def wrapped(process, trace):
-  """Return a denoiser for every wrapper. Each call of the network appends its batch size to `trace`."""
+  """Return a denoiser for every wrapper.
+
+  Each call of the network appends its batch size to `trace`.
+  """
   model = conditional(process)
 
   def counted(x_t, t, classes):

@@ -1,4 +1,4 @@
-"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test its folders."""
+"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test reading and writing folders."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def options(*widths, **changes):
-  """Return the options of a small AutoencoderKL with these features of its levels."""
+  """Return the options of a small AutoencoderKL with the number of features of each level."""
   return {
     "block_out_channels": widths,
     "down_block_types": ("DownEncoderBlock2D",) * len(widths),
@@ -92,7 +92,7 @@ def as_numpy(x):
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-  """Assert that arrays differ by at most the tolerance times the scale of the second."""
+  """Assert that arrays differ by at most the tolerance times the scale of the second array."""
   theirs = np.asarray(theirs)
   assert ours.shape == theirs.shape
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
@@ -100,7 +100,10 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @functools.cache
 def ours_of(network):
-  """Return the compiled encoder, and the decoder with gradients of a scalar of both."""
+  """Return a compiled function of (params, x, z) for gradients, and for the outputs of the encoder and the decoder.
+
+  The gradients are of a scalar that depends on both outputs.
+  """
 
   def scalar(params, x, z):
     moments = network.apply({"params": params}, x, method="encode")
@@ -474,7 +477,7 @@ def test_a_pipeline_with_a_vae_uses_all_numbers_of_its_config(tmp_path):
   model, _ = interop.diffusers.load(tmp_path)
   frozen = model.load_frozen()["codec"]
   assert (float(frozen["scale"]), float(frozen["shift"])) == (np.float32(1.7), 0.5)
-  # LDMPipeline knows no shift, so it becomes a part of the weights.
+  # LDMPipeline has no shift, so saving moves the shift into the weights.
   interop.diffusers.save(tmp_path / "b", *interop.diffusers.load(tmp_path), clip=None)
   peer = diffusers.LDMPipeline.from_pretrained(tmp_path / "b").vqvae
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)

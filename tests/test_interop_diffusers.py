@@ -167,7 +167,7 @@ def test_images_need_not_be_square(tmp_path):
 
 
 def test_models_are_read_from_a_copy_of_their_configs(folder, tmp_path):
-  """A run that started from a pipeline rebuilds its model from a copy of its configs. The copy has no weights."""
+  """A run that started from a pipeline rebuilds its model from a copy of the pipeline's configs, without weights."""
   interop.diffusers.copy_config(folder, tmp_path / "copy")
   copied = sorted(str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file())
   assert copied == ["scheduler/scheduler_config.json", "unet/config.json"]

@@ -144,7 +144,7 @@ WITH_GRADIENTS = (
 
 
 def run_peer(model, x, t, classes, weight):
-  """Return the peer's output and, unless `weight` is None, the gradient of sum(output * weight) in x."""
+  """Return the peer's output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -155,7 +155,7 @@ def run_peer(model, x, t, classes, weight):
 
 
 def run_ours(network, params, x, t, classes, weight):
-  """Return our network's output and, unless `weight` is None, the gradient of sum(output * weight) in x."""
+  """Return our output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
   time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 

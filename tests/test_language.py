@@ -16,7 +16,7 @@ RETIRED = {"told", "held", "whole", "wanted", "song", "label"}
 
 
 def slips_of_docstrings(tree):
-  """Return each docstring whose first line is not one imperative sentence, as its line number and the slip."""
+  """Return the line number and the slip of each docstring whose first line is not one imperative sentence."""
   slips = []
   for node in ast.walk(tree):
     if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""Test codecs of autoencoders, tiles, latent data sets, and edits of models of latents."""
+"""Test autoencoders as codecs, tiles, latent data sets, and editing with models of latents."""
 
 import functools
 import json
@@ -161,7 +161,7 @@ def test_tiles_bound_the_memory_and_show_no_seam():
     return sum(windows)[:, 2:-2] / 5
 
   smooth = np.cumsum(x, 1)
-  # A tile sees less than the image near its edges, where its weight is small.
+  # Near its edges, a tile lacks pixels that the blur reads, but there its weight is small.
   difference = np.abs(blur(smooth) - tiles.apply(blur, smooth, 64))[:, 4:-4]
   steps = np.abs(np.diff(smooth, axis=1))
   assert difference.max() < 0.1 * steps.max()

@@ -18,7 +18,10 @@ def gaussian_error(alpha, sigma, x_0):
 
 
 def closed_bound(betas, x_0):
-  """Compute the expected prior [D], decoder [D] and step terms [N - 1, D] in bits for the "small" variance."""
+  """Compute the expected terms of the prior [D], the decoder [D] and the steps [N - 1, D] for the "small" variance.
+
+  All terms are in bits.
+  """
   bar = np.cumprod(1 - betas)
   alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
   before, beta, after = bar[:-1], betas[1:], bar[1:]  # of steps 2 to N

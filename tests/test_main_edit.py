@@ -89,7 +89,7 @@ def test_a_custom_guidance_rule_is_read_from_a_file(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """On average, blurring a result reproduces the input better than blurring the input again does."""
+  """The inputs are blurred images. On average, a blurred result is closer to its input than the input blurred again."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))

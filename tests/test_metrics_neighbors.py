@@ -1,4 +1,4 @@
-"""Compare scores of nearest neighbors with the code of their authors, torch-fidelity and exact results."""
+"""Compare nearest-neighbor scores with the original code, torch-fidelity and exact results."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Test networks of Flax Linen, Flax NNX and Equinox as two functions, and their conditions."""
+"""Test the pure functions that networks of Flax Linen, Flax NNX and Equinox become, and the networks' conditions."""
 
 import subprocess
 import sys

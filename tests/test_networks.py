@@ -13,7 +13,10 @@ SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 
 
 def build(size=(8, 8), channels=1, seed=0, **changes):
-  """Return a network and random parameters. Random parameters make every path affect the output."""
+  """Return a network and random parameters.
+
+  Random parameters make every path affect the output.
+  """
   network = UNet(out_channels=channels, **(SMALL | changes))
   return network, random_like(jax.eval_shape(functools.partial(init, network, size, channels), seed), seed)
 

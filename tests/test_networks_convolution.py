@@ -333,7 +333,10 @@ def test_statistics_of_16_bit_data_are_float32():
 
 
 def assert_same_with_gradients(ours, other, params, x):
-  """Assert equal values, gradients in parameters and data, and forward-mode derivatives, to float32 rounding."""
+  """Assert equal values, gradients and forward-mode derivatives, up to float32 rounding.
+
+  The derivatives are with respect to the parameters and the data.
+  """
   results = []
   for layer in (ours, other):
     value, pull = jax.vjp(layer.apply, params, x)

@@ -23,7 +23,10 @@ FIR = (1, 3, 3, 1)
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-  """Return `call(function, *args)`. It runs a function on this machine with the TPU forms."""
+  """Return `call(function, *args)`.
+
+  It runs a function on this machine with the TPU forms.
+  """
 
   def choose_tpu(*args, tpu=None, default=None, **others):
     return (tpu or default)(*args)
@@ -169,7 +172,10 @@ BATCH, SIDE, CHANNELS = 32, 16, 128
 
 
 class Ours(nn.Module):
-  """Apply an attention block or two residual blocks. The second residual block takes two arrays of channels."""
+  """Apply an attention block or two residual blocks.
+
+  The second residual block takes two arrays of channels.
+  """
 
   part: str
   dtype: type
@@ -211,7 +217,7 @@ class Plain(nn.Module):
 
 
 def compile_gradients(network, device):
-  """Compile the loss of a network and its gradients in parameters and data, for a TPU."""
+  """Compile a network's loss and the gradients with respect to parameters and data, for a TPU."""
   shapes = [jax.ShapeDtypeStruct(shape, network.dtype) for shape in ((BATCH, SIDE, SIDE, CHANNELS), (BATCH, 64))]
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), *shapes)
 

@@ -45,7 +45,10 @@ NAMED_TUPLES = ("_replace", "_fields", "_asdict", "_field_defaults", "_make")
 
 
 def package_of(name):
-  """Return the package of a dotted name. A top-level module counts as a package."""
+  """Return the package of a dotted name.
+
+  A top-level module counts as a package.
+  """
   return ".".join(name.split(".")[:2])
 
 

@@ -44,7 +44,10 @@ time_of = jax.jit(DISCRETE.time_of)
 
 @pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def dtype(request):
-  """Set the precision of both sides. In float32, the two tests of many rules are slow tests."""
+  """Set the precision of our samplers and of the peers.
+
+  In float32, the two tests of many rules are slow tests.
+  """
   with jax.enable_x64(request.param == "float64"):
     yield request.param
 
@@ -54,9 +57,9 @@ in_both = pytest.mark.parametrize("dtype", TOLERANCE, indirect=True)
 
 @pytest.fixture
 def build(monkeypatch, dtype):
-  """Return `build(scheduler class, **config)`. It makes a scheduler in `dtype` with our noise.
+  """Return `build(scheduler class, **config)`.
 
-  Schedulers with betas get the betas of DISCRETE.
+  It makes a scheduler in `dtype` with our noise. Schedulers with betas get the betas of DISCRETE.
   """
 
   def build(scheduler, **config):
@@ -146,8 +149,8 @@ def test_multistep_rules_match_diffusers(build, dtype, name):
   """Most rules run from step 1000 to step 1 (diffusers' "sigma_min"), with the full order to the end.
 
   diffusers' `lower_order_final`, the default below 15 steps, is not part of the rules. With order 3 it changes the last
-  two steps. The last step to 0 has order 1 on both sides, so rules of order 2 can also run to 0. With "bh1", diffusers'
-  UniPC is NaN at 0. Ours is finite.
+  two steps. The last step to 0 has order 1 both here and in diffusers, so rules of order 2 can also run to 0. With
+  "bh1", diffusers' UniPC is NaN at 0. Ours is finite.
   """
   sampler, scheduler, config = MULTISTEP[name]
   config = {"final_sigmas_type": "sigma_min", "lower_order_final": False} | config

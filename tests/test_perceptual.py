@@ -1,4 +1,4 @@
-"""Test the frozen networks of perceptual losses against PyTorch and against their own summaries."""
+"""Test the frozen networks of perceptual losses against PyTorch and against the features that scores use."""
 
 import jax
 import jax.numpy as jnp

@@ -45,7 +45,10 @@ def train(config, folder, **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """Train the run of `config_of()`. Tests must not change its folder."""
+  """Train the run of `config_of()`.
+
+  Tests must not change its folder.
+  """
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     train(config_of(), folder)

@@ -155,7 +155,7 @@ def test_inpainting_does_not_change_known_pixels(root, method, source, mask, den
 
 
 def test_strength_0_returns_the_input_and_strength_1_a_new_sample(root, dense):
-  """With strength 1, the results of the first image and then of the second equal four samples of `run_sample`."""
+  """With strength 1, the two results for each of the two images equal four samples of `run_sample`."""
   steering = {"given": classes_of([3, 5])}
   edited = edit(root, "img2img", results=2, editing__strength=0.0, steering=steering)
   assert "mask" not in edited

@@ -26,7 +26,10 @@ DDIM = ("--mode=sample", "--sampler=ddim", "--num_steps=10", "--num_samples=16",
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Make an untrained run with scores. Its EMA differs from its raw weights."""
+  """Make an untrained run with scores.
+
+  The EMA of the run differs from the raw weights.
+  """
   folder, config = tmp_path_factory.mktemp("run"), tiny_config()
   config.model.network.update(LEVELS)
   config.evaluation.update({"num_samples": 6, "k": 2})
@@ -137,7 +140,7 @@ def test_training_starts_from_a_folder_and_resumes_without_it(tmp_path):
   code, output = call(*flags, "--config.training.steps=3")
   assert code == 0, output
   assert f"the network, the process and the prediction are those of {source}" in output
-  # The run's config names the copy of the folder's config files in the run.
+  # The run has a copy of the folder's config files, and the run's config names this copy.
   saved = json.loads((run / "config.json").read_text())
   assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")
   built, (model, before) = configs.build(configs.read_run(run)).model, interop.diffusers.load(source)

@@ -150,7 +150,10 @@ def get_config():
 
 
 def terminated(folder, patch, **kwargs):
-  """Start two processes. The first process sends itself SIGTERM when it calls the patched function."""
+  """Start two processes.
+
+  The first process sends itself SIGTERM when it calls the patched function.
+  """
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))
   return start_two(f"--config={config}", *OPTIONS, f"--workdir={folder / 'run'}", **kwargs)

@@ -22,7 +22,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(root, **counts):
-  """Write folders of gray images. Each folder has its own gray level, so an image identifies its folder."""
+  """Write folders of gray images.
+
+  Each folder has its own gray level, so an image identifies its folder.
+  """
   for number, (name, count) in enumerate(counts.items()):
     folder = root / name.replace("__", "/")
     folder.mkdir(parents=True, exist_ok=True)

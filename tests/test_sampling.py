@@ -119,7 +119,7 @@ TRACES = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sample_depends_on_its_key_and_start_alone(name):
-  """The order of the batch has no effect, and samples alone under `vmap` are the same.
+  """The order of the batch has no effect, and sampling each row alone under `vmap` gives the same samples.
 
   Each call of the network in the code is traced once, and other times do not recompile the program.
   """

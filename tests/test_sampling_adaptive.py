@@ -75,7 +75,7 @@ def test_only_the_sample_that_does_not_finish_is_nan():
   np.testing.assert_array_equal(jnp.isnan(got).any(1), [False, True, False])
   limit = int(nfe[0])
   assert limit > nfe[2]
-  # If max_nfe stops a sample, only this sample is NaN, too.
+  # The sample that max_nfe stops is NaN. The other sample is not.
   short, calls = jax.jit(lambda x: solve(exact, x, max_nfe=limit - 1))(x[::2])
   np.testing.assert_array_equal(jnp.isnan(short).any(1), [True, False])
   np.testing.assert_allclose(short[1], got[2], rtol=1e-4)

@@ -142,7 +142,7 @@ def test_scores_match_a_direct_computation(plain):
   pixels = np.clip(np.rint((np.asarray(y) + 1) * 127.5), 0, 255)
   psnr = np.mean(10 * np.log10(255**2 / np.mean((pixels - images) ** 2, (1, 2, 3))))
   np.testing.assert_allclose(report["scores"]["reconstructed"]["psnr"], psnr, rtol=1e-4)
-  # Scores during training are those of the same images.
+  # The scores during training are for the same images, so the last score is the same.
   lines = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
   interim = {line["step"]: line["eval/psnr"] for line in lines if "eval/psnr" in line}
   assert interim.keys() == {5, 10}

@@ -72,7 +72,10 @@ def weighting(gamma: float = 2.0) -> losses.Weighting:
 
 
 def plain_weighting(log_snr):
-  """Return equal weights for all times. This function has no annotations."""
+  """Return equal weights for all times.
+
+  This function has no annotations.
+  """
   return jnp.ones_like(log_snr)
 
 
@@ -126,7 +129,10 @@ def tiny_autoencoder(
   latent_channels: int = 2,
   levels: int = 2,
 ) -> models.Codec:
-  """Return the codec of a small autoencoder with random weights, by default one that halves the sides."""
+  """Return the codec of a small autoencoder with random weights.
+
+  With the default number of levels, it halves the sides.
+  """
   codes = {"num_codes": 8} if bottleneck == "vq" else {}
   options = {"channels": 4, "multipliers": (1,) * levels, "blocks": 1, "groups": 2, "middle_attention": False}
   module = Autoencoder(data_shape[-1], latent_channels, bottleneck=bottleneck, **codes, **options)
