@@ -59,7 +59,10 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
 
 
 def _pickle_by_value(names: set[str], folders: list[Path]) -> None:
-  """Pickle objects of custom modules by value, because worker processes cannot import these modules."""
+  """Make cloudpickle store objects of custom modules by value.
+
+  Worker processes cannot import these modules.
+  """
   import cloudpickle
 
   custom_folders = {folder.absolute() for folder in folders}
