@@ -90,7 +90,7 @@ def classifier_free(
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
     condition: the condition to guide toward, arrays [B, ...].
     negative: the condition to guide away from, with the structure and shapes of `condition`. With the null class, u is
-      the unconditional estimate. An unwanted class also works.
+      the unconditional estimate. A class to avoid is also possible.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
     rescale: how far to rescale each sample's guided estimate to the standard deviation of c, from 0 (not at all) to 1
       (fully). It has no effect at a constant scale of 0. Source: Lin et al. 2024, equations 15 and 16, applied to x_0.
@@ -138,7 +138,7 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
     scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
-    ValueError: if the scale is outside [0, 1], or the conditions are invalid in the sense of `classifier_free`.
+    ValueError: if the scale is outside [0, 1]. Errors for the conditions are the same as in `classifier_free`.
   """
   if not 0 <= scale <= 1:
     raise ValueError(f"Got scale={scale} for CFG++; expected it in [0, 1], such as 0.6 for strong guidance.")
@@ -185,9 +185,9 @@ def classifier(
 ) -> Denoise:
   """Apply classifier guidance (Dhariwal and Nichol 2021, algorithm 2).
 
-  Guidance adds `scale` times the gradient of log p(y | x_t) to the score. In terms of data, it adds
-  `scale sigma^2 / alpha` times the gradient to x_0. For an unconditional model and the exact p(y | x_t), a scale of 1
-  gives the conditional model. A learned variance stays unchanged.
+  Guidance adds `scale` times the gradient of log p(y | x_t) to the score. Equivalently, it adds
+  `scale sigma^2 / alpha` times the gradient to the estimate of x_0. For an unconditional model and the exact
+  p(y | x_t), a scale of 1 gives the conditional model. A learned variance stays unchanged.
 
   With `sampling.ancestral` the result differs from the paper's algorithm 1. Algorithm 1 moves the mean of a step by
   `scale` times the variance of its noise times the gradient. This function moves the mean by
@@ -322,7 +322,11 @@ def _interpolate(u: Array, c: Array, w) -> Array:
 
 
 def _with_scale(guide: Callable[[Array, Array, Any], Any], toward: Denoise, against: Denoise, scale: Scale) -> Denoise:
-  """Return a denoiser that calls `guide(x_t, t, w)`, or only one branch at a scale of 1 or a constant scale of 0."""
+  """Return a denoiser that calls `guide(x_t, t, w)`, except where one branch is enough.
+
+  With one scale for the entire batch, it calls only `toward` at a scale of 1, and only `against` at a constant scale of
+  0.
+  """
   if not callable(scale):
     if scale in (0, 1):
       return toward if scale == 1 else against

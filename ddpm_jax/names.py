@@ -23,7 +23,7 @@ def choose(name: str, options, source: str) -> Any:
   Args:
     name: the user's input.
     options: a mapping from names to values, or a collection of names.
-    source: the config key or flag with the input, for the message.
+    source: the config key or flag that contains the input, for the message.
 
   Raises:
     ValueError: if no option has this name. The message suggests the closest name.

@@ -61,7 +61,7 @@ def x_0_and_eps(denoised, x_t: Array, alpha, sigma) -> tuple[Array, Array]:
 
 
 def learned_fraction(denoised) -> Array | None:
-  """Return the learned variance as the `fraction` of `Denoised`, or None if it is not learned."""
+  """Return the `fraction` field of a `Denoised`, or None if the variance is not learned."""
   return denoised.fraction if isinstance(denoised, Denoised) else None
 
 
@@ -141,7 +141,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
   if not sigma_data > 0:
     raise ValueError(f"Got sigma_data={sigma_data}; expected the standard deviation of the data, above 0, such as 0.5.")
 
-  def spread(alpha, sigma):  # of x_t
+  def spread(alpha, sigma):  # the standard deviation of x_t
     return jnp.sqrt(alpha**2 * sigma_data**2 + sigma**2)
 
   return Prediction(
@@ -159,7 +159,8 @@ def edm(sigma_data: float = 0.5) -> Prediction:
 def learned_range(prediction: Prediction) -> Prediction:
   """Extend a prediction to a network that also learns the variance (Nichol and Dhariwal 2021, equation 15).
 
-  The network returns twice the channels: first the output, then v. The `fraction` of `Denoised` is (v + 1) / 2.
+  The network returns twice the channels. The first half is the output of `prediction`, and the second half is v. The
+  `fraction` of `Denoised` is (v + 1) / 2.
   """
   return prediction._replace(learned_variance=True)
 
@@ -175,9 +176,9 @@ def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -
 
 
 def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
-  """Scale x_t [B, ...] at times t [B] for the network's input, in the dtype of `x_t`.
+  """Scale x_t [B, ...] at times t [B] for the network's input.
 
-  `input_scale` has the same meaning as in `Prediction`.
+  The result has the dtype of `x_t`. `input_scale` has the same meaning as in `Prediction`.
   """
   if input_scale is None:
     return x_t
@@ -188,9 +189,10 @@ def network_input(process: Process, input_scale, x_t: Array, t: Array) -> Array:
 def apply_network(
   apply: Callable[..., Array], process: Process, prediction: Prediction, x_t: Array, t: Array, time_input
 ) -> tuple[Array, Array | None]:
-  """Return the network's output [B, ...] at times t [B], and the learned variance or None.
+  """Return the network's output [B, ...] at times t [B] and, for a learned variance, the values v.
 
-  The learned variance is the second half of the output channels.
+  With a learned variance, the first half of the channels is the output, and the second half is v (see `learned_range`).
+  Without a learned variance, the second result is None.
 
   Raises:
     ValueError: if the output's shape does not match the input's shape.
@@ -279,7 +281,7 @@ def classifier(
 ) -> Callable[[Array, Array], Array]:
   """Turn a classifier of noisy data into `log_probs(x_t, t) -> log p(class | x_t)` [B, K].
 
-  Classifier guidance differentiates the column of one class with respect to x_t, and adds a multiple of this
+  Classifier guidance differentiates the log-probability of one class with respect to x_t, and adds a multiple of this
   gradient to the score (Dhariwal and Nichol 2021, section 4.1).
 
   Args:

@@ -21,8 +21,8 @@ from ddpm_jax.floats import widen, widest
 Array = jax.Array
 TimeFn = Callable[[Array], Array]
 
-# sigma may rise from 0 with infinite slope even if sigma^2 is smooth. Slopes at earlier times are computed at this
-# time.
+# sigma may rise from 0 with an infinite slope, even if sigma^2 is smooth. For times below _TINY_TIME, slopes are
+# therefore computed at _TINY_TIME.
 _TINY_TIME = 1e-12
 _SECTIONS = 64
 

@@ -1,4 +1,4 @@
-"""Replace the known pixels of x_t at every step with the pixels of the image and new noise, for inpainting.
+"""Replace the known pixels of x_t at every step with newly noised pixels of the image, for inpainting.
 
 Neither `replace` nor `repaint` samples the exact posterior. The network sees the known pixels only with noise, and each
 step draws this noise without regard to the unknown pixels. `editing.posterior` with `mask_operator(keep)` is more
@@ -108,7 +108,7 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
       def part(carry, index):
         x, memory = carry
         start, end = (t + (s - t) * i.astype(t.dtype) / jump for i in (index, index + 1))
-        end = jnp.where(index + 1 < jump, end, s)  # without rounding
+        end = jnp.where(index + 1 < jump, end, s)  # the last part ends exactly at s
         x, memory = inner.step(randomness.fold_in(key, index), denoise, x, memory, start, end)
         return (x.astype(x_t.dtype), memory), None
 
@@ -127,7 +127,8 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
     return jax.lax.scan(repeat, (x_t, memory), jnp.arange(resamples))[0]
 
   def prepare(num_steps: int) -> Sampler:
-    # A rule that spreads a quantity over its steps, such as churn, spreads it over the parts, without repetitions.
+    # Some rules spread a quantity, such as churn, over their steps. Here each part of a step counts as one step, and
+    # repetitions do not count.
     return repaint(sampler.prepare(num_steps * jump), process, image, keep, resamples, jump)  # type: ignore[misc]
 
   between, to_data, at_zero_snr = sampler.calls
@@ -185,7 +186,7 @@ def shrink_mask(keep, shape: tuple[int, ...]):
 
   Args:
     keep: booleans [B, H, W, 1] at the resolution of the image.
-    shape: the shape [h, w, C] of x, whose sides divide those of the image.
+    shape: the shape [h, w, C] of x. The sides of the image must be multiples of h and w.
   """
   for axis, size in enumerate(shape[:-1], start=1):
     keep = keep.reshape(*keep.shape[:axis], size, -1, *keep.shape[axis + 1 :]).all(axis + 1)

@@ -1,4 +1,4 @@
-"""Edit images through noise or through their encodings under the probability flow."""
+"""Edit images by adding noise to them, or by changing their encodings under the probability flow."""
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,8 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   where eps is the network's estimate at x = alpha_t x_0. This start costs one additional network call. It inverts the
   last step of sampling with a higher order of accuracy than a start at x_0 or alpha_t x_0. For a two-dimensional
   mixture on VP with 80 equal steps, the error of a round trip is 0.002 with Heun and 0.020 with DDIM. With a start at
-  x_0 or alpha_t x_0, it is 0.015 with Heun and 0.028 with DDIM. With fewer than 50 steps, a start at x_0 makes DDIM up
-  to 1.5 times more accurate.
+  x_0 or alpha_t x_0, it is 0.015 with Heun and 0.028 with DDIM. With fewer than 50 steps, however, DDIM is up to 1.5
+  times more accurate with a start at x_0.
 
   Args:
     sampler: a reversible rule, such as `sampling.ddim(process)` or `sampling.ode(process)`.
@@ -114,10 +114,10 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 def slerp(a: Array, b: Array, fraction) -> Array:
   """Interpolate spherically between samples.
 
-  The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and norms are those of
-  whole samples, over all axes but the first. Between two samples of noise the norm stays nearly constant. On a straight
-  line it would be smaller in the middle. Interpolation is linear where the angle is close to 0 or 180 degrees or a
-  sample is 0. Source: Shoemake 1985; Song et al. 2021a, appendix D.3.
+  The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and the norms are computed
+  over all axes except the first. Between two samples of noise the norm stays nearly constant. On a straight line it
+  would be smaller in the middle. Interpolation is linear where a sample is 0, or where the angle is close to 0 or 180
+  degrees. Source: Shoemake 1985; Song et al. 2021a, appendix D.3.
 
   Args:
     a: array [B, ...], the exact result at fraction 0.
@@ -163,8 +163,8 @@ def slerp(a: Array, b: Array, fraction) -> Array:
 def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, b: Array, times, fractions) -> Array:
   """Interpolate between images with `slerp` between their encodings (Song et al. 2021a, section 5.3).
 
-  `invert` encodes the images, and `sample` decodes the results. Fractions are decoded one after another, each as a
-  batch [B, ...], so `denoise` may contain conditions for B samples.
+  `invert` encodes the images, and `sample` decodes the interpolated encodings. It decodes one fraction after another,
+  each as a batch [B, ...], so `denoise` may contain conditions for B samples.
 
   Args:
     sampler: a reversible rule.

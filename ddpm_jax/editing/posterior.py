@@ -1,4 +1,4 @@
-"""Sample p(x_0 | y) for a measurement y of x_0 with an unconditional model of x_0."""
+"""Use an unconditional model of x_0 to sample p(x_0 | y) for a measurement y of x_0."""
 
 import math
 from collections.abc import Callable
@@ -22,10 +22,10 @@ Array = jax.Array
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Move x toward a measurement after each step (diffusion posterior sampling, Chung et al. 2023, algorithm 1).
 
-  Each step subtracts `scale * grad_{x_t} ||y - A(x_0(x_t))||` from x_s. Like the authors' code, this uses the norm of
-  each sample's residual rather than its square, so zeta' in the paper's formula is half of `scale`. The length of the
-  move depends on `scale` and the derivatives of A and x_0, but not on the size of the residual. As in the paper, the
-  last step moves x too, so clean data may overshoot the measurement by `scale`.
+  Each step subtracts `scale * grad_{x_t} ||y - A(x_0(x_t))||` from x_s. Like the authors' code, the step uses the norm
+  of each sample's residual rather than the squared norm, so zeta' in the paper's formula is half of `scale`. The length
+  of the move depends on `scale` and the derivatives of A and x_0, but not on the size of the residual. As in the paper,
+  the last step moves x too, so clean data may overshoot the measurement by `scale`.
 
   The method does not use the noise level of y; `scale` takes its place. No value of `scale` gives exact samples of the
   posterior. `posterior` with covariance="tweedie" and enough iterations is exact for Gaussian data.
@@ -104,9 +104,8 @@ def posterior(
 
   Conjugate gradients apply the inverse matrix of the formula. They are exact after one iteration per distinct
   eigenvalue of A C A^T. The C of a network may not be a valid covariance, so the iterations stop along directions in
-  which the matrix noise_std^2 + A C A^T is not positive.
-  Where alpha is 0, the network does not determine C, and the result is the unconditional estimate. A learned variance
-  is passed through unchanged.
+  which the matrix noise_std^2 + A C A^T is not positive. Where alpha is 0, the network does not determine C, and the
+  result is the unconditional estimate. A learned variance is passed through unchanged.
 
   Args:
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t. Clip the result of `posterior` rather than this

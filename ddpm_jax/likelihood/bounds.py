@@ -132,14 +132,14 @@ def continuous_bound(
 
   for images on 256 levels. Here l is the log-SNR. It ranges from its value at t_max to its value at t_min. In terms of
   the data, |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8,
-  with the weight g^2). The bound depends on the process only through the two ends of l. The decoder is the one of
-  Kingma et al.: the probability of each of the 256 values is proportional to q(x_tmin | value).
+  with the weight g^2). The bound depends on the process only through the two ends of l. The decoder is from Kingma et
+  al.: the probability of each of the 256 values is proportional to q(x_tmin | value).
 
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
 
-  At the smallest times, the noise is smaller than the distance between neighboring pixel values. A model that cannot
-  tell these values apart adds up to half a nat to the bound there, per dimension and unit of l. With a larger t_min,
+  At the smallest times, the noise is smaller than the distance between neighboring pixel values. If a model cannot tell
+  these values apart, the bound increases there by at most half a nat per dimension and unit of l. With a larger t_min,
   the decoder covers these times instead, and the bound can be smaller.
 
   Args:

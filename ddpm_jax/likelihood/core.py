@@ -58,7 +58,8 @@ def check_data(key: Array, x_0: Array, *, on_levels: bool) -> None:
     on_levels: whether the data must be on the 256 levels. Traced data are not checked for this.
 
   Raises:
-    ValueError: if x_0 does not hold floats, is not a batch, or is not on the levels, or the number of keys is wrong.
+    ValueError: if x_0 does not hold floats, is not a batch or is not on the levels. Also if the number of keys is
+      wrong.
   """
   check_batch(x_0)
   if jnp.ndim(x_0) < 2:

@@ -159,10 +159,11 @@ def _probes(key: Array, count: int, probe_noise: str, shape: tuple[int, ...], dt
 def _with_divergence(
   velocity: Callable[[Array], Array], x: Array, vectors: Array | None, *, reverse_mode: bool
 ) -> tuple[Array, Array]:
-  """Compute velocity(x) and its divergence with the Jacobian J of the velocity.
+  """Compute velocity(x) and its divergence, the trace of the Jacobian J of the velocity.
 
   Returns:
-    velocity(x) [B, ...], and v^T J v [B, P] for the vectors [P, B, ...], or the trace of J [B, 1] without vectors.
+    velocity(x) [B, ...], and the divergence: its estimates v^T J v [B, P] for the vectors [P, B, ...], or its exact
+    value [B, 1] without vectors.
   """
   axes = tuple(range(1, x.ndim))
 

@@ -34,7 +34,7 @@ class Sampler(NamedTuple):
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
     spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time. "log_snr" is even in the log-SNR.
-      "ends" is for a rule that chooses its own steps: its grid has three times, t_max, a last time above 0, and 0.
+      "ends" is for a rule that chooses its own steps: its grid contains only t_max, a last time above 0, and 0.
     two_estimates: whether the rule can use separate estimates for data and noise, from `guidance.cfg_plus_plus`.
   """
 
@@ -85,7 +85,10 @@ def with_many_steps(sampler: Sampler) -> Sampler:
 
 
 def no_memory(x: Array) -> tuple[()]:
-  """Return an empty memory, as the `init` of a rule without memory."""
+  """Return the empty memory of a rule that remembers nothing.
+
+  The `init` of such a rule is this function.
+  """
   del x
   return ()
 
@@ -171,7 +174,7 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
     )
   if isinstance(times, jax.core.Tracer):
     return
-  # Compare times in the precision of the loop, where a step between equal times has no length.
+  # Compare times in the precision of the loop: two times that round to the same number would make a step of length 0.
   values = np.asarray(times).astype(widest(x)).astype(np.float64)
   rising = bool(np.all(np.diff(values) > 0))
   if not rising and not np.all(np.diff(values) < 0):
@@ -210,9 +213,9 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     sampler: the step rule, such as `sampling.ddim(process)`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`, such as `process.prior(key, shape)`.
-    times: a strictly decreasing grid [K + 1]. As an argument of a jitted function, a new grid of the same length does
-      not recompile the function. A reversible sampler also accepts an increasing grid that starts above 0, to encode
-      data (DDIM inversion).
+    times: a strictly decreasing grid [K + 1]. If the grid is an argument of a jitted function, a new grid of the same
+      length does not recompile the function. A reversible sampler also accepts an increasing grid that starts above 0,
+      to encode data (DDIM inversion).
     return_trajectory: whether to return all states.
 
   Returns:

@@ -5,7 +5,7 @@ With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, t
 is EDM's ODE in sigma. On a straight path the flow is the ODE of flow matching in t. No step along the flow divides by
 alpha, because alpha may be 0 at t_max.
 
-A rule may also add noise: fresh noise at the end of each step, or churn, the noise that EDM adds before each step.
+A rule may also add noise: either fresh noise at the end of each step, or EDM's noise before each step, called churn.
 """
 
 import math

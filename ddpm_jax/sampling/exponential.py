@@ -2,9 +2,9 @@
 
 These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through these estimates.
 
-Multistep rules fit a polynomial in lambda to the network's newest estimates. DPM-Solver++(3M), DEIS, and UniPC with at
-least three estimates integrate the product of the polynomial and the exponential in the flow's solution exactly.
-DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates of eps.
+Multistep rules fit a polynomial in lambda to the network's newest estimates. In the flow's solution, an exponential
+multiplies the estimate. DPM-Solver++(3M), DEIS, and UniPC with at least three estimates compute the exact integral of
+the exponential times the polynomial. DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates of eps.
 """
 
 from typing import NamedTuple

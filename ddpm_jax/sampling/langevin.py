@@ -61,6 +61,6 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
     def prepare(count: int) -> Sampler:
       return with_langevin(inner(count), process, snr=snr, num_steps=num_steps)
 
-  # The score at x uses a single estimate.
+  # The Langevin steps compute the score from a single estimate.
   wrapped = with_many_steps(sampler)._replace(step=step, reversible=False, prepare=prepare, two_estimates=False)
   return add_calls(wrapped, int(num_steps))

@@ -20,7 +20,7 @@ from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_eps, i
 
 @check_types
 def deis(process: Process, order: int = 3) -> Sampler:
-  """Build DEIS, Adams-Bashforth on eps as a polynomial in log(sigma / alpha) (Zhang and Chen 2023, log-rho tAB).
+  """Build DEIS, which extrapolates eps as a polynomial in log(sigma / alpha) (Zhang and Chen 2023, log-rho tAB).
 
   Args:
     process: the forward process.
