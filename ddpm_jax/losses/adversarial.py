@@ -10,7 +10,7 @@ from ddpm_jax.losses.reconstruction import Network
 Array = jax.Array
 PyTree = Any
 
-# Esser et al. (2021), equation 7: delta. Their code limits the weight.
+# Equation 7 of Esser et al. (2021) contains delta. Their code also limits the weight.
 _DELTA, _MAX_WEIGHT = 1e-6, 1e4
 
 

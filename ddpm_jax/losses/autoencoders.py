@@ -25,7 +25,7 @@ PyTree = Any
 
 # The parameters of the decoder's last layer, for the adaptive weight.
 LAST_KERNEL = ("decoder", "conv_out", "kernel")
-# The details that are metrics, as means over the batch.
+# The details whose means over the batch are metrics.
 _METRICS = ("reconstruction", "perceptual", "kl", "commitment", "generator", "discriminator", "adaptive_weight")
 
 
@@ -46,29 +46,29 @@ def autoencoding(
 ) -> Objective:
   """Train an autoencoder to reconstruct data.
 
-  The losses are those of Esser et al. (2021) and Rombach et al. (2022, appendix G).
-  The loss of a sample is its `reconstruction_error`, plus `perceptual_weight` times its `perceptual_distance`, plus the
-  loss of the bottleneck:
+  The losses follow Esser et al. (2021) and Rombach et al. (2022, appendix G). The loss of a sample is its
+  `reconstruction_error`, plus `perceptual_weight` times its `perceptual_distance`, plus the loss of the bottleneck:
 
   - Without a codebook: `kl_weight` times the KL divergence between the posterior and a standard normal distribution,
-    summed over the latents and divided by the number of data values. Rombach et al. sum both errors instead, so the
-    ratio of the two terms is the same.
+    summed over the latents and divided by the number of data values. Rombach et al. sum both the reconstruction
+    error and the KL divergence over all values, so the ratio of the two terms is the same.
   - With a codebook: `commitment_weight` times the mean squared distance between the encoder's vectors and their codes
-    (van den Oord et al. 2017, equation 3). The codebook itself is an average of these vectors (`update_codebook`). Its
-    vectors come from the memory, and `project` copies them into the parameters. The EMA of the parameters averages
-    them like all others, one step late.
+    (van den Oord et al. 2017, equation 3). Each vector of the codebook is an average of the encoder's vectors
+    (`update_codebook`). The memory holds the codebook, and `project` copies it into the parameters. The EMA of the
+    parameters also averages the codebook, but one step late.
 
-  With a discriminator, the loss also has `adversarial_weight` times the adaptive weight times the generator's loss, and
-  the discriminator's hinge loss. The adaptive weight is the ratio of the norms of two gradients at the kernel of the
-  decoder's last layer: that of the first two terms, and that of the generator's loss (Esser et al. 2021, equation 7).
-  The weight itself receives no gradient. It comes from the gradients of the entire batch in the step before, so it does
-  not depend on how a batch is split.
+  With a discriminator, the loss has two more terms: `adversarial_weight` times the adaptive weight times the
+  generator's loss, and the discriminator's hinge loss. The adaptive weight is computed from two gradients at the kernel
+  of the decoder's last layer: it is the norm of the gradient of the reconstruction and perceptual terms, divided by the
+  norm of the gradient of the generator's loss (Esser et al. 2021, equation 7). The weight itself receives no gradient.
+  It comes from the gradients of the entire batch in the step before, so it does not depend on how a batch is split.
 
   Before `adversarial_start` all adversarial terms, and all gradients of the discriminator, are exactly 0. The
-  discriminator is computed nevertheless, so steps take as long as later ones, and weight decay also acts on it. In step
-  `adversarial_start` the weight is still 0, so the generator's loss starts one step after the discriminator's loss.
+  discriminator is computed nevertheless, so these steps take as long as later steps. Any weight decay acts on the
+  discriminator from the first step. In step `adversarial_start` the adaptive weight is still 0, so the generator's loss
+  starts one step after the discriminator's loss.
 
-  One step trains the autoencoder and the discriminator. Neither receives gradients of the other one's loss.
+  One step trains the autoencoder and the discriminator. Neither receives gradients of the other's loss.
 
   Args:
     autoencoder: the autoencoder.
@@ -76,7 +76,7 @@ def autoencoding(
     kl_weight: the weight of the KL divergence.
     commitment_weight: the weight of the commitment loss.
     codebook_decay: the rate of the averages that form the codebook, in [0, 1).
-    codebook_restart: the share of the mean use below which a code is replaced; 0 replaces no codes.
+    codebook_restart: a code is replaced if its count is below this share of the mean count; 0 replaces no codes.
     perceptual: a frozen network; None for no perceptual loss.
     perceptual_weight: the weight of the perceptual loss.
     discriminator: the discriminator, such as `networks.PatchDiscriminator`; None for no adversarial loss.
@@ -117,7 +117,7 @@ def autoencoding(
     if autoencoder.quantize is None:
       posterior = gaussian.from_moments(latents)
       kl = posterior.kl()
-      # `sample_noisy` of other objectives uses 0 and 1, and dropout 2.
+      # Other objectives fold in 0 and 1 for times and noise (`sample_noisy`), and 2 for dropout.
       return posterior.sample(randomness.fold_in(keys, 3)), kl_weight * kl / (x[0].size), {"kl": kl}
     codes, vectors = jax.lax.stop_gradient(autoencoder.quantize(params, latents))
     commitment = reconstruction_error(latents, vectors, "l2")
@@ -221,7 +221,7 @@ def _adversarial_loss(
   error_gradient, (losses, details) = jax.grad(mean_error, has_aux=True)(y)
 
   parts = adversarial.adversarial(discriminator, judge, x, y)
-  # Select zeros before the start instead of a branch of `lax.cond`: on a CPU, convolutions in branches take very long.
+  # Before the start, select zeros. On a CPU, convolutions in branches of `lax.cond` would take very long.
   parts = jax.tree.map(lambda leaf: jnp.where(started, leaf, jnp.zeros_like(leaf)), parts)
   _, pull_back = jax.vjp(lambda kernel: autoencoder.decode_output(_with_last(model, kernel), h), _last(model))
   both = {"reconstruction": error_gradient, "generator": parts.reconstruction_gradient}
@@ -231,7 +231,7 @@ def _adversarial_loss(
     "generator": parts.generator,
     "discriminator": parts.discriminator,
     "adaptive_weight": jnp.broadcast_to(weight, (count,)),
-    # The mean over the batch of these copies is the gradient of the batch, whatever its parts are.
+    # Each sample gets a copy. If the batch is split, the mean of all copies is then the gradient of the entire batch.
     "last_layer": jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (count, *leaf.shape)), last_layer),
   }
   gradients = (error_gradient + weight * parts.reconstruction_gradient, parts.params_gradient)

@@ -59,8 +59,8 @@ def update_codebook(
   counts = decay * state.counts + (1 - decay) * counts
   sums = decay * state.sums + (1 - decay) * sums
   total = jnp.sum(counts)
-  # Without replacements, a code that was never used keeps its initial vector.
-  # Nor does a code move after its count has fallen so low that smoothing would pull its vector to 0.
+  # Without replacements, a code keeps its vector if it was never used, or if its count is so small that smoothing would
+  # pull the vector to 0.
   is_dead, was_used = counts < restart * total / size, counts > 100 * _SMOOTHING
   rows = jax.random.randint(key, (size,), 0, z.shape[0])
   counts = jnp.where(is_dead, total / size, counts)
@@ -71,15 +71,19 @@ def update_codebook(
 
 
 def count_codes(codes: Array) -> Array:
-  """Return how often each of the distinct codes occurs in `codes` [...], followed by zeros, an array [codes.size]."""
+  """Return how often each distinct code occurs in `codes` [...].
+
+  The result has the shape [codes.size]. Zeros follow the counts.
+  """
   codes = codes.reshape(-1)
   return jnp.unique(codes, return_counts=True, size=codes.size, fill_value=-1)[1].astype(jnp.float32)
 
 
 def perplexity(counts: Array) -> Array:
-  """Return the perplexity of codes, the exponential of the entropy of their frequencies, from their counts.
+  """Return the perplexity of codes from their counts.
 
-  It is K if K codes are equally frequent, and 1 if all codes are equal.
+  The perplexity is the exponential of the entropy of the codes' frequencies. It is K if K codes are equally frequent,
+  and 1 if all codes are equal.
   """
   frequencies = counts / jnp.sum(counts)
   return jnp.exp(-jnp.sum(frequencies * jnp.log(jnp.where(frequencies > 0, frequencies, 1.0))))

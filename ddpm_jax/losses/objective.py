@@ -117,9 +117,9 @@ class Objective(NamedTuple):
       the model's new parameters, and `details` covers the entire batch in order. Default: the memory stays the same.
     summarize: `summarize(details) -> metrics`, a dict of scalars or `Mean`s over the entire batch. Default: no metrics.
     load: `load() -> frozen` reads frozen parameters, such as a teacher's. Default: None, no frozen parameters.
-    project: `project(params, memory) -> params` changes the model's parameters after every step that is not skipped,
-      such as a codebook or weights of a fixed norm. It sees the memory after `update`. The EMA follows one step behind:
-      it averages the parameters that the optimizer returns. Default: None, no change.
+    project: `project(params, memory) -> params` changes some of the model's parameters, such as a codebook or weights
+      of a fixed norm, after every step that is not skipped. It sees the memory after `update`. The EMA follows one step
+      behind: it averages the parameters that the optimizer returns. Default: None, no change.
   """
 
   loss: Callable[[dict[str, PyTree], Context, Array, dict[str, PyTree]], tuple[Array, PyTree]]
@@ -255,7 +255,10 @@ def _distribution(times: TimeDistribution | AdaptiveTimes, memory: PyTree) -> Ti
 
 
 def _times(times: TimeDistribution | AdaptiveTimes, context: Context, batch: Mapping[str, PyTree]) -> TimeDistribution:
-  """Return a distribution that yields the times in the batch. If the batch has no times, return the loss's own."""
+  """Return a distribution that yields the times in the batch.
+
+  If the batch contains no times, return the distribution `times`.
+  """
   return (lambda keys: batch["times"]) if "times" in batch else _distribution(times, context.memory)
 
 
@@ -274,6 +277,6 @@ def _item(batch: Mapping[str, PyTree], name: str) -> Array:
   if name not in batch:
     raise ValueError(
       f"Got a batch with the keys {', '.join(sorted(batch)) or '(none)'}; expected {name!r} among them. Add it in `encode`"
-      " of training.train_step, or for missing classes set `target` of losses.classification to another key."
+      " of training.train_step. If the classes have another key, set `target` of losses.classification to that key."
     )
   return batch[name]

@@ -51,8 +51,8 @@ class Features(NamedTuple):
 
   Attributes:
     apply: `apply(frozen, images) -> maps` for images [B, H, W, C] in [-1, 1]. The maps are arrays [B, h, w, D].
-    load: `load() -> frozen` reads the network's parameters. If it has an attribute `shapes`, `shapes()` returns their
-      shapes, and planning a run reads no file.
+    load: `load() -> frozen` reads the network's parameters. If `load` has an attribute `shapes`, `shapes()` returns the
+      shapes of the parameters, and planning a run reads no file.
   """
 
   apply: Callable[[PyTree, Array], Sequence[Array]]
@@ -95,11 +95,11 @@ def reconstruction_error(x: Array, y: Array, error: Literal["l1", "l2"] = "l1") 
 
 
 def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
-  """Compute the distance of two batches of images in the features of a network, for each sample [B].
+  """Compute the distance between two batches of images in the features of a network, for each sample [B].
 
   At each position of each map, the features are divided by their Euclidean norm. The distance is the squared
-  difference, summed over channels and averaged over positions and maps. In equation 1 of Zhang et al. (2018), maps
-  are summed, and channels have learned weights, which belong to their own networks.
+  difference, summed over channels and averaged over positions and maps. Equation 1 of Zhang et al. (2018) instead sums
+  over maps, and multiplies the channels by weights that were learned for the networks of that paper.
 
   Args:
     maps: the feature maps of the first images, arrays [B, ..., D] as `Features.apply` returns them.

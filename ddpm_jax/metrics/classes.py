@@ -32,8 +32,8 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
     log_probs: log-probabilities [B, K] of samples `first`, `first + 1`, ...
     first: index of the first sample of the batch.
     total: number of samples in all batches.
-    splits: number of splits. Samples are assigned to splits at random, because they are often sorted by class. The
-      splits are equal to those of torch-fidelity with its default seed.
+    splits: number of splits. Samples are assigned to splits at random, because they are often sorted by class.
+      torch-fidelity makes the same splits from its default seed.
 
   Raises:
     ValueError: if `log_probs` is not finite or not [B, K], the batch extends past `total`, or there are more splits

@@ -22,8 +22,8 @@ class Settings(NamedTuple):
   Attributes:
     scores: names from `SCORES`.
     k: which nearest neighbor sets the radius of a ball (see `metrics.neighborhoods`).
-    pairwise_samples: how many feature vectors of a set of images to store at most, for pairwise scores. If the set is
-      larger, they are chosen at random.
+    pairwise_samples: the maximum number of feature vectors to store for each set of images, for pairwise scores. In a
+      larger set, the stored vectors are chosen at random.
     kernel_subsets: number of random subsets for the kernel distance.
     kernel_size: number of feature vectors in each subset; 0 for the default of the function `kernel_size`.
     splits: number of splits for the class score.
@@ -71,7 +71,7 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       f"Got {total} image(s) to compute statistics from; expected two or more. Check that the set is not empty."
     )
   spatial, classes = None, None
-  # A covariance has as many numbers as the square of the features' size. Compute it only if a score needs it.
+  # The covariance of D features has D^2 numbers. Compute it only if a score needs it.
   features = metrics.MomentSum() if "frechet" in settings.scores else None
   is_stored, stored, first = _sample_mask(total, settings.pairwise_samples), [], 0
   for images in batches:

@@ -1,4 +1,4 @@
-"""Define feature spaces. They turn images into the vectors that scores compare."""
+"""Define feature spaces, which turn images into the vectors that scores compare."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -8,7 +8,7 @@ Features = np.ndarray | Moments | Gaussian
 
 
 def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) -> float:
-  """Compute the Frechet distance of two sets of features in float64.
+  """Compute the Frechet distance between two sets of features in float64.
 
   The distance is |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017; Dowson and Landau 1982).
   With features of the 2015 Inception network it is called FID. Its upward bias is proportional to 1/N, so compare only

@@ -28,7 +28,7 @@ class Neighborhoods(NamedTuple):
 
 
 def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighborhoods:
-  """Compute scores from balls around the points of two sets in float64.
+  """Compute scores in float64 from balls around the points of two sets.
 
   The radius of a ball is the distance from its center to the k-th nearest other point of the same set. Balls are
   closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of the

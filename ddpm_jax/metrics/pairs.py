@@ -5,7 +5,7 @@ from scipy import ndimage
 
 from ddpm_jax.metrics.features import check_images
 
-# Wang et al. (2004), section III-C: the window's standard deviation and side, and the constants of its equations 7-9.
+# Wang et al. (2004), section III-C: the window's standard deviation and side, and the constants of equations 7-9.
 _STD, _SIDE = 1.5, 11
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 # Equal images have an infinite ratio, which JSON cannot hold.

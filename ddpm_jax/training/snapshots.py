@@ -29,7 +29,7 @@ def reconstruct(
       data under "steps".
     templates: the shapes and shardings of a snapshot's trees by name.
     steps: the steps of the snapshots, in rising order.
-    stds: the relative widths of the averages, in their order in a snapshot, the same for all snapshots.
+    stds: the relative widths of the averages in a snapshot, in order. They are the same for all snapshots.
     length: the relative width of the new average.
 
   Returns:

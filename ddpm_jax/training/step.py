@@ -66,8 +66,7 @@ def init_state(
   params = init(init_key)
   # Use 2, because the split above may use 0 and 1.
   extra, memory = objective.init(jax.random.fold_in(key, 2), params, _objective_frozen(objective, frozen))
-  # Copy them, because the memory may start as the same arrays as the parameters, and a buffer that is used twice cannot
-  # be donated.
+  # Copy both, because they may contain arrays of the parameters. A buffer that is used twice cannot be donated.
   extra, memory = jax.tree.map(jnp.copy, (extra, memory))
   opt_state = with_promotion(optimizer.init)(_optimized_tree(params, extra))
   average = ema.ema_params(opt_state)
