@@ -196,7 +196,7 @@ WRONG = {
   "another size": (
     config_of(classifier()),
     {"classifier": classifier_of(data__image_size=16)},
-    r"--classifier, a model of data of shape \(16, 16, 1\), for a model of shape \(8, 8, 1\)",
+    r"--classifier, a model whose x has shape \(16, 16, 1\), for a model whose x has shape \(8, 8, 1\)",
   ),
   "other classes": (
     config_of(classifier()),

@@ -134,7 +134,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
       and are blended there, so that large images need bounded memory. 0 for no tiles.
 
   Raises:
-    ValueError: if `posterior` is unknown, or `tile` is negative or below `tiles.MIN_SIDE`.
+    ValueError: if `posterior` is unknown, or `tile` is below `tiles.MIN_SIDE` and not 0.
   """
   choose(posterior, ("sample", "mode"), "posterior")
   if tile and tile < tiles.MIN_SIDE:

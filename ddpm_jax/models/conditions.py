@@ -42,8 +42,8 @@ class Condition(NamedTuple):
       sampling. The batch contains the condition's name.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
-    dropout: the share of samples for which training replaces the condition by its null value. Classifier-free guidance
-      needs a share above 0.
+    dropout: the share of samples in which the condition gets its null value in training. Classifier-free guidance needs
+      a share above 0.
     num_values: for the kind "classes", the number of values, including the null value.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, used if the user gives no items of this condition. None if the
@@ -144,7 +144,7 @@ def low_resolution(
       deviation, and the network receives it. 0 adds no noise.
     sample_noise: the standard deviation of the noise in sampling, in [0, noise].
     method: the interpolation, "bicubic" or "bilinear".
-    x_shape: the shape of x, which differs from that of the data for a model of latents. None for the data's shape.
+    x_shape: the shape of x if it differs from the data's shape, as in a model of latents. None for the data's shape.
 
   Raises:
     ValueError: if the factor is below 2 or does not divide the sides of the data, the noise is out of range, or the
@@ -172,8 +172,8 @@ def low_resolution(
     low = jnp.asarray(batch[name])
     if low.shape[1:] != small:
       raise ValueError(
-        f"Got {name} of shape {low.shape}; expected [B, {', '.join(map(str, small))}], with sides {factor} times smaller than those"
-        " of the data. Resize the images first."
+        f"Got {name} of shape {low.shape}; expected [B, {', '.join(map(str, small))}], with sides {factor} times smaller than the"
+        " data's sides. Resize the images first."
       )
     image = jax.image.resize(low, (low.shape[0], *shape), method)
     if not noise:
@@ -292,8 +292,8 @@ def encode(
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch, and return their values by name.
 
-  Training replaces each condition with dropout by its null value for a share of the samples. The random numbers of a
-  condition depend only on its name and the keys, not on the other conditions.
+  In training, a condition that has dropout gets its null value in a random share of the samples. The random numbers of
+  a condition depend only on its name and the keys, not on the other conditions.
 
   Args:
     conditions: the conditions by name.
@@ -303,7 +303,8 @@ def encode(
     train: whether to drop conditions and add noise to them as in training.
 
   Raises:
-    ValueError: if the batch lacks a condition that cannot be computed from the data, or has one of the wrong shape.
+    ValueError: if the batch lacks a condition that cannot be computed from the data, or a condition has the wrong
+      shape.
   """
   given = {}
   for name, condition in conditions.items():
@@ -371,8 +372,8 @@ def drop(
       that has a null value.
 
   Raises:
-    ValueError: if no condition has a null value, one of `names` has none or is unknown, or `given` does not match the
-      conditions.
+    ValueError: if no condition has a null value, one of `names` has no null value or is unknown, or `given` does not
+      match the conditions.
   """
   check_given(conditions, given)
   for name in names or ():

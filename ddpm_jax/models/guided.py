@@ -293,7 +293,7 @@ def _check_same_noise(flag: str, model: Model, other: Model, *, time_input: bool
   """Raise a ValueError unless a guide was trained on the same noisy data as the model."""
   if model.shape != other.shape:
     raise ValueError(
-      f"Got {flag}, a model of data of shape {other.shape}, for a model of shape {model.shape}; expected the same shape."
+      f"Got {flag}, a model whose x has shape {other.shape}, for a model whose x has shape {model.shape}; expected the same shape."
     )
   process, other_process = model.process, other.process
   is_same = math.isclose(process.t_max, other_process.t_max)

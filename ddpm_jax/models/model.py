@@ -21,7 +21,7 @@ PyTree = Any
 
 
 class SamplingDefaults(NamedTuple):
-  """Hold the default sampler of a model and its settings.
+  """Hold the default sampler of a model, and the settings of this sampler.
 
   Attributes:
     name: the sampler's name, for messages and reports.

@@ -54,7 +54,9 @@ class Network(NamedTuple):
 
 
 def from_component(component: Any, arguments: Mapping[str, Any], conditions: Mapping[str, Condition]) -> Network:
-  """Return the network that a component of a config, or of a user's code, defines.
+  """Return the network that a component defines.
+
+  The component comes from a config or from a user's code.
 
   Args:
     component: A class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
@@ -179,7 +181,7 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
   """Return the network of a Flax NNX class.
 
   The module is `component(**arguments, rngs=nnx.Rngs(key))`, without `rngs` if the class does not accept it. Its
-  `__call__` receives the same arguments as that of a Linen module (see `from_linen`). Parameters are the module's
+  `__call__` receives the same arguments as a Linen module's (see `from_linen`). Parameters are the module's
   `nnx.Param` variables, as nested dicts by name. The module is set to `train()` in training and to `eval()` otherwise.
   In training, the module's streams of random numbers start from the first sample's key.
 

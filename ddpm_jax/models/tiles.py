@@ -1,4 +1,4 @@
-"""Apply a function to an image in overlapping tiles, so that its memory is bounded."""
+"""Apply a function to an image in overlapping tiles, to bound the memory that the function needs."""
 
 import itertools
 import math

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ddpm_jax.networks import layers, options
 
 Array = jax.Array
-# The largest array of distances between vectors and codes, in bytes. More distances are computed in parts.
+# The largest array of distances between vectors and codes, in bytes. Larger arrays are computed in parts.
 _DISTANCE_BYTES = 2**28
 
 
@@ -21,11 +21,11 @@ class Autoencoder(nn.Module):
   """Compress data to a small array of latents, and reconstruct them.
 
   This is the autoencoder of latent diffusion (Rombach et al. 2022, appendix G; Esser et al. 2021). The encoder applies
-  residual blocks and halves every axis between its levels. The decoder mirrors it. With the bottleneck "kl" the encoder
-  returns the moments of a diagonal Gaussian (Kingma and Welling 2014). With "vq", the nearest vectors of a codebook
-  replace the encoder's vectors (van den Oord et al. 2017).
+  residual blocks and halves every axis between its levels. The decoder mirrors the encoder. With the bottleneck "kl"
+  the encoder returns the moments of a diagonal Gaussian (Kingma and Welling 2014). With "vq", the nearest vectors of a
+  codebook replace the encoder's vectors (van den Oord et al. 2017).
 
-  The defaults are those of Stable Diffusion.
+  The defaults are Stable Diffusion's. In shapes of arrays, f is `downsampling`.
 
   Attributes:
     out_channels: the number of channels of the data.
@@ -154,7 +154,7 @@ class Autoencoder(nn.Module):
   def quantize(self, z: Array) -> tuple[Array, Array]:
     """Return the nearest codes, int32 [B, *space / f], and their vectors [B, *space / f, latent_channels].
 
-    The vectors have the codebook's gradient, and z has none.
+    Gradients of the vectors flow into the codebook, and not into z.
 
     Raises:
       ValueError: if the bottleneck is not "vq".
@@ -202,8 +202,8 @@ class Autoencoder(nn.Module):
   def decode_output(self, h: Array) -> Array:
     """Map the features of `decode_features` to data [B, *space, C] in float32, by one convolution.
 
-    Its parameters are params["decoder"]["conv_out"]. The adaptive weight of an adversarial loss needs the gradients
-    with respect to them (Esser et al. 2021, equation 7).
+    The convolution's parameters are params["decoder"]["conv_out"]. The adaptive weight of an adversarial loss needs the
+    gradients with respect to these parameters (Esser et al. 2021, equation 7).
     """
     return self.decoder.output(h).astype(jnp.float32)
 
@@ -269,7 +269,10 @@ class Decoder(nn.Module):
   options: layers.BlockOptions
 
   def setup(self):
-    """Create the last convolution. The other layers are created by `features`."""
+    """Create the last convolution.
+
+    `features` creates the other layers.
+    """
     # The last convolution starts at zero, so that the first reconstructions are zero.
     o = self.options
     self.conv_out = layers.Conv(self.out_channels, o.dtype, kernel_init=layers.ZEROS, kernels=o.kernels)
@@ -329,7 +332,7 @@ class Codebook(nn.Module):
     norms = jnp.sum(vectors**2, axis=-1)
 
     def nearest(z):
-      # The squared distance, less the squared norm of z.
+      # The squared distance minus the squared norm of z, which is the same for all codes.
       distances = norms - 2 * jnp.matmul(z, vectors.T, precision="highest")
       return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 

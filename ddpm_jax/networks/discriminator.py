@@ -20,7 +20,7 @@ class PatchDiscriminator(nn.Module):
   Group normalization replaces batch normalization, because a loss must be a mean over samples.
 
   Attributes:
-    channels: the features of the first convolution. Each further convolution doubles them, up to eight times.
+    channels: the features of the first convolution. Each further convolution doubles them, up to `8 * channels`.
     levels: the number of convolutions that halve the data. The size of a patch is 70 pixels for 3 levels, 34 for 2 and
       16 for 1.
     groups: the number of groups in every normalization. 0 selects `layers.default_groups`.

@@ -53,7 +53,7 @@ class Inception(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, maps: int = 0) -> dict[str, Array] | list[Array]:
-    """Return the features of images as a dict of arrays [B, D] by tap, or at all positions.
+    """Return the features of images as a dict of arrays [B, D] by tap, or as a list of `maps` arrays [B, h, w, D].
 
     Args:
       x: the images [B, 299, 299, 3], already scaled by the caller: (value - 128) / 128 for values in [0, 255].
@@ -88,7 +88,7 @@ class Inception(nn.Module):
     return {tap: outputs[tap] for tap in self.taps}
 
   def _maps(self, x: Array, stages: Sequence[Callable[[Array, dict[str, Array]], Array]]) -> list[Array]:
-    # The smallest sides whose features have at least one position after each stage.
+    # The smallest sides of images for which the last stage has at least one position, for 1 to 4 stages.
     smallest = (11, 27, 43, 75)[len(stages) - 1]
     if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < smallest:
       raise ValueError(

@@ -417,7 +417,7 @@ def project_heads(x: Array, heads: int, name: str, options: BlockOptions, kernel
 def rematerialize(block: Any, remat: str) -> Any:
   """Return a block, wrapped for recomputation in the backward pass if `remat` requires it.
 
-  The words of `remat` are those of `networks.UNet`.
+  `networks.UNet` describes the values of `remat`.
   """
   if remat == "none":
     return block
@@ -472,7 +472,7 @@ class AttentionPool(nn.Module):
     x = jnp.concatenate([jnp.mean(x, axis=1, keepdims=True), x], axis=1)
     init = nn.initializers.normal(channels**-0.5)
     positions = parameter(self, "positions", init, (x.shape[1], channels))
-    # Repeat them in float32, so that their gradients are summed in float32.
+    # Repeat the positions in float32, so that their gradients are summed in float32.
     x = x + jnp.broadcast_to(positions[None], x.shape).astype(x.dtype)
     # Only the first position, the mean, is a query.
     q = project_heads(x[:, :1], self.heads, "to_q", options)

@@ -98,7 +98,10 @@ def _check_values(network: Any) -> None:
 
 
 def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
-  """Check the options that are numbers: those named `finite`, those that may be 0, and the sizes that may not."""
+  """Check the numeric options of a network.
+
+  The options in `finite` must be finite. The options in `counts` may be 0, but sizes must be positive.
+  """
   n = network
   for name in finite:
     value = getattr(n, name)
@@ -115,7 +118,10 @@ def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -
 
 
 def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[Any]]) -> None:
-  """Check options that have a few allowed values, each given as its name, its values and the allowed values."""
+  """Check options that have a few allowed values.
+
+  Each option is a tuple of its name, its values and the allowed values.
+  """
   n, last = network, len(network.multipliers) - 1
   for name, values, choices in options:
     is_per_level = name in ("downsample", "upsample")

@@ -23,7 +23,7 @@ class Backbone(nn.Module):
 
   They share the embedding, the downward path and the middle.
 
-  The defaults are those of DDPM (Ho et al. 2020). The recipes in `configs/` have the settings of other papers.
+  The defaults are DDPM's (Ho et al. 2020). The recipes in `configs/` have the settings of other papers.
 
   Attributes:
     out_channels: the number of output channels. For a classifier, the number of classes.
@@ -71,8 +71,8 @@ class Backbone(nn.Module):
     dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
       wider.
     remat: which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
-      blocks, so only values passed between blocks are saved. "everything": these, and on the upward path also the
-      values between blocks, so only the inputs of each level are saved there. The name of a
+      blocks, so only values passed between blocks are saved. "everything": the values inside blocks, and on the upward
+      path also the values between blocks, so only the inputs of each level are saved there. The name of a
       `jax.checkpoint_policies` entry without arguments: the values inside blocks that this policy does not save.
     attention: the implementation of attention. "" selects the form tuned for the platform (see `attention.attend`).
       "xla" and "cudnn" select an implementation of `jax.nn.dot_product_attention`. "cudnn" requires bfloat16 and an
@@ -329,8 +329,8 @@ class UNet(Backbone):
       An array [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if
-        classes or a vector are missing, or given to a network without them.
+      ValueError: if the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if the
+        network needs classes or a vector and does not get them, or gets classes or a vector that it does not use.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)
@@ -366,7 +366,7 @@ class UNet(Backbone):
 class Classifier(Backbone):
   """Classify noisy data by the U-Net's downward path, its middle, and attention pooling.
 
-  This is the classifier of noisy images of Dhariwal and Nichol 2021, section 4. It accepts only data of the size that
+  This is the classifier of noisy images from Dhariwal and Nichol 2021, section 4. It accepts only data of the size that
   `init` saw.
   """
 

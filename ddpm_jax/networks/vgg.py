@@ -23,7 +23,7 @@ class VGG16(nn.Module):
   def __call__(self, x: Array) -> list[Array]:
     """Return the last features of each level after the ReLU, from [B, H, W, 64] to [B, H / 16, W / 16, 512].
 
-    Sides that are odd are rounded down.
+    Halves of odd sides are rounded down.
 
     Args:
       x: the images [B, H, W, 3], in the scale of the network's weights.

@@ -31,8 +31,9 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
   do not fit in a TPU's on-chip memory, the TPU form computes them for one part of the batch at a time.
 
   If the scores q k^T would exceed 256 MiB, they are computed for one block of queries after another, forward and
-  backward, so that no array of scores exceeds 64 MiB (Rabe and Staats 2021). On a TPU, parts of the batch come first.
-  The implementation "cudnn" never stores the scores.
+  backward, so that no array of scores exceeds 64 MiB (Rabe and Staats 2021). On a TPU, the batch is split first, and
+  queries are split only if the scores of one part are still too large. The implementation "cudnn" never stores the
+  scores.
 
   Args:
     q: queries [B, N, heads, C].
@@ -91,8 +92,8 @@ def _row_maximum(x: Array) -> Array:
   return jnp.max(x, axis=-1, keepdims=True)
 
 
-# Larger scores of a batch are computed in blocks of queries. The scores of a block take at most `_BLOCK_BYTES`, because
-# the backward pass stores several arrays of this size.
+# If the scores of a batch exceed `_MAX_BATCH_BYTES`, they are computed in blocks of queries. The scores of a block take
+# at most `_BLOCK_BYTES`, because the backward pass stores several arrays of this size.
 _MAX_BATCH_BYTES, _BLOCK_BYTES = 2**28, 2**26
 
 
@@ -116,7 +117,7 @@ def _attend_in_blocks(q: Array, k: Array, v: Array, attend: Callable[..., Array]
 
 
 # A TPU's on-chip memory is 128 MiB. Larger scores are computed in parts of at most `_PART_BYTES`, or one sample at a
-# time if the scores of one sample are larger. These may be computed in blocks in turn.
+# time if the scores of one sample are larger. The scores of one sample may in turn be computed in blocks of queries.
 _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 

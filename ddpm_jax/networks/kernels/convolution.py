@@ -96,7 +96,7 @@ def _is_faster_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: P
 @jax.jit
 def _convolve_tuned_single_device(x: Array, kernel: Array) -> Array:
   plain = partial(_convolve_plain, strides=(1, 1), pads=((1, 1), (1, 1)))
-  # With the checkpoint, the backward pass recomputes the sums of x, because they take four times the memory of x.
+  # With the checkpoint, the backward pass recomputes the sums of x. Saving them would take four times the memory of x.
   return lax.platform_dependent(x, kernel, cpu=jax.checkpoint(_convolve_by_tiles), default=plain)
 
 
