@@ -100,7 +100,7 @@ def write(folder: Path, tree: Tree) -> None:
 
 
 def _replace_prefix(value: Any, before: str, after: str) -> Any:
-  """Replace the prefix `before` by `after` in all strings that have it, anywhere in a config."""
+  """Replace the prefix `before` with `after` in all strings of a config."""
   if isinstance(value, Mapping):
     return {name: _replace_prefix(item, before, after) for name, item in value.items()}
   if isinstance(value, str) and value.startswith(before):

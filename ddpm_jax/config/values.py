@@ -29,7 +29,10 @@ def plain(annotation: Any) -> Any:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-  """Return the types in a union, or only the type itself if it is not a union, without `Annotated` metadata."""
+  """Return the types in a union, without `Annotated` metadata.
+
+  For a type that is not a union, return only this type.
+  """
   annotation = plain(annotation)
   if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
     return typing.get_args(annotation)

@@ -111,7 +111,7 @@ def saved_inputs(inputs: Inputs) -> Inputs:
 def load_parameters(
   guided: Guided, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, model: Pretrained | None
 ) -> Parameters:
-  """Return the parameters of the run or of the pretrained model, together with those of the guides.
+  """Return the parameters of the run or of the pretrained model, together with the parameters of the guides.
 
   The folder must be writable, because the results are saved there.
   """

@@ -78,7 +78,7 @@ def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyT
   """Raise a ValueError if latents were encoded by another autoencoder than the frozen one."""
   if isinstance(latents, data.PackedSource) and latents.settings["codec"] != settings_of(experiment, frozen)["codec"]:
     raise ValueError(
-      f"Got config.data.latents={experiment.data.latents!r}, encoded by another autoencoder than that of config.model.codec; expected the same"
+      f"Got config.data.latents={experiment.data.latents!r}, encoded by another autoencoder than the one in config.model.codec; expected the same"
       f" autoencoder. {_AGAIN}"
     )
 

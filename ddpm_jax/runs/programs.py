@@ -91,7 +91,7 @@ def denoising_frames(
 
   Returns:
     The function `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, and the times [K] from t_max to 0. The
-    arguments of `denoising` are those of the function that `generate` compiles. The frames are scaled for display: the
+    function takes the same arguments as the function that `generate` compiles. The frames are scaled for display: the
     noise has a standard deviation of at most 1.
   """
   process, times = experiment.model.process, experiment.times
@@ -118,8 +118,8 @@ def compile_sampler(
 ) -> Callable[[Parameters, Any, Any, Arrays], PyTree]:
   """Compile `sample(keys, denoise, batch, parameters)` as a function of `(parameters, seed, first, batch)`.
 
-  The arguments are those of the function that `generate` compiles. The denoiser that `sample` receives is guided but
-  not clipped.
+  The compiled function takes the same arguments as the function that `generate` compiles. The denoiser that `sample`
+  receives is guided but not clipped.
 
   Raises:
     ValueError: if the sampling batch cannot be sharded over the devices or does not fit into their memory.

@@ -287,7 +287,7 @@ def score_floor(
   settings: evaluate.Settings,
   count: int,
 ) -> tuple[evaluate.Scores | None, int, str]:
-  """Score real images that are not in the reference, as the floor of all scores.
+  """Score real images that are not in the reference, to find the floor of all scores.
 
   Args:
     space: the feature space.

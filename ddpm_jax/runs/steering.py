@@ -137,7 +137,7 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
 def scale_key(tree: config.Tree) -> str:
   """Return the key of the guidance scale, with "__" for each dot.
 
-  If guidance is limited to an interval, the key is that of the scale inside the interval.
+  If guidance is limited to an interval, this is the key of the scale inside the interval.
   """
   scale = tree.values["guidance"].get("scale")
   return "guidance__scale__scale" if isinstance(scale, Mapping) and "scale" in scale else "guidance__scale"

@@ -267,7 +267,7 @@ class _Trainer:
     self.damaged = problems
 
   def parameters(self, state: training.TrainState) -> Parameters:
-    """Return the parameters for sampling, without those of the objective, such as a teacher's."""
+    """Return the parameters for sampling, without the objective's parameters, such as a teacher's."""
     model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
     return Parameters(ema.ema_params(state.opt_state), model_frozen)
 

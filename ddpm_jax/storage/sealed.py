@@ -175,7 +175,7 @@ def copy_aside(path: Path, folder: Path) -> Path:
 def unused_path(path: Path, folder: Path) -> Path:
   """Create a folder if it is missing, and return an unused path in it.
 
-  The name is that of `path`, with a number if this name is already used.
+  The file name is that of `path`. If the folder has such a file, a number is added to the name.
   """
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))

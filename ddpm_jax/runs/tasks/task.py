@@ -77,7 +77,7 @@ class Task(Protocol):
 
 
 def check_objective(experiment: Experiment, task: str, objectives: Sequence[str]) -> None:
-  """Raise a ValueError if the objective is not one of the task's. A user's own objective is always accepted."""
+  """Raise a ValueError if the objective is not one of `objectives`. A user's own objective is always accepted."""
   name = experiment.tree.short_name("objective")
   if name not in objectives and not experiment.tree.is_custom("objective"):
     raise ValueError(
