@@ -169,9 +169,9 @@ def is_supplied(parameter: inspect.Parameter, supplied: Iterable[Any]) -> bool:
 
   Args:
     parameter: the parameter of a component.
-    supplied: names and types. A name matches a parameter of that name. A type matches a parameter that is annotated with it,
-      alone or in a union with None. A parameter without an annotation matches a type if the parameter's name is the
-      type's name in lower case.
+    supplied: names and types. A name matches a parameter of that name. A type matches a parameter that is annotated
+      with it, alone or in a union with None. A parameter without an annotation matches a type if the parameter's name
+      is the type's name in lower case.
   """
   kinds = [one for one in members(parameter.annotation) if one is not types.NoneType]
 
