@@ -116,7 +116,9 @@ def test_the_classifier_of_scores_gives_maps(tmp_path):
   hidden, _ = network.apply({"params": params}, x)
   last = jnp.concatenate([maps[-1].mean((1, 2)), maps[-1].max((1, 2))], -1)
   np.testing.assert_allclose(hidden, last @ params["hidden"]["kernel"] + params["hidden"]["bias"], rtol=1e-5, atol=1e-5)
-  with pytest.raises(ValueError, match=r"images with 3 channel\(s\) for a classifier that was trained on images with 1"):
+  with pytest.raises(
+    ValueError, match=r"images with 3 channel\(s\) for a classifier that was trained on images with 1"
+  ):
     made.apply(made.load(), images(8))
   safetensors.numpy.save_file({"a/b": np.zeros(1)}, path)
   with pytest.raises(ValueError, match="as a classifier of real images"):
