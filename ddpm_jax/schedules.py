@@ -119,7 +119,7 @@ def as_table(betas) -> np.ndarray:
   if callable(betas) or isinstance(betas, str):
     description = f"the function {getattr(betas, '__name__', betas)}" if callable(betas) else repr(betas)
     raise ValueError(
-      f"Got {description} as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule."
+      f"Got {description} as betas; expected a table of numbers. Pass the result of a schedule, such as schedules.linear(1000)."
     )
   return np.asarray(betas, np.float64)
 

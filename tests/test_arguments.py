@@ -88,7 +88,7 @@ WRONG = {
   ),
   "schedule uncalled": (
     lambda: processes.discrete(schedules.linear),
-    "Got the function linear as betas; expected a table of numbers, such as schedules.linear(1000). Call the schedule.",
+    "Got the function linear as betas; expected a table of numbers. Pass the result of a schedule, such as schedules.linear(1000).",
   ),
   "schedule's name": (
     lambda: schedules.zero_terminal_snr("linear"),

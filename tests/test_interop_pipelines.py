@@ -1,4 +1,4 @@
-"""Compare our samples from diffusers' models with samples from diffusers' pipelines."""
+"""Load models of diffusers, and compare our samples with those of diffusers' pipelines."""
 
 import itertools
 

@@ -23,10 +23,7 @@ FIR = (1, 3, 3, 1)
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-  """Return `call(function, *args)`.
-
-  It runs a function on this machine with the TPU forms.
-  """
+  """Return a function `call(function, *args)` that runs `function(*args)` on this machine with the TPU forms."""
 
   def choose_tpu(*args, tpu=None, default=None, **others):
     return (tpu or default)(*args)

@@ -38,7 +38,7 @@ def train(config, folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """Make an untrained run, and score it on one device."""
+  """Make a finished run with random parameters, and score it on one device."""
   folder = tmp_path_factory.mktemp("finished")
   with one_device():
     write_run(config_of(), folder)

@@ -114,7 +114,7 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 def slerp(a: Array, b: Array, fraction) -> Array:
   """Interpolate spherically between samples.
 
-  The result is `sin((1 - f) angle) / sin(angle) a + sin(f angle) / sin(angle) b`. The angle and the norms are computed
+  The result is `(sin((1 - f) * angle) * a + sin(f * angle) * b) / sin(angle)`. The angle and the norms are computed
   over all axes except the first. Between two samples of noise the norm stays nearly constant. On a straight line it
   would be smaller in the middle. Interpolation is linear where a sample is 0, or where the angle is close to 0 or 180
   degrees. Source: Shoemake 1985; Song et al. 2021a, appendix D.3.

@@ -134,7 +134,9 @@ def check_features(features: np.ndarray) -> np.ndarray:
   """
   features = np.asarray(features)
   if features.ndim != 2 or not features.shape[1]:
-    raise ValueError(f"Got features of shape {features.shape}; expected [N, D] with one or more dimensions D.")
+    raise ValueError(
+      f"Got features of shape {features.shape}; expected a two-dimensional array [N, D] with D of at least 1."
+    )
   features = _to_float64(features)
   bad = len(features) - int(np.count_nonzero(np.isfinite(features).all(1)))
   if bad:

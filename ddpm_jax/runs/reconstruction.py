@@ -276,7 +276,7 @@ class Scorer:
 
     Args:
       weights: the weights to score.
-      seed: ignored, because reconstructions are not random.
+      seed: recorded in eval.json; reconstructions are not random.
       variants: ignored.
     """
     del variants

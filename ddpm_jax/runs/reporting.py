@@ -45,7 +45,7 @@ def denoising(
 def neighbors(
   extract: evaluate.Extract, samples: np.ndarray, source: data.Source, held_out: data.Source | None
 ) -> page.Neighbors | None:
-  """Find the nearest training images of samples and of held-out images in a feature space.
+  """Find the training images nearest to the samples and to held-out images, in a feature space.
 
   The distances of held-out images show which distances are typical. Return None if there are no held-out images or too
   few training images.
