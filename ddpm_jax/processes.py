@@ -259,8 +259,8 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> Process:
   Time runs from 0 to sigma_max. The time input is log(sigma) / 4.
 
   Args:
-    sigma_min: by default the last sigma above 0 in the grids `log_snr` and `karras`. It is also the smallest sigma that
-      `losses.log_normal` and `losses.logit_normal` sample.
+    sigma_min: the smallest sigma that `losses.log_normal` and `losses.logit_normal` sample, and the last sigma above 0
+      in the grids `log_snr` and `karras` unless they get a `t_min`.
     sigma_max: the sigma of the prior.
 
   Raises:

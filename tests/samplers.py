@@ -120,7 +120,7 @@ def run(sampler, denoise, x, times, key=None, **kwargs):
 
 
 def run_many(*arguments):
-  """Run `sample` with an optimized program, for many samples or steps."""
+  """Compile `sample` with XLA's default optimizations and run it, for many samples or steps."""
   return run(*arguments, compiler_options=OPTIMIZED)
 
 

@@ -1,4 +1,4 @@
-"""Test the autoencoder without a peer: its shapes, its codes, and its options."""
+"""Test the shapes, codes and options of the autoencoder, without comparing it to another library."""
 
 import functools
 

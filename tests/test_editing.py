@@ -154,7 +154,7 @@ def test_a_rule_with_memory_is_an_error_for_repaint(name):
 
 
 def test_repaint_prepares_a_rule_for_all_parts_of_the_steps():
-  """`repaint` divides each of 3 steps into 4 parts, so the wrapped rule prepares its churn for 12 steps."""
+  """`repaint` divides each of 3 steps into 4 parts, so it prepares the wrapped rule for 12 steps."""
   step_counts = []
 
   def prepare(count):

@@ -306,7 +306,7 @@ WRONG = [
   (
     "superres",
     {},
-    "images of 8x8 for --task=superres with a model of 8x8; expected images smaller .* by an integer factor, such as 4",
+    "images of 8x8 for --task=superres with a model of 8x8; expected images smaller .* by an integer factor \\(for a factor of 2, 4",
   ),
   ("superres", {"source": "odd.npz"}, "images of 3x3 for --task=superres with a model of 8x8"),
   ("superres", {"source": "small.npz"} | by("posterior(noise_std=0.0)"), "noise_std=0.0"),

@@ -103,7 +103,10 @@ def test_non_square_images_are_enlarged(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("low", "message"),
   [
-    ((4, 4), "images of 4x4 for --task=superres with a model of 16x8; expected .* by an integer factor, such as 8x4"),
+    (
+      (4, 4),
+      "images of 4x4 for --task=superres with a model of 16x8; expected .* by an integer factor \\(for a factor of 2, 8x4",
+    ),
     ((2, 8), "images of 8x2 for --task=superres"),
     ((8, 16), "images of 16x8 for --task=superres"),
     ((16, 32), "images of 32x16 for --task=superres"),

@@ -47,8 +47,8 @@ def pipeline_files(folder: Path) -> PipelineFiles:
       parts = set(_part_names(content))
     if not {"unet", "scheduler", *AUTOENCODERS} >= parts or parts >= set(AUTOENCODERS):
       raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(sorted(parts))}; expected a pixel pipeline"
-        " with only unet and scheduler, such as a DDPMPipeline or a DDIMPipeline, or an LDMPipeline, which also has a vqvae."
+        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(sorted(parts))}; expected either a pixel"
+        " pipeline with only unet and scheduler (such as a DDPMPipeline or a DDIMPipeline), or an LDMPipeline with unet, scheduler and vqvae."
       )
   is_nested = (folder / "unet").is_dir()
   unet_folder = folder / "unet" if is_nested else folder

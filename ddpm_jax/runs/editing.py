@@ -137,7 +137,7 @@ def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
     )
   factor = height // input_height
   if edit.task == "superres" and (factor < 2 or (input_height * factor, input_width * factor) != (height, width)):
-    example = "" if height % 2 or width % 2 else f", such as {width // 2}x{height // 2}"
+    example = "" if height % 2 or width % 2 else f" (for a factor of 2, {width // 2}x{height // 2})"
     raise ValueError(
       f"Got images of {input_width}x{input_height} for --task=superres with a model of {width}x{height}; expected images smaller than the"
       f" model's by an integer factor{example}. Resize them first."

@@ -6,8 +6,8 @@ python experiments/benchmarks/sampling.py --batches=1,16,256 --rounds=5      # o
 
 The samplers are DDIM with 50 steps and DPM-Solver++(2M) with 20 steps, from noise to images in host memory. All
 networks have the same weights. Our code and theirs run alternately. The table lists the median ratio of our time to
-theirs (below 1, ours is faster), and images per second. It also lists the ratio of our time to the time of the same
-number of jitted network calls.
+theirs (below 1, ours is faster), and images per second. It also lists the ratio of our time to the time of the
+sampler's jitted network calls alone.
 
 On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU everything
 runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and compiled. `sampling_overhead.py` measures
