@@ -466,6 +466,7 @@ def test_paths_that_are_not_folders_are_errors(tmp_path, monkeypatch):
     ({"data_shape": (8, 8, 1), "shape": (8, 8, 1)}, "out_channels=3 for x of shape"),
     ({"data_shape": (16, 16, 3)}, "with a codec .* expected a model of image pixels"),
     ({"codec": codecs.Codec(lambda frozen, keys, data: data, lambda frozen, x: x)}, "with a codec"),
+    ({"data_shape": (16, 3), "shape": (16, 3)}, r"data of shape \(16, 3\); expected images"),
     ({"time_input": lambda t: 1000 * t}, "a custom time_input"),
     ({"process": processes.ve()}, "diffusers' DDPM pipeline cannot sample"),
     (

@@ -127,7 +127,7 @@ def section(kind: type, role: str = RUN, slot: Slot | None = None) -> Any:
 
   Args:
     kind: the dataclass of the section.
-    role: the role of its keys that declare no role.
+    role: the default role of the section's keys.
     slot: the slot, if a component can replace the section.
   """
   return field(default_factory=kind, metadata={"role": role, "section": kind, "slot": slot})

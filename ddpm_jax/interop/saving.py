@@ -143,11 +143,13 @@ def check_exportable(model: Model) -> None:
     raise ValueError(
       f"Got a model with a network made of {kind}; expected a networks.UNet, the counterpart of diffusers' UNet2DModel."
     )
+  if len(model.data_shape) != 3:
+    raise ValueError(f"Got a model of data of shape {model.data_shape}; expected images [H, W, C], as in diffusers.")
   is_pixels = model.codec == codecs.pixels() and model.shape == model.data_shape
-  if not (is_pixels or isinstance(model.codec.module, Autoencoder)) or len(model.data_shape) != 3:
+  if not (is_pixels or isinstance(model.codec.module, Autoencoder)):
     raise ValueError(
-      f"Got a model with a codec (x has shape {model.shape}, the data have shape {model.data_shape}); expected a model"
-      " of image pixels [H, W, C], as in diffusers' DDPMPipeline, or a model with the codec of a networks.Autoencoder."
+      f"Got a model with a codec that diffusers does not support (x has shape {model.shape}, the data have shape {model.data_shape});"
+      " expected a model of image pixels, as in diffusers' DDPMPipeline, or the codec of a networks.Autoencoder."
     )
   if model.time_input is not None:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Define `Sampler`, one step rule, and the functions `sample` and `solve` that run it along a grid of times."""
+"""Define `Sampler`, which holds one step rule, and `sample` and `solve`, which run the rule along a grid of times."""
 
 import math
 from collections.abc import Callable

@@ -24,7 +24,8 @@ class ResumableArray:
 
   Args:
     path: the path without a suffix.
-    identity: everything that the rows depend on, as JSON. Stored rows with another identity are discarded.
+    identity: everything that the rows depend on, a dict of JSON values. Stored rows with another identity are
+      discarded.
     name: the name of the array in `<path>.npz`.
     shape: the shape [N, ...] of the full array.
     dtype: the type of the array.
@@ -35,7 +36,7 @@ class ResumableArray:
 
   Attributes:
     done: the number of rows that are already stored.
-    notes: the notes that the caller passed to the most recent call of `write`, as JSON.
+    notes: the notes from the most recent call of `write`, a dict of JSON values.
   """
 
   def __init__(

@@ -247,8 +247,8 @@ def reconstruction_weights(
   """Compute weights of stored averages to approximate an average of another width (Karras et al. 2024, algorithm 3).
 
   The power-function profile of width `std` at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. The
-  weighted sum of the snapshots' profiles is the least-squares approximation of p. The inner product of a profile with
-  gamma_a at step T_a and one with gamma_b at step T_b is (equation 151)
+  weights are those of the least-squares approximation of p by the snapshots' profiles, divided by their sum. The
+  inner product of a profile with gamma_a at step T_a and one with gamma_b at step T_b is (equation 151)
 
     (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (m / T_a)^gamma_a (m / T_b)^gamma_b / M
 
