@@ -13,9 +13,9 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_latent --num_samples=
 Data: 1,400 emoji to train on and 199 held out (see docs/data.md). The class of an emoji is its group, numbered in
 alphabetical order: activities, animals-nature, food-drink, objects, people-body, smileys-emotion, symbols and
 travel-places.
-Hardware: 2 CPU cores. Time: 31 minutes without the autoencoder, while other programs ran on the same cores.
-Score: for 199 samples in pixel space, precision 0.84 (real training images 0.77), recall 0.62 (0.78). Smileys, people
-and symbols are recognizable; the other groups need longer training.
+Hardware: 2 CPU cores. Time: 40 minutes without the autoencoder, while other programs ran on the same cores. Alone, a
+step takes 0.22 seconds, and all take 30 minutes.
+Score: for 199 samples in pixel space, precision 0.91 (real training images 0.77), recall 0.59 (0.78).
 """
 
 from ddpm_jax.config import default_config, spec
@@ -26,7 +26,7 @@ def get_config():
   # Set the paths with --config.data.source.path=<folder> and --config.model.codec.path=<run of the autoencoder>.
   config.data.source = spec("data.folder", path="")
   config.data.fields.classes = "group"
-  config.data.update({"image_size": 64, "channels": 3, "flip": True})
+  config.data.update({"image_size": 64, "channels": 3, "flip": False})
   config.model.codec = spec("codecs.autoencoder", path="")
   config.model.process = spec("processes.discrete", betas=spec("schedules.cosine"))
   config.model.prediction = spec("predictions.V")
@@ -34,18 +34,18 @@ def get_config():
   config.model.conditions.classes = spec("conditions.classes", number=8, dropout=0.1)
   config.model.network.update(
     {
-      "channels": 64,
-      "multipliers": (1, 2, 2),
-      "blocks": 2,
+      "channels": 32,
+      "multipliers": (1, 2, 4),
+      "blocks": 1,
       "attention_levels": (1, 2),
       "head_channels": 32,
-      "dropout": 0.1,
+      "dropout": 0.0,
     }
   )
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
-  config.ema.decay = 0.998
+  config.ema.decay = 0.999
   config.training.update(
-    {"batch_size": 32, "steps": 2800, "log_every": 50, "checkpoint_every": 350, "sample_every": 700}
+    {"batch_size": 32, "steps": 8000, "log_every": 100, "checkpoint_every": 1000, "sample_every": 2000}
   )
   config.sampler = spec("sampling.dpmpp_2m")
   config.sampling.update({"num_steps": 30, "batch_size": 64})
