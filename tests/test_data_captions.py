@@ -200,7 +200,7 @@ def test_a_replaced_image_has_the_caption_of_its_replacement(tmp_path):
   names = [f"{index}.png" for index in range(5)]
   write_files(tmp_path, {name: name for name in names})
   truncate(tmp_path / "2.png")
-  train, held_out = data.load(folder(tmp_path, FILES), broken="skip", hold_out=1)
+  train, held_out = data.load(folder(tmp_path, FILES), broken="skip", hold_out=2)
   for source in (train, held_out):
     for item in (source[index] for index in range(len(source))):
       assert item["text"] != "2.png"
