@@ -249,18 +249,18 @@ def test_a_wrong_array_of_captions_is_an_error(tmp_path, array, field, message):
 
 
 def test_a_feature_of_a_tfds_data_set_gives_captions(tmp_path):
-  write_builder(tmp_path / "told_squares.py", "ToldSquares")
-  data.prepare_tfds("told_squares", str(tmp_path / "tfds"), str(tmp_path / "told_squares.py"))
+  write_builder(tmp_path / "text_squares.py", "TextSquares")
+  data.prepare_tfds("text_squares", str(tmp_path / "tfds"), str(tmp_path / "text_squares.py"))
 
   def read(**fields):
-    return data.tfds(FIT, "told_squares", str(tmp_path / "tfds"), fields=data.Fields(**fields)).train
+    return data.tfds(FIT, "text_squares", str(tmp_path / "tfds"), fields=data.Fields(**fields)).train
 
   source = pickle.loads(pickle.dumps(read(text="caption", classes="label")))
   batch = data.read(source, [3, 0])
   assert list(batch["text"]) == [f"größe {index}" for index in batch["classes"]]
   with pytest.raises(ValueError, match=r"fields\.text='captoin'.*image, label.*Did you mean 'caption'\?"):
     read(text="captoin")
-  with pytest.raises(ValueError, match=r"record 0 of told_squares, train, feature 'tags': Got a caption of type "):
+  with pytest.raises(ValueError, match=r"record 0 of text_squares, train, feature 'tags': Got a caption of type "):
     read(text="tags")[0]
 
 
@@ -295,10 +295,10 @@ def test_a_pack_keeps_captions(tmp_path):
 
 def test_captions_take_the_bytes_of_their_texts_and_one_integer_each():
   texts = [f"{'größe 🦊 ' * (index % 7)}{index}" for index in range(10_000)]
-  held = captions.Captions(texts)
-  assert [held[index] for index in range(len(held))] == texts
-  assert not held.empty.any()
-  assert len(pickle.dumps(held)) < sum(len(text.encode()) for text in texts) + 8 * len(texts) + 1000
+  packed = captions.Captions(texts)
+  assert [packed[index] for index in range(len(packed))] == texts
+  assert not packed.empty.any()
+  assert len(pickle.dumps(packed)) < sum(len(text.encode()) for text in texts) + 8 * len(texts) + 1000
 
 
 # The pipeline
@@ -308,7 +308,7 @@ def lengths(texts):
   return {"length": [len(text) for text in texts], "first": np.array([text[:1] == "a" for text in texts])}
 
 
-def told(count=30):
+def captioned(count=30):
   texts = np.array(["a" * (index % 5) + str(index) for index in range(count)])
   images = np.zeros((count, 2, 2, 1), np.uint8)
   return data.ArraySource(images, np.arange(count), text=texts, other=texts), texts
@@ -316,7 +316,7 @@ def told(count=30):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_host_functions_turn_texts_into_arrays_and_other_texts_are_left_out(workers):
-  source, texts = told()
+  source, texts = captioned()
   batches = data.batches(source, 12, seed=0, flip=True, num_workers=workers, hosts={"text": lengths, "more": lengths})
   batch = next(batches)
   batches.close()
@@ -329,7 +329,7 @@ def test_host_functions_turn_texts_into_arrays_and_other_texts_are_left_out(work
 
 
 def test_the_rows_of_all_processes_form_the_batch():
-  source, _ = told()
+  source, _ = captioned()
   expected = next(data.batches(source, 7, seed=3, hosts={"text": lengths}))
   for rows in ([0, 2, 4, 6], [1, 3, 5]):
     batch = next(data.batches(source, 7, seed=3, hosts={"text": lengths}, rows=np.array(rows)))
@@ -351,7 +351,7 @@ def test_the_rows_of_all_processes_form_the_batch():
 )
 def test_a_wrong_host_function_is_an_error(host, message):
   with pytest.raises(ValueError, match=message):
-    next(data.batches(told()[0], 4, seed=0, hosts={"text": host}))
+    next(data.batches(captioned()[0], 4, seed=0, hosts={"text": host}))
 
 
 def test_an_unreadable_folder_is_an_error(tmp_path):

@@ -13,6 +13,7 @@ import ddpm_jax
 from ddpm_jax import commands, data, models, runs
 from ddpm_jax import config as configs
 from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import scoring, stepping
 from tests import user_components
@@ -44,7 +45,8 @@ def tree_for(images, **keys):
   config = tiny_config()
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1})
   config.sampling.num_steps = 2
-  config.data.update({"source": f"folder(path='{images / 'images'}')", "hold_out": 10})
+  config.data.source = spec("data.folder", path=str(images / "images"))
+  config.data.hold_out = 10
   config.data.fields.text = "text"
   config.evaluation.update({"num_samples": 8, "k": 2})
   tree = configs.replace(tree_of(config), "model.conditions.text", f"{images / 'mine.py'}:letters")
