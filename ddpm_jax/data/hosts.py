@@ -7,8 +7,8 @@ import numpy as np
 
 from ddpm_jax.data.sources import is_text, to_array
 
-# `host(items) -> arrays` turns items [B], such as texts, into an array [B, ...] or into a dict of such arrays. It must
-# be picklable by cloudpickle, because worker processes call it.
+# `host(items) -> arrays` turns items [B], such as texts, into an array [B, ...] or into a dict of such arrays. Several
+# threads or worker processes call it at once, so it must have no state, and cloudpickle must be able to pickle it.
 Host = Callable[[np.ndarray], Any]
 
 

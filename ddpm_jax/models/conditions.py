@@ -56,8 +56,8 @@ class Condition(NamedTuple):
     show: `show(item) -> str`, for reports.
     load: `load() -> frozen` reads the frozen parameters from their source. None if the condition has none.
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
-      a dict of arrays, without JAX. It is a tokenizer, for example. The workers that read data call it, so cloudpickle
-      must be able to pickle it. None if the items are arrays of numbers.
+      a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
+      at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
   """
 
   kind: PyTree
