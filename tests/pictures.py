@@ -42,7 +42,7 @@ def random_pixels(index, size=6):
 def write_builder(path, name="Squares", count=7):
   """Write a Python file with a TFDS builder.
 
-  Image i of each split is `random_pixels(i)`, with label i.
+  Image i of each split is `random_pixels(i)`, with label i, the caption "größe i" and two tags.
   """
   path.write_text(
     textwrap.dedent(f"""\
@@ -56,7 +56,9 @@ def write_builder(path, name="Squares", count=7):
 
         def _info(self):
           image, label = tfds.features.Image(shape=(6, 6, 3)), tfds.features.ClassLabel(num_classes={count})
-          features = tfds.features.FeaturesDict({{"image": image, "label": label}})
+          text = tfds.features.Text()
+          features = {{"image": image, "label": label, "caption": text, "tags": tfds.features.Sequence(text)}}
+          features = tfds.features.FeaturesDict(features)
           return self.dataset_info_from_configs(features=features)
 
         def _split_generators(self, dl_manager):
@@ -65,7 +67,8 @@ def write_builder(path, name="Squares", count=7):
         def _generate_examples(self, count):
           for index in range(count):
             pixels = np.random.default_rng(index).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            yield index, {{"image": Image.fromarray(pixels), "label": index}}
+            texts = {{"caption": f"größe {{index}}", "tags": ["a", "b"]}}
+            yield index, {{"image": Image.fromarray(pixels), "label": index, **texts}}
       """)
   )
 

@@ -31,6 +31,7 @@ class Poses:
       "seen": index % 2 == 0,
       "count": np.int64(index),
       "small": np.full((2, 3, 1), index, np.uint8),
+      "text": f"größe 🦊 {index**3}"[: 5 * index],
     }
 
 
@@ -41,6 +42,7 @@ TYPES = {
   "seen": np.bool_,
   "count": np.int32,
   "small": np.uint8,
+  "text": np.str_,
 }
 
 
@@ -109,7 +111,7 @@ def test_batches_have_all_items_and_flips_mirror_arrays_aligned_with_pixels(work
       step = -1 if flip else 1
       np.testing.assert_allclose(batch["image"][row], item["image"][:, ::step] / 127.5 - 1, atol=1e-6)
       np.testing.assert_array_equal(batch["scribble"][row], item["scribble"][:, ::step])
-      for name in ("pose", "seen", "small"):
+      for name in ("pose", "seen", "small", "text"):
         np.testing.assert_array_equal(batch[name][row], item[name])
       mirrored += flip
   batches.close()
@@ -183,7 +185,11 @@ class Wrong(Poses):
     ),
     ({"more": 1.0}, r"more float32 \(\).*after an item of"),
     ({"image": np.zeros(SHAPE)}, r"image float32 .*after an item of .*image uint8"),
-    ({"pose": "left"}, "the item 'pose' of type <U4; expected numbers.*remove it"),
+    ({"pose": "left"}, r"pose text \(\).*after an item of .*pose float32 \(3,\)"),
+    ({"text": 1.0}, r"text float32 \(\).*after an item of .*text text \(\)"),
+    ({"text": None}, "the item 'text' of type object; expected numbers or text.*remove it"),
+    ({"text": b"left"}, r"the item 'text' of type \|S4; expected numbers or text"),
+    ({"text": ["a", "b"]}, r"text text \(2,\).*after an item of .*text text \(\)"),
     ({"count": 2**40}, "'count' of integers from 1099511627776 to 1099511627776; expected values that fit int32"),
   ],
 )

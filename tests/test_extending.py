@@ -225,6 +225,7 @@ def test_the_condition_reaches_the_network_and_can_be_dropped(page):
   with np.load(samples) as arrays:
     np.testing.assert_allclose(arrays["brightness"], -0.2)
   assert names["samples"].shape == (16, 8, 8, 1)
+  np.testing.assert_array_equal(jnp.sum(names["counts"], 1), [3, 4])
 
 
 def test_the_data_have_their_stated_direction(page):
@@ -277,7 +278,7 @@ def test_the_objective_approaches_squared_and_absolute_error(page):
 
 def test_the_recipe_with_all_kinds_loads_without_the_files(page, tmp_path, monkeypatch):
   page.play("All in one recipe")
-  files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_experiment.py"}
+  files = {*saved_files(TEXT)} - {"my_nnx.py", "my_equinox.py", "my_objective.py", "my_text.py", "my_experiment.py"}
   copies = {path.name: path.read_text() for path in (page.folder / "mine" / "components").rglob("*.py")}
   assert copies == {name: saved_files(TEXT)[name] for name in files}
   assert "my_objective.py" in {path.name for path in (page.folder / "mine_2" / "components").rglob("*.py")}
@@ -300,6 +301,7 @@ PLACES = {
   "my_nnx.py:Mixer": ("networks", "model.network"),
   "my_equinox.py:Perceptron": ("networks", "model.network"),
   "my_condition.py:brightness": ("conditions", "model.conditions.bright"),
+  "my_text.py:words": ("conditions", "model.conditions.text"),
   "my_data.py:gratings": ("data", "data.source"),
   "my_codec.py:space_to_depth": ("codecs", "model.codec"),
   "my_objective.py:huber": ("losses", "objective"),

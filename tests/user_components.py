@@ -3,6 +3,8 @@
 Tests copy this file and delete the copy.
 """
 
+import string
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -102,6 +104,29 @@ def brightness(name: str, size: int = 1) -> models.Condition:
   """Return a condition on the mean brightness of each image."""
   condition = models.conditions.vector(name, size, dropout=0.2)
   return condition._replace(from_data=lambda batch: jnp.mean(jnp.asarray(batch["image"]), axis=(1, 2)))
+
+
+def letters(name: str, size: int = 4, dropout: float = 0.2) -> models.Condition:
+  """Return a condition on the frequencies of the letters in a text, multiplied by a frozen matrix."""
+
+  def count(texts):
+    counts = [[text.count(letter) for letter in string.ascii_lowercase] for text in texts]
+    return {"counts": np.array(counts, np.int64), "length": [max(len(text), 1) for text in texts]}
+
+  def encode(frozen, keys, batch, train):
+    counts, length = (batch[name][key].astype(jnp.float32) for key in ("counts", "length"))
+    return counts @ frozen / length[:, None]
+
+  return models.Condition(
+    kind="vector",
+    shape=jax.ShapeDtypeStruct((size,), jnp.float32),
+    encode=encode,
+    null=lambda frozen: jnp.zeros(size),
+    dropout=dropout,
+    parse=str,
+    host=count,
+    load=lambda: np.random.default_rng(0).normal(size=(26, size)).astype(np.float32),
+  )
 
 
 def patches(factor: int = 2) -> models.Codec:

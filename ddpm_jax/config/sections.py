@@ -140,9 +140,11 @@ def count(default: int, role: str = "") -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-  """Select the fields of a metadata.jsonl (see `data.Fields`) that become items of the data."""
+  """Select the fields of the data (see `data.Fields`) that become items."""
 
   classes: str = key("")  # the field with the class of an image; empty: the source decides
+  # The field with the caption of an image; .txt: the text file beside each image of a folder; empty: no captions.
+  text: str = key("")
 
 
 @dataclasses.dataclass(frozen=True)

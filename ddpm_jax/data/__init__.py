@@ -3,6 +3,7 @@
 from ddpm_jax.data.choices import Place, Splits, arrays, digits, fit_settings, folder, mnist, packed, tfds
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
+from ddpm_jax.data.hosts import Host, run_hosts
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
 from ddpm_jax.data.metadata import Fields
@@ -24,6 +25,7 @@ from ddpm_jax.data.sources import (
   complete_classes,
   hold_out,
   image_chunks,
+  is_text,
   proportional_classes,
   read,
   read_images,
@@ -44,6 +46,7 @@ __all__ = [
   "Fields",
   "Fit",
   "FolderSource",
+  "Host",
   "Inputs",
   "PackedSource",
   "Place",
@@ -67,6 +70,7 @@ __all__ = [
   "folder",
   "hold_out",
   "image_chunks",
+  "is_text",
   "load",
   "mnist",
   "pack",
@@ -82,5 +86,6 @@ __all__ = [
   "read_inputs",
   "read_mask",
   "read_mnist",
+  "run_hosts",
   "tfds",
 ]

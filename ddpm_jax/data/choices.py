@@ -70,22 +70,26 @@ def mnist(fit: Fit) -> Splits:
 
 
 @check_types
-def arrays(fit: Fit, path: Place, items: Sequence[str] = ()) -> Splits:
-  """Read images with any number of channels, and their classes, from an .npz file.
+def arrays(fit: Fit, path: Place, items: Sequence[str] = (), fields: Fields = _NO_FIELDS) -> Splits:
+  """Read images with any number of channels, their classes and captions, from an .npz file.
 
   The documentation of `read_arrays` lists the accepted names of these two arrays.
 
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file, to read with the images. Each condition of the model takes the
-      array of the same name.
+    items: names of other arrays in the file, numbers [N, ...] or texts [N], to read with the images. Each condition of
+      the model takes the array of the same name.
+    fields: the names of the arrays with the classes and the captions. By default, the names in `read_arrays`, and no
+      captions.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, or the images do not have the shape
       in `fit`.
   """
-  return Splits(_check_array_shape(readers.read_arrays(_resolve(path, "an .npz file", "<file>"), items), fit, "arrays"))
+  return Splits(
+    _check_array_shape(readers.read_arrays(_resolve(path, "an .npz file", "<file>"), items, fields), fit, "arrays")
+  )
 
 
 @check_types
@@ -94,13 +98,16 @@ def folder(
 ) -> Splits:
   """Read image files from a folder, with one sub-folder per class or with fields in a file metadata.jsonl.
 
+  Captions may also be in text files beside the images.
+
   Args:
     fit: how to crop and resize the images to one size.
     path: the folder.
     train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
     eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
       folder exists, all images are used for training.
-    fields: the fields of metadata.jsonl to read. Each split has its own file. By default, the sub-folders are classes.
+    fields: the fields of metadata.jsonl to read. Each split has its own file. By default, the sub-folders are classes,
+      and there are no captions.
 
   Raises:
     ValueError: if a folder is missing or contains no images, the splits share images, it is ambiguous which folders are
@@ -111,7 +118,7 @@ def folder(
     root,
     (train_split, eval_split),
     lambda folder, names: FolderSource(folder, *fit, names, fields),
-    has_class_folders=not fields.chosen,
+    has_class_folders=not fields.in_metadata,
   )
   if fields.classes and isinstance(splits.train, FolderSource):
     _report_classes(splits.train)
@@ -155,6 +162,7 @@ def tfds(
   train_split: str = "train",
   eval_split: str = "test",
   module: Place = "",
+  fields: Fields = _NO_FIELDS,
 ) -> Splits:
   """Read a prepared TFDS data set without TensorFlow.
 
@@ -167,9 +175,11 @@ def tfds(
     train_split: the TFDS split to train on, such as "train" or "train[:90%]".
     eval_split: the TFDS split to evaluate on; "" for none.
     module: a module or .py file that defines a custom TFDS builder. Only `prepare` uses it.
+    fields: the features with the class and the caption. By default, the class is the feature "label", and there are no
+      captions.
 
   Raises:
-    ValueError: if the data set is not prepared or has no images, or `train_split` is empty.
+    ValueError: if the data set is not prepared, has no images or lacks a feature, or `train_split` is empty.
   """
   del module
   if not train_split:
@@ -178,7 +188,8 @@ def tfds(
     )
   data_dir = path and str(_resolve(path))
   train, held_out = (
-    TfdsSource(name, split, *fit[:2], data_dir, *fit[2:]) if split else None for split in (train_split, eval_split)
+    TfdsSource(name, split, *fit[:2], data_dir, *fit[2:], fields) if split else None
+    for split in (train_split, eval_split)
   )
   assert train is not None
   return Splits(train, held_out)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax.data import captions
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, fit_to
-from ddpm_jax.data.listing import count_skipped, walk
+from ddpm_jax.data.listing import Folder, count_skipped, walk
 from ddpm_jax.data.metadata import FILE, Fields, number_classes, read_fields
 from ddpm_jax.data.sources import NO_CLASS
 
@@ -18,7 +19,10 @@ _NO_FIELDS = Fields()
 
 
 class FolderSource:
-  """Read images from a folder with one sub-folder per class, or with a file metadata.jsonl.
+  """Read images, their classes and captions from a folder.
+
+  The sub-folders are classes, or a file metadata.jsonl has the classes. Captions are in metadata.jsonl too, or in text
+  files beside the images.
 
   The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported,
   except EPS and PCD. Hidden files and folders, and files that are not images, are skipped, and one printed line counts
@@ -37,19 +41,20 @@ class FolderSource:
     resize: "bicubic", "box" or "adm".
     classes: names of the classes in the order of their numbers; by default the sub-folders of `path` that
       contain images, in alphabetical order, or the sorted values of the field `fields.classes`.
-    fields: the fields of metadata.jsonl in `path` to read (see `metadata.read_fields`).
+    fields: the fields of metadata.jsonl in `path` to read (see `metadata.read_fields`). If `fields.text` is set, each
+      item has the caption of its image as `text`. An image without a caption has the empty caption.
 
   Attributes:
     class_names: names of the classes, by number.
     classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`. If
-      `fields` chooses the classes, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if the value in that
+      `fields.classes` is set, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if the value in that
       line is null or not in `class_names`.
     fields: the argument `fields`.
 
   Raises:
-    ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, or
-      metadata.jsonl is missing or wrong. When an image is read: if its file cannot be decoded (a BrokenImage with the
-      name of the file), or the image is smaller than the crop.
+    ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, metadata.jsonl
+      is missing or wrong, or no image has a caption. When an image is read: if its file cannot be decoded (a
+      BrokenImage with the name of the file), it is smaller than the crop, or the text file beside it cannot be read.
   """
 
   def __init__(
@@ -65,15 +70,25 @@ class FolderSource:
     self._fit = check_fit(image_size, channels, crop, resize)
     self._root = os.fsencode(os.path.abspath(path))
     self.fields = fields
-    folders = _find_images(self._root, str(path), used=[FILE] if fields.chosen else [])
-    # A million Path objects would take half a gigabyte. Store all names in one byte string, and store the
-    # end positions of the names in an array.
-    self._folders, self._names = list(folders), b"".join(folders.values())
+    folders = _walk(self._root, str(path))
+    names = {name: folder.names for name, folder in folders.items() if folder.names}
+    # A million Path objects would take half a gigabyte. Store all names as one byte string, and an array of their ends.
+    self._folders, self._names = list(names), b"".join(names.values())
     self._ends = np.flatnonzero(np.frombuffer(self._names, np.uint8) == 0)
-    counts = np.array([names.count(b"\0") for names in folders.values()])
+    counts = np.array([joined.count(b"\0") for joined in names.values()])
     self._last = np.cumsum(counts)
-    if fields.chosen:
+    self._captions: captions.Captions | None = None
+    # Whether each image has a text file beside it.
+    self._has_text = np.zeros(len(self), bool)
+    used = {os.path.splitext(FILE)[1]: 1} if fields.in_metadata else {}
+    if fields.text == captions.SUFFIX:
+      self._has_text, used[captions.SUFFIX] = captions.find_files(self._root, names)
+      self._report_captions(~self._has_text, "text files beside the images")
+    if skipped := count_skipped(folders.values(), used):
+      tqdm.write(f"skipped files in {path} that are not images: {skipped}")
+    if fields.in_metadata:
       self._read_metadata(classes)
+    if fields.classes:
       return
     tops = [name.split(b"/")[0] for name in self._folders]
     self.class_names = [os.fsdecode(top) for top in sorted(set(tops) - {b""})] if classes is None else list(classes)
@@ -88,10 +103,17 @@ class FolderSource:
       for folder, start, end in zip(self._folders, starts, self._last, strict=True)
       for number in range(start, end)
     }
-    field = self.fields.classes
-    values = read_fields(self._root, numbers, list(self.fields.chosen.values()))
+    fields = self.fields.in_metadata
+    values = read_fields(self._root, numbers, fields)
     where = os.fsdecode(os.path.join(self._root, os.fsencode(FILE)))
-    self.class_names, self.classes = number_classes(values[field], field, where, classes)
+    if "classes" in fields:
+      self.class_names, self.classes = number_classes(values["classes"], fields["classes"], where, classes)
+    if "text" in fields:
+      self._captions = captions.from_values(values["text"], fields["text"], where)
+      self._report_captions(self._captions.empty, where)
+
+  def _report_captions(self, missing: np.ndarray, where: str) -> None:
+    captions.report_missing(missing, where, self.file(int(np.argmax(missing))))
 
   def __len__(self) -> int:
     return len(self._ends)
@@ -107,17 +129,24 @@ class FolderSource:
     start = int(self._ends[index - 1]) + 1 if index else 0
     return os.fsdecode(os.path.join(self._root, folder, self._names[start : int(self._ends[index])]))
 
+  def caption(self, index: int) -> str:
+    """Return the caption of the image with this index, or "" if it has none."""
+    if self._captions is not None:
+      return self._captions[index]
+    return captions.read_beside(self.file(index)) if self._has_text[index] else ""
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     path = self.file(index)
     image = decode(path)
     try:
-      return {"image": fit_to(image, self._fit), "classes": int(self.classes[index])}
+      item = {"image": fit_to(image, self._fit), "classes": int(self.classes[index])}
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
+    return item | {"text": self.caption(index)} if self.fields.text else item
 
 
-def _find_images(root: bytes, path: str, used: Sequence[str]) -> dict[bytes, bytes]:
-  """Return the names of the images in each folder under `root`, and report skipped files."""
+def _walk(root: bytes, path: str) -> dict[bytes, Folder]:
+  """Return the contents of all folders under `root`, which must contain an image."""
   if not os.path.isdir(root):
     problem = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
@@ -125,13 +154,9 @@ def _find_images(root: bytes, path: str, used: Sequence[str]) -> dict[bytes, byt
       " it is an archive, unpack it first. For an .npz file of images, set --config.data.source=arrays."
     )
   folders = walk(root)
-  skipped = count_skipped(folders.values(), used)
-  names = {name: folder.names for name, folder in folders.items() if folder.names}
-  if not names:
+  if not any(folder.names for folder in folders.values()):
     raise ValueError(
-      f"Got the data folder {path!r}, which contains no images ({skipped or 'no files at all'}); expected image files,"
-      " such as .png, .jpg or .webp, in it or in its sub-folders."
+      f"Got the data folder {path!r}, which contains no images ({count_skipped(folders.values()) or 'no files at all'});"
+      " expected image files, such as .png, .jpg or .webp, in it or in its sub-folders."
     )
-  if skipped:
-    tqdm.write(f"skipped files in {path} that are not images: {skipped}")
-  return names
+  return folders

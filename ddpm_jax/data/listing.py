@@ -9,7 +9,7 @@ import os
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ _SYSTEM = {
 }
 _DOT = ord(".")
 _HIDDEN = b"hidden or system"
+_NONE_USED: Mapping[str, int] = {}
 
 
 class Folder(NamedTuple):
@@ -103,14 +104,14 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
   return folders
 
 
-def count_skipped(folders: Iterable[Folder], used: Iterable[str] = ()) -> str:
+def count_skipped(folders: Iterable[Folder], used: Mapping[str, int] = _NONE_USED) -> str:
   """Return the number of skipped files by kind, such as "12 .txt, 1 without extension", or an empty string.
 
   Args:
     folders: the folders.
-    used: names of files that are used although they are not images. They are not counted.
+    used: the number of files other than images that are used, by suffix, such as ".jsonl". They are not counted.
   """
-  counts = Counter({os.path.splitext(name)[1]: -1 for name in used})
+  counts = Counter({suffix: -count for suffix, count in used.items()})
   for folder in folders:
     for part in folder.skipped.split(b"\0")[:-1]:
       count, kind = part.decode(errors="replace").split(" ", 1)

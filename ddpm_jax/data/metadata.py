@@ -1,4 +1,4 @@
-"""Read fields of images, such as their classes, from metadata.jsonl.
+"""Read fields of images, such as their classes and captions, from metadata.jsonl.
 
 This is the layout of Hugging Face's ImageFolder: a folder of images has a file metadata.jsonl. Each line is a JSON
 object. Its key `file_name` holds the path of an image in the folder. Its other keys are the fields, with any names.
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax.data import captions
 from ddpm_jax.data.sources import NO_CLASS
 from ddpm_jax.names import hint
 from ddpm_jax.storage import jsonfiles
@@ -23,26 +24,36 @@ _FILE_NAME = "file_name"
 _OTHER_FILES = {"metadata.csv": "read_csv", "metadata.parquet": "read_parquet"}
 _MAX_NAMES = 5
 
-# The values [N] of each field.
+# The values [N] of the field of each item.
 Values = dict[str, list[Any]]
 
 
 class Fields(NamedTuple):
-  """Name the fields of metadata.jsonl that become items of a data source.
+  """Name the fields of the data that become items of a data source.
+
+  The fields of a folder of images are those of its metadata.jsonl. The fields of an .npz file are its arrays, and those
+  of a TFDS data set are its features.
 
   Attributes:
     classes: the field that holds the class of an image, as text or an integer; "" for none.
+    text: the field with the caption of an image; ".txt" for the text file beside each image of a folder; "" for none.
   """
 
   classes: str = ""
+  text: str = ""
 
   @property
   def chosen(self) -> dict[str, str]:
     """Return the field of each item, without items that have no field."""
     return {item: field for item, field in self._asdict().items() if field}
 
+  @property
+  def in_metadata(self) -> dict[str, str]:
+    """Return the field of each item that a folder reads from metadata.jsonl."""
+    return {item: field for item, field in self.chosen.items() if (item, field) != ("text", captions.SUFFIX)}
 
-def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Sequence[str]) -> Values:
+
+def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Mapping[str, str]) -> Values:
   """Read fields of all images from the file metadata.jsonl in a folder.
 
   The file is read line by line. Empty lines are skipped. A path in `file_name` is relative to the folder, and
@@ -51,25 +62,27 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Sequence[str]
   Args:
     root: the folder.
     numbers: the number of each image, from 0, by its path relative to `root`.
-    fields: the fields to read.
+    fields: the field to read for each item (see `Fields.in_metadata`).
 
   Returns:
-    The values [N] of each field. An image without a line has None.
+    The values [N] of the field of each item. An image without a line has None. An image whose line lacks the field of
+    its caption also has None.
 
   Raises:
-    ValueError: if the file is missing or unreadable, a line is no JSON object with `file_name` and all fields, an image
-      has two lines, or a `file_name` is not among `numbers`.
+    ValueError: if the file is missing or unreadable, a line is no JSON object with `file_name` and the class, no line
+      has the caption, an image has two lines, or a `file_name` is not among `numbers`.
   """
   path = os.fsdecode(os.path.join(root, os.fsencode(FILE)))
-  _check_file(os.fsdecode(root))
-  values: Values = {field: [None] * len(numbers) for field in fields}
+  _check_file(os.fsdecode(root), fields)
+  values: Values = {item: [None] * len(numbers) for item in fields}
   lines = np.zeros(len(numbers), np.int64)
   missing: list[str] = []
-  for line, item in _objects(path):
+  entry, found = dict[str, Any](), set[str]()
+  for line, entry in _objects(path):
     where = f"line {line:,} of {path}"
-    name = item.get(_FILE_NAME)
+    name = entry.get(_FILE_NAME)
     if not isinstance(name, str):
-      shown = f"{_FILE_NAME}={jsonfiles.shorten(name)}" if _FILE_NAME in item else f"without {_FILE_NAME!r}"
+      shown = f"{_FILE_NAME}={jsonfiles.shorten(name)}" if _FILE_NAME in entry else f"without {_FILE_NAME!r}"
       raise ValueError(
         f"Got {where} {shown}; expected the path of an image as text under the key {_FILE_NAME!r}, relative to the"
         " folder. Correct the line."
@@ -84,10 +97,12 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Sequence[str]
         " image. Remove one of the two lines."
       )
     lines[number] = line
-    for field in fields:
-      if field not in item:
-        raise _unknown_field(field, item, where)
-      values[field][number] = item[field]
+    for item, field in fields.items():
+      if field in entry:
+        values[item][number] = entry[field]
+        found.add(item)
+      elif item == "classes":
+        raise _unknown_field(item, field, entry, where)
   if missing:
     more = f" and {len(missing) - _MAX_NAMES:,} more" if len(missing) > _MAX_NAMES else ""
     raise ValueError(
@@ -95,6 +110,8 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Sequence[str]
       f" {', '.join(missing[:_MAX_NAMES])}{more}; expected the paths of existing image files, relative to the folder and"
       " not hidden. Restore the images, or remove their lines."
     )
+  if "text" in fields and "text" not in found:
+    raise _unknown_field("text", fields["text"], entry, path)
   if unlisted := int(np.sum(lines == 0)):
     example = next(name for name, number in numbers.items() if not lines[number])
     tqdm.write(f"{unlisted:,} image(s) have no line in {path}, such as {os.fsdecode(example)}")
@@ -143,7 +160,7 @@ def number_classes(
   return list(names), np.array([number_by_value.get(value, NO_CLASS) for value in values], np.int32)
 
 
-def _check_file(root: str) -> None:
+def _check_file(root: str, fields: Mapping[str, str]) -> None:
   """Raise a ValueError if a folder has no metadata.jsonl, and say which other file is there."""
   path = os.path.join(root, FILE)
   if os.path.isfile(path):
@@ -168,9 +185,14 @@ def _check_file(root: str) -> None:
       f"{problem}, but the folder above does; expected {path}. Write a {FILE} for each split, with each file_name"
       " relative to the folder of the split."
     )
+  example = json.dumps({_FILE_NAME: "0.png"} | {field: f"<{item}>" for item, field in fields.items()})
+  remedies = {
+    "classes": "--config.data.fields.classes='' to take the classes from the sub-folders",
+    "text": f"--config.data.fields.text={captions.SUFFIX} for captions in text files beside the images",
+  }
   raise ValueError(
-    f'{problem}; expected {path}, with a line such as {{"file_name": "0.png", "group": "cat"}} for each image.'
-    " Add the file, or set --config.data.fields.classes='' to take the classes from the sub-folders."
+    f"{problem}; expected {path}, with a line such as {example} for each image. Add the file, or set"
+    f" {', and '.join(remedies[item] for item in fields)}."
   )
 
 
@@ -222,9 +244,10 @@ def _find(name: str, numbers: Mapping[bytes, int], where: str) -> int | None:
   return numbers.get(os.path.normpath(path))
 
 
-def _unknown_field(field: str, item: Mapping[str, Any], where: str) -> ValueError:
-  others = [name for name in item if name != _FILE_NAME]
+def _unknown_field(item: str, field: str, entry: Mapping[str, Any], where: str) -> ValueError:
+  others = [name for name in entry if name != _FILE_NAME]
+  noun = {"classes": "class", "text": "caption"}[item]
   return ValueError(
     f"Got {where} without the field {field!r}; expected one of its fields {', '.join(others) or '(none)'} in"
-    f" --config.data.fields.classes, or null as the value for an image without a class.{hint(field, others)}"
+    f" --config.data.fields.{item}, or null as the value for an image without a {noun}.{hint(field, others)}"
   )

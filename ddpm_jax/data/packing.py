@@ -1,9 +1,11 @@
 """Pack images into ArrayRecord files, and read them without decoding.
 
-A record holds the raw pixels of an image and the other arrays of its item.
+A record holds the raw pixels of an image and the other arrays of its item, which have the same sizes in all records. If
+the items have texts, a JSON list of the texts follows.
 """
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,8 @@ from ddpm_jax.data.sources import (
   Source,
   broken_error,
   check_alike,
+  check_single_texts,
+  is_text,
   report_broken,
   to_array,
 )
@@ -74,6 +78,7 @@ class PackedSource:
       ) from error
     self.shape, self.class_names, self.settings = tuple(index["shape"]), index["class_names"], index["settings"]
     self._record = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in index["arrays"]])
+    self._texts: list[str] = index.get("texts", [])
     if classes is not None and self.class_names is not None:
       numbers = {name: number for number, name in enumerate(classes)}
       # NO_CLASS is -1, so it indexes the last entry.
@@ -111,7 +116,7 @@ class PackedSource:
   def __getitems__(self, indices: np.ndarray) -> Batch:
     indices = np.asarray(indices)
     shards = np.searchsorted(self._last, indices, "right")
-    rows = np.empty(len(indices), self._record)
+    rows, texts = np.empty(len(indices), self._record), np.empty((len(indices), len(self._texts)), object)
     for number in np.unique(shards):
       positions = np.flatnonzero(shards == number)
       first = self._last[number - 1] if number else 0
@@ -120,8 +125,11 @@ class PackedSource:
       except Exception as error:
         raise ValueError(f"Cannot read {self._shard(number)}: {error}. Copy it again, or pack again.") from error
       for position, record in zip(positions, records, strict=True):
-        rows[position] = np.frombuffer(record, self._record)[0]
-    return {name: rows[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
+        rows[position] = np.frombuffer(record, self._record, count=1)[0]
+        if self._texts:
+          texts[position] = json.loads(record[self._record.itemsize :])
+    batch = {name: rows[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
+    return batch | {name: texts[:, column].astype(str) for column, name in enumerate(self._texts)}
 
   def _reader(self, number: int) -> Any:
     if number not in self._readers:
@@ -214,6 +222,7 @@ def pack_items(
     "count": len(classes),
     "shape": record["image" if "image" in (record.names or ()) else LATENT].shape,
     "arrays": [[name, record[name].base.str, record[name].shape] for name in record.names or ()],
+    "texts": shards.texts,
     "shards": shards.counts,
     "classes_sha256": sealed.digest(packed_classes),
     "class_names": class_names,
@@ -228,25 +237,30 @@ class _Shards(contextlib.AbstractContextManager):
   """Write records into several files of moderate size, because such files are easy to copy.
 
   Attributes:
-    record: the structured type of a record.
+    record: the structured type of the arrays in a record.
+    texts: names of the texts in a record.
     counts: number of records in each file.
   """
 
   def __init__(self, path: Path):
     self._path, self._first, self._writer = path, dict[str, np.ndarray](), cast(Any, None)
-    self.record, self.counts = np.dtype([]), list[int]()
+    self.record, self.texts, self.counts = np.dtype([]), list[str](), list[int]()
 
   def write(self, arrays: dict[str, np.ndarray]) -> None:
     """Write one record, which must have the same names, types and shapes as the first record."""
     self._first = self._first or arrays
     check_alike(arrays, self._first)
-    self.record = np.dtype([(name, array.dtype.str, array.shape) for name, array in sorted(arrays.items())])
+    check_single_texts(arrays)
+    self.texts = sorted(name for name, array in arrays.items() if is_text(array))
+    texts = [arrays[name].item() for name in self.texts]
+    arrays = {name: array for name, array in sorted(arrays.items()) if name not in self.texts}
+    self.record = np.dtype([(name, array.dtype.str, array.shape) for name, array in arrays.items()])
     if self._writer is None or self.counts[-1] * self.record.itemsize >= _SHARD_BYTES:
       self._open()
     row = np.empty((), self.record)
     for name, array in arrays.items():
       row[name] = array
-    self._writer.write(row.tobytes())
+    self._writer.write(row.tobytes() + (json.dumps(texts).encode() if texts else b""))
     self.counts[-1] += 1
 
   def _open(self) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ddpm_jax.data.hosts import Host, run_hosts
 from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, read
 from ddpm_jax.storage.images import as_floats
 
@@ -195,6 +196,7 @@ def batches(
   num_threads: int = 4,
   num_workers: int = 0,
   rows: np.ndarray | None = None,
+  hosts: Mapping[str, Host] | None = None,
 ) -> Batches:
   """Return endless training batches from a source.
 
@@ -213,6 +215,9 @@ def batches(
       `if __name__ == "__main__":`.
     rows: the rows of each batch that this process reads, as increasing indices [b]; all rows by default. This choice
       does not affect the image and the flip of a row.
+    hosts: functions by the names of items, such as {"text": tokenize}. The threads or workers replace these items by
+      the arrays that the functions return, and leave other texts out (see `hosts.run_hosts`). None keeps texts, which
+      devices cannot hold.
 
   Returns:
     `Batches` that yields what `put` returns. The argument of `put` is a dict from name to array: `image` is float32
@@ -220,7 +225,8 @@ def batches(
     [b]. A latent data set has `latent` [b, ...] in place of `image`.
 
   Raises:
-    ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range.
+    ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range. When a batch is read: if an
+      item or a host function is wrong.
   """
   if batch_size < 1 or num_threads < 1 or num_workers < 0:
     raise ValueError(
@@ -242,7 +248,8 @@ def batches(
       batch = read(source, indices[own_rows])
     # Sample flips for the entire batch, so that the flip of a row does not depend on the process that reads it.
     flips = (rng.random(batch_size) < 0.5)[own_rows] if flip else None
-    return finish_batch(batch, flips), [error.args for error in errors], os.getpid()
+    batch = finish_batch(batch, flips)
+    return batch if hosts is None else run_hosts(hosts, batch), [error.args for error in errors], os.getpid()
 
   dataset = (
     grain.MapDataset.range(len(source))

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_jax.data import captions
+from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.sources import ArraySource
+from ddpm_jax.names import hint
 from ddpm_jax.storage import sealed
 
 # Names that other programs give to images and their classes. guided-diffusion saves images as arr_0 and
 # classes as arr_1.
 _IMAGES = ("images", "samples", "arr_0")
 _CLASSES = ("labels", "label", "classes", "targets", "y", "arr_1")
+_NO_FIELDS = Fields()
 
 
 def read_digits() -> ArraySource:
@@ -61,21 +65,23 @@ def read_mnist(image_size: tuple[int, int] = (28, 28)) -> ArraySource:
   return ArraySource(images.astype(np.uint8), classes[order])
 
 
-def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
-  """Read images and, if present, their classes from an .npz file.
+def read_arrays(path: str | Path, items: Sequence[str] = (), fields: Fields = _NO_FIELDS) -> ArraySource:
+  """Read images and, if present, their classes and captions from an .npz file.
 
   Images are [N, H, W, C] or [N, H, W], uint8 or floats in [-1, 1], in an array named `images`, `samples` or `arr_0`.
   Classes are integers [N], in an array named `labels`, `label`, `classes`, `targets`, `y` or `arr_1`.
 
   Args:
     path: the .npz file.
-    items: names of other arrays [N, ...] in the file to read with the images, such as "vector".
+    items: names of other arrays in the file to read with the images, numbers [N, ...] or texts [N], such as "vector".
+    fields: the names of the arrays with the classes and the captions (`text`, strings or UTF-8 bytes [N]). By default,
+      the classes have one of the names above, and there are no captions.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, float images have no negative value,
       or the file has several arrays of images or of classes.
   """
-  path = Path(path)
+  path, class_names = Path(path), (fields.classes,) if fields.classes else _CLASSES
   if not path.is_file():
     problem = "is a folder" if path.exists() else "does not exist"
     raise ValueError(
@@ -88,10 +94,15 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
     with np.load(path) as file:
       all_names = list(file.files)
       # Do not read other arrays, which may be large.
-      content = {name: file[name] for name in all_names if name in _IMAGES + _CLASSES or name in items}
+      needed = {*_IMAGES, *class_names, *items, fields.text}
+      content = {name: file[name] for name in all_names if name in needed}
   except Exception as error:
-    raise ValueError(f"Cannot read {path} as an .npz file: {error}. Create or download it again.") from error
-  images, classes = (_find_array(path, content, names) for names in (_IMAGES, _CLASSES))
+    # NumPy saves texts in an array of objects as a pickle, which could run code.
+    advice = (
+      "Save texts with np.array(texts, dtype=str)." if "allow_pickle" in str(error) else "Create or download it again."
+    )
+    raise ValueError(f"Cannot read {path} as an .npz file: {error}. {advice}") from error
+  images, classes = (_find_array(path, content, names) for names in (_IMAGES, class_names))
   if images is None:
     more = f" and {len(all_names) - 5:,} more" if len(all_names) > 5 else ""
     raise ValueError(
@@ -111,11 +122,24 @@ def read_arrays(path: str | Path, items: Sequence[str] = ()) -> ArraySource:
       f"Got {path}, which contains {', '.join(sorted(all_names))}; expected {', '.join(missing)} too. Set"
       " --config.data.source.items to names of arrays in the file."
     )
+  for item, field in fields.chosen.items():
+    if field not in content:
+      raise ValueError(
+        f"Got config.data.fields.{item}={field!r} for {path}, which contains {', '.join(sorted(all_names))}; expected the name of an"
+        f" array in the file.{hint(field, all_names)}"
+      )
   try:
     other_items = {name: content[name] for name in items}
+    if fields.text:
+      other_items["text"] = _decode(content[fields.text], fields.text)
     return ArraySource(images[..., None] if images.ndim == 3 else images, classes, **other_items)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _decode(texts: np.ndarray, field: str) -> np.ndarray:
+  """Return texts or UTF-8 bytes [N] as an array of texts."""
+  return np.array([captions.decode(text, f"{field}[{index}]") for index, text in enumerate(texts.tolist())], str)
 
 
 def _find_array(path: Path, content: dict[str, np.ndarray], names: Sequence[str]) -> np.ndarray | None:

@@ -4,7 +4,8 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 
 - `image`, uint8 or floats in [-1, 1],
 - `classes`, an integer, if the images have classes,
-- other arrays or numbers, such as `vector`, for conditions or objectives.
+- `text`, a caption, if the images have captions,
+- other arrays, numbers or texts, such as `vector`, for conditions or objectives. A text is one string.
 
 An item of a latent data set has `latent`, the encoded image, in place of `image`.
 
@@ -15,7 +16,7 @@ arrays [B, ...] with the same names as an item. A source that knows all classes 
 `classes` [N].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -50,14 +51,19 @@ class Source(Protocol):
 def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   """Read the items at `indices` [B] into one batch, a dict from name to array [B, ...].
 
-  The types uint8 and bool do not change. Other integers become int32, and floats become float32.
+  The types uint8 and bool do not change. Other integers become int32, and floats become float32. Texts become an array
+  [B] of NumPy's kind "U".
 
   Raises:
-    ValueError: if the names, types or shapes of items differ, a value is not numeric, or an integer does not fit int32.
+    ValueError: if the names, types or shapes of items differ, a value is neither numeric nor one text, or an integer
+      does not fit int32.
   """
   if hasattr(source, "__getitems__"):
-    return {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
-  return _stack([source[int(index)] for index in indices])
+    batch = {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
+  else:
+    batch = _stack([source[int(index)] for index in indices])
+  check_single_texts({name: array[0] for name, array in batch.items() if is_text(array) and len(array)})
+  return batch
 
 
 def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -78,25 +84,42 @@ def _stack(items: Sequence[dict[str, Any]]) -> Batch:
   return {name: np.stack([item[name] for item in arrays]) for name in arrays[0]}
 
 
+def is_text(array: np.ndarray) -> bool:
+  """Return whether an array holds text, as `to_array` returns it."""
+  return array.dtype.kind == "U"
+
+
 def to_array(name: str, value: Any) -> np.ndarray:
-  """Convert a value of an item to an array of uint8, bool, int32 or float32.
+  """Convert a value of an item to an array of uint8, bool, int32, float32 or text (NumPy's kind "U").
 
   Raises:
-    ValueError: if the value is not numeric, or an integer does not fit int32.
+    ValueError: if the value is neither numeric nor text, or an integer does not fit int32.
   """
   array = np.asarray(value)
-  if array.dtype == np.uint8 or array.dtype == bool:
+  if array.dtype == np.uint8 or array.dtype == bool or is_text(array):
     return array
+  if array.dtype.kind in "OT" and all(isinstance(one, str) for one in array.flat):
+    return array.astype(str)
   if np.issubdtype(array.dtype, np.floating):
     return array.astype(np.float32, copy=False)
   if not np.issubdtype(array.dtype, np.integer):
     raise ValueError(
-      f"Got data with the item {name!r} of type {array.dtype}; expected numbers. Convert it to an array of numbers in"
-      " the data source, or remove it."
+      f"Got data with the item {name!r} of type {array.dtype}; expected numbers or text. Convert it to an array of"
+      " numbers in the data source, or remove it."
     )
   if array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size:
     check_integers(name, array)
   return array.astype(np.int32, copy=False)
+
+
+def check_single_texts(item: Mapping[str, Any]) -> None:
+  """Raise a ValueError if an entry of an item is an array of several texts."""
+  for name, value in item.items():
+    if isinstance(value, np.ndarray) and is_text(value) and value.ndim:
+      raise ValueError(
+        f"Got data with texts of shape {value.shape} in the item {name!r}; expected one text for each image. Choose one, or"
+        " join them, in the data source."
+      )
 
 
 def check_integers(name: str, array: np.ndarray) -> None:
@@ -111,7 +134,10 @@ def check_integers(name: str, array: np.ndarray) -> None:
 
 def check_alike(item: Batch, first: Batch) -> None:
   """Raise a ValueError if an item and the first item differ in names, types or shapes."""
-  kinds = [{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()} for arrays in (item, first)]
+  kinds = [
+    {name: f"{'text' if is_text(array) else array.dtype} {array.shape}" for name, array in arrays.items()}
+    for arrays in (item, first)
+  ]
   if kinds[0] != kinds[1]:
     texts = [", ".join(f"{name} {kind}" for name, kind in sorted(kind_by_name.items())) for kind_by_name in kinds]
     raise ValueError(
@@ -317,7 +343,7 @@ class ArraySource(_InMemory):
   Args:
     images: [N, H, W, C] uint8, or floats in [-1, 1].
     classes: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
-    items: other numeric arrays [N, ...] by name. Item i gets entry i of each.
+    items: other arrays by name, numbers [N, ...] or texts [N]. Item i gets entry i of each.
 
   Raises:
     ValueError: if `images` is empty, does not have four axes, or is neither uint8 nor floats in [-1, 1]; or if another
@@ -426,7 +452,9 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
   first = {name: to_array(name, value) for name, value in SkipBroken(source).fetch(0)[0].items()}
   if len(source) * sum(array.nbytes for array in first.values()) > _MEMORY_LIMIT:
     return source
-  items = {name: np.empty((len(source), *array.shape), array.dtype) for name, array in first.items()}
+  # An array of the kind "U" would give each text the length of the longest one, so hold texts as objects.
+  kinds = {name: np.dtype(object) if is_text(array) else array.dtype for name, array in first.items()}
+  items = {name: np.empty((len(source), *array.shape), kinds[name]) for name, array in first.items()}
 
   def load(index: int) -> BrokenImage | None:
     try:
@@ -436,7 +464,7 @@ def cache_in_memory(source: Source, broken: str = "stop") -> Source:
     arrays = {name: to_array(name, value) for name, value in item.items()}
     check_alike(arrays, first)
     for name, array in arrays.items():
-      items[name][index] = array
+      items[name][index] = array[()]
     return None
 
   errors = {}

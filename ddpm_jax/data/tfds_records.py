@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_jax.data import captions
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
+from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_classes
 from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
+
+_NO_FIELDS = Fields()
 
 
 class TfdsSource:
@@ -33,10 +37,12 @@ class TfdsSource:
     crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
       box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
+    fields: the features with the class and the caption. By default, the class is the feature "label", and items have no
+      caption.
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, or has no images. When an image is read: if it cannot be
-      decoded (BrokenImage), or is smaller than the crop.
+    ValueError: if the data set is unknown, not prepared, has no images or lacks a feature. When an image is read: if it
+      cannot be decoded (BrokenImage), is smaller than the crop, or has a wrong class or caption.
   """
 
   def __init__(
@@ -48,10 +54,11 @@ class TfdsSource:
     data_dir: str = "",
     crop: int = 0,
     resize: str = "bicubic",
+    fields: Fields = _NO_FIELDS,
   ):
     import tensorflow_datasets as tfds
 
-    self._fit = check_fit(image_size, channels, crop, resize)
+    self._fit, self._fields = check_fit(image_size, channels, crop, resize), fields
     self._arguments = {"name": name, "split": split, "data_dir": data_dir or None}
     try:
       self.records: Any = tfds.data_source(**self._arguments, download=False)
@@ -62,11 +69,18 @@ class TfdsSource:
         " Prepare it once: pip install 'ddpm_jax[prepare]', then run --mode=prepare with this --config. Or use a folder"
         " of images: --config.data.source=folder --config.data.source.path=<folder>."
       ) from error
-    if not len(self.records) or "image" not in self.records.dataset_info.features:
+    features = list(self.records.dataset_info.features)
+    if not len(self.records) or "image" not in features:
       raise ValueError(
         f"Got the TFDS data set {name!r}, split {split!r}, with {len(self.records)} records; expected records with an"
         " 'image'."
       )
+    for item, field in fields.chosen.items():
+      if field not in features:
+        raise ValueError(
+          f"Got config.data.fields.{item}={field!r} for the TFDS data set {name!r}; expected one of its features"
+          f" {', '.join(features)}.{hint(field, features)}"
+        )
 
   def __getstate__(self) -> dict[str, Any]:
     # A worker process opens the files again, because it cannot import the module of a custom builder.
@@ -92,13 +106,15 @@ class TfdsSource:
     except Exception as error:
       raise BrokenImage(name, _first_line(error)) from error
     try:
-      return {"image": fit_to(image, self._fit), "classes": _class_of(record)}
+      item = {"image": fit_to(image, self._fit), "classes": _class_of(record, self._fields.classes or "label")}
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
+    field = self._fields.text
+    return item | {"text": captions.decode(record[field], f"{name}, feature {field!r}")} if field else item
 
 
-def _class_of(record: dict[str, Any]) -> int:
-  value = np.asarray(record.get("label", NO_CLASS))
+def _class_of(record: dict[str, Any], field: str) -> int:
+  value = np.asarray(record.get(field, NO_CLASS))
   # Regression targets and multi-label targets are not classes.
   return int(check_classes(value)) if value.shape == () and np.issubdtype(value.dtype, np.integer) else NO_CLASS
 

@@ -1,9 +1,9 @@
 """Define `Model`, a network with its process, prediction, conditions and codec."""
 
-from ddpm_jax.models import codecs, conditions, networks
+from ddpm_jax.models import codecs, conditions, inputs, networks
 from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.model import Model, SamplingDefaults
 from ddpm_jax.models.networks import Network
 
-__all__ = ["Codec", "Condition", "Model", "Network", "SamplingDefaults", "codecs", "conditions", "networks"]
+__all__ = ["Codec", "Condition", "Model", "Network", "SamplingDefaults", "codecs", "conditions", "inputs", "networks"]

@@ -1,7 +1,8 @@
 """Define conditions, the inputs of a model other than noisy data and time.
 
 A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
-data source or the user. `encode` converts items to the values that a network receives. Data sources, batches and
+data source or the user. `host` converts items that are no arrays, such as texts, to arrays. `encode` converts arrays to
+the values that a network receives. Data sources, batches and
 `given` use the same name for a condition. A network receives the condition as the argument with this name, or as the
 argument named after the condition's kind.
 """
@@ -39,7 +40,7 @@ class Condition(NamedTuple):
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
-      sampling. The batch contains the condition's name.
+      sampling. The batch contains the condition's name. With `host`, the entry of this name is what `host` returns.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
     dropout: the share of samples in which the condition gets its null value in training. Classifier-free guidance needs
@@ -54,6 +55,9 @@ class Condition(NamedTuple):
       items.
     show: `show(item) -> str`, for reports.
     load: `load() -> frozen` reads the frozen parameters from their source. None if the condition has none.
+    host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
+      a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
+      at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
   """
 
   kind: PyTree
@@ -68,6 +72,7 @@ class Condition(NamedTuple):
   check: data.Check | None = None
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
+  host: data.Host | None = None
 
   @property
   def num_choices(self) -> int:
@@ -315,6 +320,7 @@ def encode(
         f"Got a batch with {', '.join(sorted(batch)) or 'no entries'} for a model with the condition {name!r}; expected {name!r} in the batch."
       )
     items = batch if name in batch else {**batch, name: _from_data(condition, batch)}
+    _check_numbers(name, items[name])
     value = _check_values(name, condition, condition.encode(frozen.get(name), condition_keys, items, train))
     if train and condition.dropout:
       assert condition.null is not None
@@ -329,6 +335,16 @@ def encode(
 def _from_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
   assert condition.from_data is not None
   return condition.from_data(batch)
+
+
+def _check_numbers(name: str, items: Any) -> None:
+  """Raise a ValueError if items are texts, which `Condition.host` has not converted."""
+  if any(
+    isinstance(leaf, str | np.ndarray) and np.asarray(leaf).dtype.kind in "OSTU" for leaf in jax.tree.leaves(items)
+  ):
+    raise ValueError(
+      f"Got text as {name}; expected arrays of numbers. Convert the text with models.inputs.host_items(model.conditions, batch)."
+    )
 
 
 def _check_values(name: str, condition: Condition, value: PyTree) -> PyTree:

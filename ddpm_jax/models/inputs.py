@@ -1,4 +1,4 @@
-"""Make the items of conditions from text, from real data or from defaults."""
+"""Make the items of conditions from text, from real data or from defaults, and convert items to arrays."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from ddpm_jax import data
 from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.guided import NEGATIVE_PREFIX
 from ddpm_jax.storage import images
 
 
@@ -79,6 +80,27 @@ def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
       f"Got --given {name}={text}, which the condition cannot parse ({type(error).__name__}: {error}); expected text that its"
       " `parse` accepts."
     ) from error
+
+
+def hosts_of(conditions: Mapping[str, Condition]) -> dict[str, data.Host]:
+  """Return the host functions of conditions by the names of their items, and by those of their negative items."""
+  hosts = {name: condition.host for name, condition in conditions.items() if condition.host is not None}
+  return hosts | {f"{NEGATIVE_PREFIX}{name}": host for name, host in hosts.items()}
+
+
+def host_items(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, Any]:
+  """Return a batch of items with the arrays that `Model.encode_conditions` takes (see `data.run_hosts`).
+
+  Args:
+    conditions: the model's conditions by name.
+    batch: items [B, ...] by name, such as {"text": ["a red fox", "a bear"]}.
+
+  Raises:
+    ValueError: if a host function refuses its items, or returns no arrays of numbers.
+  """
+  hosts = hosts_of(conditions)
+  items = {name: np.asarray(value) if name in hosts else value for name, value in batch.items()}
+  return data.run_hosts(hosts, items)
 
 
 def condition_flag(name: str) -> str:

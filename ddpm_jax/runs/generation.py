@@ -14,7 +14,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import heartbeat, print_line
 from ddpm_jax.models.guided import NEGATIVE_PREFIX, NO_GUIDES, Parameters, is_neutral
-from ddpm_jax.models.inputs import default_inputs
+from ddpm_jax.models.inputs import default_inputs, host_items
 from ddpm_jax.runs import frozen, limits, programs
 from ddpm_jax.runs.model import WeightsChoice, load_experiment, load_weights
 from ddpm_jax.runs.pretrained import Pretrained
@@ -275,7 +275,8 @@ def run_in_batches(
     parameters: the parameters.
     seed: the seed.
     count: the number of items.
-    inputs: arrays [count, ...] by name, or a function that reads the rows at some indices [B].
+    inputs: items [count, ...] by name, or a function that reads the rows at some indices [B]. The function gets the
+      arrays that the hosts of conditions return.
     start: the index of the first item to compute.
     activity: the text of the progress bar.
   """
@@ -287,6 +288,7 @@ def run_in_batches(
       # Repeat the last row to fill the last batch, so that a single program is compiled.
       indices = np.minimum(np.arange(first, first + size), count - 1)
       batch = inputs(indices) if callable(inputs) else {name: value[indices] for name, value in inputs.items()}
+      batch = host_items(experiment.model.conditions, batch)
       with heartbeat(f"{activity}, compilation and first batch") if first == start else contextlib.nullcontext():
         results = jax.device_get(function(parameters, np.uint32(seed), np.int32(first), batch))
       num_valid = min(size, count - first)

@@ -14,7 +14,7 @@ from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 
-# The number of images whose classes are compared.
+# The number of images whose classes and texts are compared.
 _COMPARED = 64
 _AGAIN = "Encode the data again with --mode=prepare, or train without config.data.latents."
 
@@ -64,14 +64,22 @@ def open_latents(experiment: Experiment, source: data.Source) -> data.Source | N
       f"Got config.data.latents={path!r}, encoded from {len(latents):,} images, for {len(source):,} training images; expected the same data."
       f" {_AGAIN}"
     )
-  # Compare the classes of a few images, because an image that cannot be decoded has the class of its replacement.
-  rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
-  classes, own_classes = (data.read(one, rows).get("classes") for one in (source, latents))
-  if classes is not None and own_classes is not None and not np.array_equal(classes, own_classes):
-    raise ValueError(
-      f"Got config.data.latents={path!r}, encoded from images with other classes; expected the same data in the same order. {_AGAIN}"
-    )
+  _compare_items(path, source, latents)
   return latents
+
+
+def _compare_items(path: str, source: data.Source, latents: data.Source) -> None:
+  """Raise a ValueError if a few images have other classes or texts in `source` than in `latents`.
+
+  An image that cannot be decoded has the items of its replacement, so images are compared rather than lists of classes.
+  """
+  rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
+  items, own_items = (data.read(one, rows) for one in (source, latents))
+  for name in items.keys() & own_items.keys():
+    if (name == "classes" or data.is_text(items[name])) and not np.array_equal(items[name], own_items[name]):
+      raise ValueError(
+        f"Got config.data.latents={path!r}, encoded from images with other {name}; expected the same data in the same order. {_AGAIN}"
+      )
 
 
 def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> None:

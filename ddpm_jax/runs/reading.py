@@ -100,8 +100,14 @@ def read_data(experiment: Experiment) -> data.Splits:
     )
   for name, condition in conditions.items():
     if condition.from_data is None and name not in item:
+      field = f"Set --config.data.fields.{name} to its field, use" if name in data.Fields._fields else "Use"
       raise ValueError(
-        f"Got data with the items {', '.join(sorted(item))} for a model with the condition {name}; expected an item {name!r}. Use another"
+        f"Got data with the items {', '.join(sorted(item))} for a model with the condition {name}; expected an item {name!r}. {field} another"
         f" --config.data.source, or leave config.model.conditions.{name} out."
+      )
+    if condition.host is None and name in item and data.is_text(item[name]):
+      raise ValueError(
+        f"Got data with text as the item {name!r} for a model with the condition {name}, which takes numbers; expected a condition of"
+        f" text. Set another --config.model.conditions.{name}, or read numbers from the data."
       )
   return splits

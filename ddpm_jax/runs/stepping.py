@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ddpm_jax import config, data, losses, networks, training
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import costs, parallel
 from ddpm_jax.models import Model
+from ddpm_jax.models.inputs import host_items
 from ddpm_jax.names import choose
 from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.training import ema, optim
@@ -169,13 +171,18 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch
     source: a data source to read the shapes of one sample from. If None, the batch has images, classes and the items
       that the conditions read.
   """
-  shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
+  conditions = experiment.model.conditions
   if source is not None:
-    first = data.finish_batch(data.read(source, [0]))
-    return {name: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype) for name, leaf in first.items()}
+    first = host_items(conditions, data.finish_batch(data.read(source, [0])))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), first)
+  shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
-  for name, condition in experiment.model.conditions.items():
-    if condition.from_data is None:
+  for name, condition in conditions.items():
+    if condition.host is not None:
+      example = np.array([""]) if condition.default is None else condition.default(1)
+      arrays = host_items({name: condition}, {name: example})[name]
+      shapes[name] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), arrays)
+    elif condition.from_data is None:
       # The data hold one array for the condition, even if the network takes several.
       leaf = jax.tree.leaves(condition.shape)[0]
       shapes[name] = jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype)

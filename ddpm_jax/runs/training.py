@@ -15,6 +15,7 @@ from ddpm_jax.config import Tree
 from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup, watching
 from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
+from ddpm_jax.models.inputs import hosts_of
 from ddpm_jax.names import choose
 from ddpm_jax.runs import codecs, frozen, generation, latents, limits, model, pretrained, reading, scoring, stepping
 from ddpm_jax.runs.reading import Run
@@ -214,6 +215,7 @@ class _Trainer:
       num_threads=options.num_threads,
       num_workers=options.num_workers,
       rows=parallel.local_rows(mesh, size),
+      hosts=hosts_of(experiment.model.conditions),
     )
     stack.callback(self.batches.close)
     if resuming:
