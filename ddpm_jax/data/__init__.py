@@ -1,5 +1,6 @@
 """Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
+from ddpm_jax.data import prompts, tokenizers
 from ddpm_jax.data.choices import Place, Splits, arrays, digits, fit_settings, folder, mnist, packed, tfds
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
@@ -29,6 +30,7 @@ from ddpm_jax.data.sources import (
   read_images,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
+from ddpm_jax.data.tokens import Tokenizer, Tokens
 
 __all__ = [
   "A_TENTH",
@@ -51,6 +53,8 @@ __all__ = [
   "Source",
   "Splits",
   "TfdsSource",
+  "Tokenizer",
+  "Tokens",
   "WorkerDied",
   "arrays",
   "batches",
@@ -74,6 +78,7 @@ __all__ = [
   "packed",
   "prepare",
   "prepare_tfds",
+  "prompts",
   "proportional_classes",
   "read",
   "read_arrays",
@@ -83,4 +88,5 @@ __all__ = [
   "read_mask",
   "read_mnist",
   "tfds",
+  "tokenizers",
 ]

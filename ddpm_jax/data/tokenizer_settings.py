@@ -1,4 +1,4 @@
-"""Read the settings of a tokenizer's folder: special tokens, the length, and the sides of padding and truncation."""
+"""Read the settings of a tokenizer's folder: special tokens, the length and the side of padding."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +44,6 @@ class Settings(NamedTuple):
     others: more special tokens.
     length: the maximum number of tokens; None for no limit.
     padding_side: "right" or "left".
-    truncation_side: "right" or "left".
     options: other keys of tokenizer_config.json.
   """
 
@@ -55,7 +54,6 @@ class Settings(NamedTuple):
   others: list[Token]
   length: int | None
   padding_side: str
-  truncation_side: str
   options: Mapping[str, Any]
 
 
@@ -110,7 +108,8 @@ def read(folder: Path) -> Settings:
     added = {
       _id(key): _token(value, key, special=False) for key, value in config.get("added_tokens_decoder", {}).items()
     }
-    sides = [_side(config, name) for name in ("padding_side", "truncation_side")]
+    padding_side = _side(config, "padding_side", ("right", "left"))
+    _side(config, "truncation_side", ("right",))
     length = _length(config.get("model_max_length"))
   if "added_tokens_decoder" not in config:
     with jsonfiles.named_errors(folder / "special_tokens_map.json"):
@@ -127,7 +126,7 @@ def read(folder: Path) -> Settings:
     named = {role: _token(value, role) for role, value in values.items() if value is not None}
     named = {role: by_content.get(token["content"], token) for role, token in named.items()}
     others = [_token(value, "extra_special_tokens") for value in _others(config)]
-  return Settings(kind, class_name, named, added, others, length, *sides, config)
+  return Settings(kind, class_name, named, added, others, length, padding_side, config)
 
 
 def with_kind(settings: Settings, kind: str) -> Settings:
@@ -194,10 +193,12 @@ def _id(value: Any) -> int:
   raise ValueError(f"Got the token id {jsonfiles.shorten(value)}; expected an integer from 0. Correct the file.")
 
 
-def _side(config: Mapping[str, Any], name: str) -> str:
+def _side(config: Mapping[str, Any], name: str, sides: tuple[str, ...]) -> str:
   side = config.get(name, "right")
-  if side not in ("right", "left"):
-    raise ValueError(f"Got {name}={jsonfiles.shorten(side)}; expected 'right' or 'left'. Correct the file.")
+  if side not in sides:
+    raise ValueError(
+      f"Got {name}={jsonfiles.shorten(side)}; expected {' or '.join(map(repr, sides))}. Correct the file."
+    )
   return side
 
 

@@ -72,9 +72,7 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
       f"Got {folder} with the id {outside[0]} of a special token; expected ids below {vocabulary}, the size of the"
       " vocabulary. Download the tokenizer again."
     )
-  result = Tokenizer(
-    LibrarySplit(tokenizer), length, vocabulary, pad, prefix, suffix, settings.padding_side, settings.truncation_side
-  )
+  result = Tokenizer(LibrarySplit(tokenizer), length, vocabulary, pad, prefix, suffix, settings.padding_side)
   _ = result.capacity  # raises an error if no token fits
   if embeddings is not None:
     check_embeddings(result, embeddings)

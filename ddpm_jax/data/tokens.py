@@ -28,9 +28,9 @@ class Tokens(NamedTuple):
 class Tokenizer(NamedTuple):
   """Turn texts into token ids.
 
-  The tokens of a text are `prefix`, as many tokens of the text as fit, `suffix` and padding. `tokenizers.load` reads a
-  tokenizer from a folder, and `tokenizers.words` and `tokenizers.characters` make small ones. To change the length, use
-  `tokenizer._replace(length=...)`.
+  The tokens of a text are `prefix`, the first tokens of the text as far as they fit, `suffix` and padding.
+  `tokenizers.load` reads a tokenizer from a folder, and `tokenizers.words` and `tokenizers.characters` make small ones.
+  To change the length, use `tokenizer._replace(length=...)`.
 
   Attributes:
     split: a picklable function from a text to its token ids and their positions in the text (see `Split`).
@@ -40,7 +40,6 @@ class Tokenizer(NamedTuple):
     prefix: the ids before each text, such as CLIP's start of text.
     suffix: the ids after each text, such as the end of text. They remain if the text is cut.
     padding_side: the end that is padded, "right" or "left".
-    truncation_side: the end that is cut, "right" or "left".
   """
 
   split: Split
@@ -50,7 +49,6 @@ class Tokenizer(NamedTuple):
   prefix: tuple[int, ...] = ()
   suffix: tuple[int, ...] = ()
   padding_side: str = "right"
-  truncation_side: str = "right"
 
   @property
   def bos(self) -> int | None:
@@ -86,12 +84,7 @@ class Tokenizer(NamedTuple):
       ValueError: if the texts are not a sequence of strings, a string is not valid Unicode, or no token fits.
     """
     capacity = self.capacity
-    rows = []
-    for text in check_texts(texts):
-      ids, _ = self.split(text)
-      rows.append(
-        ids[len(ids) - capacity :] if self.truncation_side == "left" and len(ids) > capacity else ids[:capacity]
-      )
+    rows = [self.split(text)[0][:capacity] for text in check_texts(texts)]
     return self.frame(rows)
 
   def frame(self, rows: Sequence[Sequence[int]]) -> Tokens:
@@ -117,16 +110,12 @@ class Tokenizer(NamedTuple):
       ValueError: see `__call__`.
     """
     capacity = self.capacity
-    parts = []
-    for text in check_texts(texts):
-      ids, starts = self.split(text)
-      if len(ids) <= capacity:
-        parts.append("")
-      elif self.truncation_side == "left":
-        parts.append(text[: starts[len(ids) - capacity]].strip())
-      else:
-        parts.append(text[starts[capacity] :].strip())
-    return parts
+    starts = [self.split(text)[1] for text in check_texts(texts)]
+    # Some tokenizers count the space before a word as part of its token.
+    return [
+      text[positions[capacity] :].lstrip(" ") if len(positions) > capacity else ""
+      for text, positions in zip(texts, starts, strict=True)
+    ]
 
 
 def check_texts(texts: Sequence[str]) -> Sequence[str]:
