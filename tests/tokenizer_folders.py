@@ -8,6 +8,8 @@ import random
 import shutil
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 48_894
 
@@ -115,9 +117,9 @@ def train_sentencepiece(folder):
 
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(SENTENCES * 20),
+    sentence_iterator=iter([*SENTENCES * 5, *(ROOT / "README.md").read_text().splitlines()]),
     model_writer=model,
-    vocab_size=160,
+    vocab_size=500,
     hard_vocab_limit=False,
     model_type="unigram",
     pad_id=0,

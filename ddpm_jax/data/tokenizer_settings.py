@@ -95,8 +95,6 @@ def read(folder: Path) -> Settings:
       {
         "tokenizer_class": (str, type(None)),
         "added_tokens_decoder": (dict,),
-        "additional_special_tokens": ([str, dict], type(None)),
-        "extra_special_tokens": ([str, dict], dict, type(None)),
         "do_lower_case": (bool,),
         "tokenize_chinese_chars": (bool,),
         "strip_accents": (bool, type(None)),
@@ -104,6 +102,7 @@ def read(folder: Path) -> Settings:
       },
       "tokenizer",
     )
+    _check_special(config)
     class_name = config.get("tokenizer_class")
     added = {
       _id(key): _token(value, key, special=False) for key, value in config.get("added_tokens_decoder", {}).items()
@@ -113,7 +112,7 @@ def read(folder: Path) -> Settings:
     length = _length(config.get("model_max_length"))
   if "added_tokens_decoder" not in config:
     with jsonfiles.named_errors(folder / "special_tokens_map.json"):
-      config = config | _checked_map(_read(folder, "special_tokens_map.json"))
+      config = config | _check_special(_read(folder, "special_tokens_map.json"))
     with jsonfiles.named_errors(folder / "added_tokens.json"):
       specials = {_content(config[role]) for role in _ROLES if config.get(role)} | set(map(_content, _others(config)))
       for content, number in _read(folder, "added_tokens.json").items():
@@ -147,15 +146,18 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _checked_map(content: dict[str, Any]) -> dict[str, Any]:
-  jsonfiles.check_types(
-    content,
-    {"additional_special_tokens": ([str, dict], type(None)), "extra_special_tokens": ([str, dict], dict, type(None))},
-    "map of special tokens",
-  )
+def _check_special(content: dict[str, Any]) -> dict[str, Any]:
+  """Return an object with special tokens, after a check of their types."""
+  kinds = {
+    "additional_special_tokens": ([str, dict], type(None)),
+    "extra_special_tokens": ([str, dict], dict, type(None)),
+  }
+  jsonfiles.check_types(content, kinds, "tokenizer")
   for role in _ROLES:
     if content.get(role) is not None:
       _token(content[role], role)
+  for value in _others(content):
+    _token(value, "extra_special_tokens")
   return content
 
 

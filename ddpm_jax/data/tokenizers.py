@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.data import tokenizer_models, tokenizer_settings
+from ddpm_jax.data.tokenizer_models import Backend
 from ddpm_jax.data.tokenizer_settings import Settings
 from ddpm_jax.data.tokens import Tokenizer, Tokens, check_length
 from ddpm_jax.storage import jsonfiles
@@ -30,8 +31,8 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
 
   Some published settings look like mistakes, but the models were used with them, so they are followed:
 
-  - Stable Diffusion 2, the second tokenizer of Stable Diffusion XL, and that of Stable Diffusion 3 pad with the token
-    "!", id 0. As it is a special token, each "!" of a prompt becomes 0 too, and not the 256, 748 or 995 of OpenCLIP.
+  - The tokenizer of Stable Diffusion 2, and the second ones of Stable Diffusion XL and 3, pad with the token "!", id 0.
+    As it is a special token, each "!" of a prompt becomes 0 too, and not the 256, 748 or 995 of OpenCLIP.
   - Special tokens that a prompt spells out, such as "<|endoftext|>", become these tokens.
   - Text is not repaired by ftfy, which transformers 4 and OpenAI's code used if it was installed.
 
@@ -52,31 +53,37 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
   if length is not None:
     length = check_length(length)
   backend, settings = tokenizer_models.read(root, tokenizer_settings.read(root))
-  tokenizer = backend.tokenizer
-  with jsonfiles.named_errors(root / tokenizer_settings.CONFIG):
-    _add_tokens(tokenizer, settings)
-    prefix, suffix = backend.frame or tokenizer_models.kind_frame(settings, tokenizer)
-    pad = backend.pad
-    if pad is None or "pad_token" in settings.named:
-      pad = tokenizer_models.token_id(tokenizer, settings, "pad_token")
-    length = length or settings.length or backend.length
-    if length is None:
-      raise ValueError(
-        f"Got {folder} without a limit of the number of tokens; expected a length. Pass length, such as 77 for CLIP or"
-        " 256 for T5."
-      )
-  vocabulary = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+  with jsonfiles.named_errors(root):
+    tokenizer = _make(backend, settings, length)
+    if embeddings is not None:
+      check_embeddings(tokenizer, embeddings)
+  return tokenizer
+
+
+def _make(backend: Backend, settings: Settings, length: int | None) -> Tokenizer:
+  """Return the tokenizer with the special tokens, padding and length of the settings."""
+  library = backend.tokenizer
+  _add_tokens(library, settings)
+  prefix, suffix = backend.frame or tokenizer_models.kind_frame(settings, library)
+  pad = backend.pad
+  if pad is None or "pad_token" in settings.named:
+    pad = tokenizer_models.token_id(library, settings, "pad_token")
+  length = length or settings.length or backend.length
+  if length is None:
+    raise ValueError(
+      "Got a tokenizer without a limit of the number of tokens; expected a length. Pass length, such as 77 for CLIP or 256"
+      " for T5."
+    )
+  vocabulary = max(library.get_vocab(with_added_tokens=True).values()) + 1
   outside = [index for index in (pad, *prefix, *suffix) if index >= vocabulary]
   if outside:
     raise ValueError(
-      f"Got {folder} with the id {outside[0]} of a special token; expected ids below {vocabulary}, the size of the"
-      " vocabulary. Download the tokenizer again."
+      f"Got the id {outside[0]} of a special token; expected ids below {vocabulary}, the size of the vocabulary. Download"
+      " the tokenizer again."
     )
-  result = Tokenizer(LibrarySplit(tokenizer), length, vocabulary, pad, prefix, suffix, settings.padding_side)
-  _ = result.capacity  # raises an error if no token fits
-  if embeddings is not None:
-    check_embeddings(result, embeddings)
-  return result
+  tokenizer = Tokenizer(LibrarySplit(library), length, vocabulary, pad, prefix, suffix, settings.padding_side)
+  _ = tokenizer.capacity  # raises an error if no token fits
+  return tokenizer
 
 
 def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
@@ -95,16 +102,20 @@ def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
     )
 
 
-def _add_tokens(tokenizer: Any, settings: Settings) -> None:
-  """Add the special tokens of the settings, in the order of transformers.
+def _add_tokens(library: Any, settings: Settings) -> None:
+  """Add the special tokens of the settings, as transformers does.
 
-  Tokens that the tokenizer has already are unchanged.
+  The flags of a token may be given twice: the flags of tokens with an id have priority over those in tokenizer.json,
+  which have priority over those of other tokens. Of two other tokens, the last one counts.
   """
   added = tokenizer_models.library().AddedToken
   with tokenizer_models.library_errors("Cannot add special tokens"):
-    ordered = [settings.added[index] for index in sorted(settings.added)]
-    tokenizer.add_tokens([added(**token) for token in (*ordered, *settings.named.values(), *settings.others)])
-  tokenizer_models.check_ids(tokenizer, {index: token["content"] for index, token in settings.added.items()})
+    tokens = [settings.added[index] for index in sorted(settings.added)]
+    known = {token.content for token in library.get_added_tokens_decoder().values()}
+    known |= {token["content"] for token in tokens}
+    tokens += [token for token in (*settings.named.values(), *settings.others) if token["content"] not in known]
+    library.add_tokens([added(**token) for token in tokens])
+  tokenizer_models.check_ids(library, {index: token["content"] for index, token in settings.added.items()})
 
 
 class LibrarySplit:
