@@ -1,5 +1,6 @@
 """Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
+from ddpm_jax.data import prompts, tokenizers
 from ddpm_jax.data.choices import Place, Splits, arrays, digits, fit_settings, folder, mnist, packed, tfds
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
@@ -31,6 +32,7 @@ from ddpm_jax.data.sources import (
   read_images,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
+from ddpm_jax.data.tokens import Tokenizer, Tokens
 
 __all__ = [
   "A_TENTH",
@@ -54,6 +56,8 @@ __all__ = [
   "Source",
   "Splits",
   "TfdsSource",
+  "Tokenizer",
+  "Tokens",
   "WorkerDied",
   "arrays",
   "batches",
@@ -78,6 +82,7 @@ __all__ = [
   "packed",
   "prepare",
   "prepare_tfds",
+  "prompts",
   "proportional_classes",
   "read",
   "read_arrays",
@@ -88,4 +93,5 @@ __all__ = [
   "read_mnist",
   "run_hosts",
   "tfds",
+  "tokenizers",
 ]

@@ -3,7 +3,19 @@
 from ddpm_jax.models import codecs, conditions, inputs, networks
 from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.emphasis import encode_weighted
 from ddpm_jax.models.model import Model, SamplingDefaults
 from ddpm_jax.models.networks import Network
 
-__all__ = ["Codec", "Condition", "Model", "Network", "SamplingDefaults", "codecs", "conditions", "inputs", "networks"]
+__all__ = [
+  "Codec",
+  "Condition",
+  "Model",
+  "Network",
+  "SamplingDefaults",
+  "codecs",
+  "conditions",
+  "encode_weighted",
+  "inputs",
+  "networks",
+]

@@ -20,6 +20,7 @@ _NAMES: dict[Any, tuple[str, str]] = {
   float: ("a finite number in the range of float32", "finite numbers in the range of float32"),
   str: ("a string", "strings"),
   dict: ("an object", "objects"),
+  list: ("a list", "lists"),
 }
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxtuple, _SHOWN.maxstring, _SHOWN.maxother = 3, 8, 8, 80, 80

@@ -1,0 +1,148 @@
+"""Define `Tokenizer`, which turns texts into token ids of one length.
+
+Tokenizers run on the host, in the workers that read data, so they can be pickled.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# `split(text) -> (ids, starts)`: the ids of a text without special tokens at its ends, and for each token the index of
+# its first character in the text.
+Split = Callable[[str], tuple[Sequence[int], Sequence[int]]]
+
+
+class Tokens(NamedTuple):
+  """Hold the tokens of several texts.
+
+  Attributes:
+    ids: the token ids, int32 [B, L].
+    mask: bool [B, L], False for padding.
+  """
+
+  ids: np.ndarray
+  mask: np.ndarray
+
+
+class Tokenizer(NamedTuple):
+  """Turn texts into token ids.
+
+  The tokens of a text are `prefix`, the first tokens of the text as far as they fit, `suffix` and padding.
+  `tokenizers.load` reads a tokenizer from a folder, and `tokenizers.words` and `tokenizers.characters` make small ones.
+  To change the length, use `tokenizer._replace(length=...)`.
+
+  Attributes:
+    split: a picklable function from a text to its token ids and their positions in the text (see `Split`).
+    length: the number of tokens L of each text, with special tokens and padding.
+    vocabulary: the number of token ids. All ids are below it.
+    pad: the id of padding.
+    prefix: the ids before each text, such as CLIP's start of text.
+    suffix: the ids after each text, such as the end of text. They remain if the text is cut.
+    padding_side: the end that is padded, "right" or "left".
+  """
+
+  split: Split
+  length: int
+  vocabulary: int
+  pad: int
+  prefix: tuple[int, ...] = ()
+  suffix: tuple[int, ...] = ()
+  padding_side: str = "right"
+
+  @property
+  def bos(self) -> int | None:
+    """Return the id before each text, or None."""
+    return self.prefix[-1] if self.prefix else None
+
+  @property
+  def eos(self) -> int | None:
+    """Return the id after each text, or None."""
+    return self.suffix[0] if self.suffix else None
+
+  @property
+  def capacity(self) -> int:
+    """Return the number of tokens of a text that fit.
+
+    Raises:
+      ValueError: if no token fits.
+    """
+    capacity = self.length - len(self.prefix) - len(self.suffix)
+    if capacity < 1:
+      raise ValueError(
+        f"Got length={self.length} of a tokenizer with {len(self.prefix) + len(self.suffix)} special tokens for each"
+        f" text; expected {self.length - capacity + 1} or more."
+      )
+    return capacity
+
+  def __call__(self, texts: Sequence[str]) -> Tokens:
+    """Return the token ids and the mask [B, L] of texts.
+
+    Tokens that do not fit are dropped without a warning. `dropped` returns their texts.
+
+    Raises:
+      ValueError: if the texts are not a sequence of strings, a string is not valid Unicode, or no token fits.
+    """
+    capacity = self.capacity
+    rows = [self.split(text)[0][:capacity] for text in check_texts(texts)]
+    return self.frame(rows)
+
+  def frame(self, rows: Sequence[Sequence[int]]) -> Tokens:
+    """Add special tokens and padding to ids [B][at most `capacity`], and return ids and mask [B, L]."""
+    ids = np.full((len(rows), self.length), self.pad, np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for row, content in enumerate(rows):
+      columns = self.columns(len(content))
+      framed = slice(columns.start - len(self.prefix), columns.stop + len(self.suffix))
+      ids[row, framed] = (*self.prefix, *content, *self.suffix)
+      mask[row, framed] = True
+    return Tokens(ids, mask)
+
+  def columns(self, count: int) -> slice:
+    """Return where `frame` puts the ids of a text with `count` tokens."""
+    start = len(self.prefix) if self.padding_side == "right" else self.length - len(self.suffix) - count
+    return slice(start, start + count)
+
+  def dropped(self, texts: Sequence[str]) -> list[str]:
+    """Return the part of each text that does not fit, "" for a text that fits.
+
+    Raises:
+      ValueError: see `__call__`.
+    """
+    capacity = self.capacity
+    starts = [self.split(text)[1] for text in check_texts(texts)]
+    # Some tokenizers count the space before a word as part of its token.
+    return [
+      text[positions[capacity] :].lstrip(" ") if len(positions) > capacity else ""
+      for text, positions in zip(texts, starts, strict=True)
+    ]
+
+
+def check_texts(texts: Sequence[str]) -> Sequence[str]:
+  """Return the texts.
+
+  Raises:
+    ValueError: if the texts are not a sequence of strings, or a string is not valid Unicode.
+  """
+  if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f"Got the texts {texts!r:.80}; expected a list of strings. Pass [text] for one text.")
+  for text in texts:
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"Got the text {text!r:.80}, whose character {error.start} is not valid Unicode; expected UTF-8. Save the text as"
+        " UTF-8."
+      ) from error
+  return texts
+
+
+def check_length(length: int) -> int:
+  """Return the length.
+
+  Raises:
+    ValueError: if the length is not an integer of 1 or more.
+  """
+  if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+    raise ValueError(f"Got length={length!r}; expected the number of tokens of each text, such as 77.")
+  return int(length)
