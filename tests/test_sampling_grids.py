@@ -102,7 +102,7 @@ def test_a_grid_of_part_of_the_times_has_its_ends(name):
 EVEN_IN_TIME = (
   "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip
-DDIM = ("ddim", "ddim_half", "ddim_one")
+DDIM = ("ddim", "ddim_half", "ddim_one", "plms")
 DEFAULT_GRIDS = {
   "vp": ("uniform to t_min", "log_snr"),
   "sub_vp": ("uniform to t_min", "log_snr"),
@@ -122,7 +122,7 @@ def test_every_rule_has_its_default_grid(process):
   process = PROCESSES[process]
   makers = GRIDS | {"uniform to t_min": lambda p, n: sampling.grids.uniform(p, n, t_min=p.t_min)}
   for name, make in SAMPLERS.items():
-    # DDIM also uses the training steps of a discrete model.
+    # DDIM and PLMS also use the training steps of a discrete model.
     expected_grid = even_grid if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else other_grid
     got = sampling.grids.for_sampler(make(process), process, 7)
     np.testing.assert_array_equal(got, makers[expected_grid](process, 7), err_msg=name)
