@@ -335,10 +335,10 @@ def discrete(betas: schedules.Betas, interpolation: str = "cubic") -> Process:
   Args:
     betas: the betas [N].
     interpolation: the values between the steps. With "cubic", -log(alpha_bar) is the monotone cubic through its values
-      at all steps (Fritsch and Butland 1984). The chain is therefore a VP process with a continuous rate, evaluated at N
-      points, and every continuous-time rule applies to it. With "linear" or "log_linear", sigma / alpha or its logarithm
-      is a straight line between two steps, as in the Euler and Heun schedulers of diffusers. The rate then jumps at
-      every step, which misleads the error control of `sampling.ode`.
+      at all steps (Fritsch and Butland 1984). The chain is therefore a VP process with a continuous rate, evaluated at
+      N points, and every continuous-time rule applies to it. With "linear" or "log_linear", sigma / alpha or its
+      logarithm is a straight line between two steps, as in the Euler and Heun schedulers of diffusers. The rate then
+      jumps at every step, which misleads the error control of `sampling.ode`.
 
   Raises:
     ValueError: if the betas are not a one-dimensional table of 1 to 2^24 numbers, or if a beta is outside (0, 1). The

@@ -35,7 +35,7 @@ def model_card(
     latent: whether the model generates latents, which an autoencoder decodes.
   """
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  clip_option = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
+  clip_option = ", use_clipped_model_output=True" if scheduler_config.get("clip_sample") else ""
   lines = [
     "---",
     "library_name: diffusers",
@@ -50,7 +50,7 @@ def model_card(
     " steps." + (" It generates latents, and the autoencoder in `vqvae/` decodes them." if latent else ""),
     "",
   ]
-  learns_variance = scheduler_config["variance_type"] == "learned_range"
+  learns_variance = scheduler_config.get("variance_type") == "learned_range"
   is_conditional = network.num_classes or network.vector_embedding
   if is_conditional:
     lines += [

@@ -32,11 +32,12 @@ class _Past(NamedTuple):
 
 @check_types
 def plms(process: Process) -> Sampler:
-  """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps (Liu et al. 2022, equations 9 and 12).
+  """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
 
   Each step keeps one estimate of the noise over the step, as in `ddim`. The estimate is the Adams-Bashforth combination
   of the four latest estimates, or of fewer in the first steps. The weights are those for equal steps, on any grid. The
-  rule is therefore of order 2. It is the PNDMScheduler of diffusers with skip_prk_steps=True.
+  rule is therefore of order 2. Source: Liu et al. 2022, section 3. It is the PNDMScheduler of diffusers with
+  skip_prk_steps=True.
 
   A step calls the network once. The first of several steps calls it twice: it averages the estimates at both of its
   ends, as Heun's rule does.
