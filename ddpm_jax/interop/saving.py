@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, schedulers, tensors, unet2d
+from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, tensors, unet2d
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.interop.codec_folders import write_codec
 from ddpm_jax.interop.folders import VERSION, WEIGHTS, check_output, write_config
@@ -83,7 +83,8 @@ def save(
     "scheduler": ["diffusers", scheduler_config["_class_name"]],
     "unet": ["diffusers", "UNet2DModel"],
   } | ({"vqvae": ["diffusers", "AutoencoderKL"]} if is_latent else {})
-  card = model_card(model.network.module, params, model.data_shape, scheduler_config, config, scores, latent=is_latent)
+  options = scheduler_classes.complete(scheduler_config)
+  card = model_card(model.network.module, params, model.data_shape, options, config, scores, latent=is_latent)
   with files.atomic_folder(path) as folder:
     write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
     layout = unet2d.layout(len(model.network.module.multipliers))

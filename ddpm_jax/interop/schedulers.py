@@ -210,8 +210,8 @@ def to_config(
       "learned", even if this argument differs. None: the variance of `source`, or "large".
     spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace". None: the grid of
       `source`, or "trailing".
-    source: the config of the scheduler that the model was read with. It is returned, with the defaults of its class for
-      keys that it omits, if it agrees with the arguments above.
+    source: the config of the scheduler that the model was read with. It is returned if it agrees with the arguments
+      above.
     name: the class of any other config, "DDPMScheduler" or "DDIMScheduler".
 
   Raises:
@@ -231,8 +231,7 @@ def to_config(
   betas = scheduler_betas.of_process(process)
   variance = "learned" if prediction.learned_variance else variance
   if source is not None and _agrees(from_config(source), betas, prediction, clip, variance, spacing):
-    kept = scheduler_classes.name_of(source)
-    return {"_class_name": kept} | CLASSES[kept].options | dict(source)
+    return {"_class_name": scheduler_classes.name_of(source)} | dict(source)
   return {
     "_class_name": name,
     **scheduler_betas.to_options(betas),
