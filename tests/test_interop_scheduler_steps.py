@@ -4,7 +4,6 @@ The network is the exact one of a mixture. The peers call it through NumPy. In f
 in float64 too, so these comparisons show the rules, and not the rounding of tables.
 """
 
-import functools
 import itertools
 import json
 import sys
@@ -103,76 +102,74 @@ def dtype(request):
     yield request.param
 
 
-@functools.cache
-def schedule_of(name):
+def read_schedule(name):
   """Return the schedule that our package reads from the saved config of the peer."""
   kind, options, _ = CASES[name]
   scheduler = getattr(diffusers, f"{kind}Scheduler")(**options)
   return schedulers.from_config(json.loads(scheduler.to_json_string()))
 
 
-def make_peer(name, dtype, monkeypatch):
-  """Return the peer with our noise, and with the precision `dtype`."""
+def peer_trajectory(name, network, process, x, times, steps):
+  """Run the peer with our noise and in the precision of `x`, and return its states at `times`, and its number of calls.
+
+  The times of the calls follow from `times`, and `run_diffusers` compares them with the peer's.
+  """
   kind, options, _ = CASES[name]
-  scheduler = getattr(diffusers, f"{kind}Scheduler")
+  scheduler, dtype = getattr(diffusers, f"{kind}Scheduler"), str(x.dtype)
   module, noises = sys.modules[scheduler.__module__], (torch.tensor(noise(dtype, i)) for i in itertools.count())
-  monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noises), raising=False)
-  if dtype == "float64":
-    for attribute in ("torch", "np"):
-      monkeypatch.setattr(module, attribute, Doubled(getattr(module, attribute)))
-  return scheduler(**options)
+  alpha = np.asarray(process.alpha(times), dtype)[:, None, None] if kind in SCALED else np.ones((1, 1, 1), dtype)
+  # The peer takes a last step of no length, and our grid leaves it out.
+  has_empty_step = len(times) == steps
+  calls = times if has_empty_step else times[:-1]
+  if kind == "HeunDiscrete":
+    calls = np.repeat(calls, 2)[1:]
+  repeats_second = kind == "PNDM" and steps > 1
+  if repeats_second:
+    calls = np.insert(calls, 2, times[1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noises), raising=False)
+    if dtype == "float64":
+      for attribute in ("torch", "np"):
+        patch.setattr(module, attribute, Doubled(getattr(module, attribute)))
+    peer = scheduler(**options)
+    peer.set_timesteps(steps)
+    states = run_diffusers(peer, process, network, x / alpha[0], calls)
+  if kind == "HeunDiscrete":
+    states = states_of_heun_steps(states)
+  if repeats_second:
+    states = np.delete(states, 1, axis=0)
+  if has_empty_step:
+    np.testing.assert_allclose(states[-1], states[-2], rtol=1e-6)
+    states = states[:-1]
+  return states * alpha, len(calls) - has_empty_step
 
 
-def trajectory(sampler, denoise, x, times, steps):
-  """Run `sample` one step at a time, so that grids of all lengths share the programs `steps` by number of steps."""
+def trajectory(sampler, denoise, x, times):
+  """Do what `sample` does, one step at a time, so that grids of all lengths share a compiled step."""
   rule = sampler if sampler.prepare is None else sampler.prepare(len(times) - 1)
-  single = sampler.prepare is not None and len(times) == 2
-  if single not in steps:
-    steps[single] = jax.jit(lambda key, x, memory, t, s: rule.step(key, denoise, x, memory, t, s))
+  step = jax.jit(rule.step, static_argnums=1)
   states, memory = [x], rule.init(x)
   for i, (t, s) in enumerate(itertools.pairwise(np.asarray(times, x.dtype))):
-    x, memory = steps[single](jax.random.fold_in(jax.random.key(SEED), i), states[-1], memory, t, s)
-    states.append(np.asarray(x))
+    key = jax.random.fold_in(jax.random.key(SEED), i)
+    state, memory = step(key, denoise, states[-1], memory, t, s)
+    states.append(np.asarray(state))
   return np.stack(states)
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
-)
-def test_trajectories_match_diffusers(name, dtype, monkeypatch):
-  """Each state and each time input of the network agrees, for all numbers of steps."""
-  kind, _, all_steps = CASES[name]
-  schedule = schedule_of(name)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
+def test_trajectories_match_diffusers(name, dtype):
+  """Each state, each time input of the network and the number of calls agree, for all numbers of steps."""
+  schedule = read_schedule(name)
   process, prediction = schedule.make_process(), schedule.make_prediction()
-  defaults = schedule.defaults(process)
-  exact = MIXTURE.denoise(process)
+  defaults, exact = schedule.defaults(process), MIXTURE.denoise(process)
   denoise = exact if defaults.clip is None else defaults.clip(exact)
-  network, programs = as_torch(network_of(process, prediction, exact)), {}
-  for steps in all_steps:
-    peer = make_peer(name, dtype, monkeypatch)
-    peer.set_timesteps(steps)
+  network = as_torch(network_of(process, prediction, exact))
+  for steps in CASES[name][2]:
     times = defaults.times(steps)
-    calls = times[:-1]
-    if len(times) == steps:  # the peer takes a last step of no length
-      calls = times
-    if kind == "PNDM" and steps > 1:
-      calls = np.insert(calls, 2, times[1])
-    if kind == "HeunDiscrete":
-      calls = np.repeat(calls, 2)[1:]
     x = start(process, times[0], dtype)
-    alpha = np.asarray(process.alpha(times), dtype)[:, None, None] if kind in SCALED else np.ones((1, 1, 1), dtype)
-    theirs = run_diffusers(peer, process, network, x / alpha[0], calls)
-    if kind == "PNDM" and steps > 1:
-      theirs = np.delete(theirs, 1, axis=0)
-    if kind == "HeunDiscrete":
-      theirs = states_of_heun_steps(theirs)
-    if len(times) == steps:
-      np.testing.assert_allclose(theirs[-1], theirs[-2], rtol=1e-6)
-      theirs = theirs[:-1]
-    ours = trajectory(defaults.sampler, denoise, x, times, programs)
-    theirs = theirs * alpha
+    theirs, calls = peer_trajectory(name, network, process, x, times, steps)
+    ours = trajectory(defaults.sampler, denoise, x, times)
     assert ours.shape == theirs.shape
     deviations = np.max(np.abs(ours - theirs), axis=(1, 2)) / np.max(np.abs(theirs), axis=(1, 2))
     assert np.all(deviations < TOLERANCE[dtype]), (steps, deviations)
-    nfe = sampling.nfe(defaults.sampler, process, times)
-    assert nfe == len(calls) - (len(times) == steps)
+    assert sampling.nfe(defaults.sampler, process, times) == calls

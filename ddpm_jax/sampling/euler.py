@@ -158,10 +158,10 @@ def _scaled_heun_step(process, denoise, x_t, t, s):
 
 
 def step_along_noise(process: Process, x_t, x_0, eps, t, s):
-  """Step from t to s with a constant estimate of the noise: x / alpha changes by eps times the change of sigma / alpha.
+  """Return x_s after a step in which the estimate of the noise is constant.
 
-  The noise alone determines the step (Liu et al. 2022, equation 9). Only where alpha_t is 0, the step also needs an
-  estimate of the data, `x_0`.
+  In the step, x / alpha changes by eps times the change of sigma / alpha (Liu et al. 2022, equation 9). Only where
+  alpha_t is 0, the step also needs an estimate of the data, `x_0`.
   """
   alpha = process.alpha(t)
   has_data = alpha > 0
