@@ -110,6 +110,7 @@ MULTISTEP = {
     "**Smaller errors than the default**, especially with many steps; also on rectified flow",
   ),
   "unipc(order=3)": Entry(sampling.unipc, 4, "#7a0177", "The smallest errors from 20 NFE, but not on rectified flow"),
+  "plms": Entry(sampling.plms, 2, "#8c6d31", "PNDM, the default of Stable Diffusion 1"),
 }
 ODE = Entry(None, 5, GRAY, "The probability flow to a tolerance, for likelihoods, encoding and references")
 DETERMINISTIC = SINGLESTEP | MULTISTEP

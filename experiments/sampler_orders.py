@@ -155,20 +155,19 @@ def plot_trajectories(paths, exact, path):
     panel.set_title(f"{name}\n{calls} NFE", fontsize=9)
     panel.set(xlim=(-size, size), ylim=(-size, size), xticks=[], yticks=[], aspect="equal")
     panel.spines[:].set_color("0.8")
-  for panel in (panels[13], panels[27]):
-    panel.axis("off")
+  panels[27].axis("off")
   handles = [
     Line2D([], [], color="0.7", linewidth=3, label="exact flow"),
     Line2D([], [], color="0.2", marker=".", markersize=4, linewidth=0.9, label="sampler's steps"),
     Line2D([], [], color="0.2", marker="o", markerfacecolor="white", linestyle="", label="noise, t = t_max"),
     Line2D([], [], color="0.2", marker="o", linestyle="", label="sample, t = 0"),
   ]
-  panels[13].legend(
-    handles=handles, loc="center", frameon=False, fontsize=9, title="color: the final mode\nof the exact flow"
+  panels[27].legend(
+    handles=handles, loc="upper center", frameon=False, fontsize=9, title="color: the final mode\nof the exact flow"
   )
   panels[27].text(
     0.5,
-    0.5,
+    0.14,
     "With noise: three\nof the paths, lighter\nat earlier times.\nA sample may end\nin another mode.",
     ha="center",
     va="center",

@@ -22,7 +22,7 @@ def consistency(x_t, t):  # the end of the flow through x_t, in place of a train
 
 RULES = ["ancestral", "ddim", "deis", "dpm_solver", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "dpmpp_3m", "dpmpp_sde"]
 RULES += ["euler", "euler_ancestral", "euler_maruyama", "heun", "multistep_consistency", "ode", "reverse_diffusion"]
-RULES += ["unipc"]
+RULES += ["plms", "unipc"]
 samplers = {name: getattr(sampling, name)(process) for name in RULES}
 samplers["heun, churned"] = sampling.heun(process, s_churn=10.0, s_min=0.05, s_max=50.0)
 samplers["ddim, corrected"] = sampling.with_langevin(sampling.ddim(process), process, snr=0.16)

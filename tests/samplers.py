@@ -16,6 +16,7 @@ ORDERS = {
   "ddim": (sampling.ddim, 1),
   "euler": (sampling.euler, 1),
   "heun": (sampling.heun, 2),
+  "heun_scaled": (lambda process: sampling.heun(process, scaled=True), 2),
   "dpm_solver_1": (lambda process: sampling.dpm_solver(process, 1), 1),
   "dpm_solver_2": (lambda process: sampling.dpm_solver(process, 2), 2),
   "dpm_solver_3": (lambda process: sampling.dpm_solver(process, 3), 3),
@@ -30,6 +31,9 @@ ORDERS = {
   "unipc_2": (lambda process: sampling.unipc(process, 2), 3),
   "unipc_2_bh1": (lambda process: sampling.unipc(process, 2, "bh1"), 3),
   "unipc_3": (lambda process: sampling.unipc(process, 3), 4),
+  # The weights are those of order 4 for x / alpha as a function of a variable with equal steps, and sigma / alpha is
+  # another variable.
+  "plms": (sampling.plms, 2),
 }
 STOCHASTIC = {
   "ancestral": sampling.ancestral,

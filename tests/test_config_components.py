@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as configs
-from ddpm_jax import processes, schedules
+from ddpm_jax import processes, sampling, schedules
 from ddpm_jax.commands import config_flags
 from ddpm_jax.config import components, flags, spec
 from tests.commands import RECIPE
@@ -238,6 +238,15 @@ def test_components_may_be_arguments_of_components():
     "objective.weighting"
   )
   assert weighting == {"component": "losses.on_x0", "weighting": {"component": "losses.min_snr", "gamma": 3.0}}
+
+
+def test_the_grids_of_stable_diffusion_are_reachable_from_the_command_line():
+  keys = {"model.process": "discrete(betas=scaled_linear(), interpolation=linear)", "sampling.num_steps": "50"}
+  made = configs.build(with_keys(keys | {"sampler": "plms", "sampling.grid": "leading(offset=1, end_step=1)"}))
+  np.testing.assert_allclose(made.times[[0, 1, -2, -1]] * 1000, [982, 962, 2, 1])
+  assert sampling.nfe(made.sampler, made.model.process, made.times) == 51
+  made = configs.build(with_keys(keys | {"sampler": "heun(scaled=true)", "sampling.grid": "linspace(rounded=false)"}))
+  np.testing.assert_allclose(made.times[:-1] * 1000, np.linspace(1000, 1, 50))
 
 
 def test_numbers_and_tables_may_replace_components():

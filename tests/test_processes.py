@@ -160,6 +160,42 @@ def test_discrete_sde_runs_at_the_rates_of_its_betas():
   np.testing.assert_allclose(-np.asarray(process.drift(t.ravel())).reshape(t.shape) @ (weights / 2), rate, rtol=1e-6)
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("interpolation", ["linear", "log_linear"])
+def test_discrete_noise_levels_are_on_lines_between_the_steps(table, interpolation):
+  """At the steps they do not depend on the interpolation. At zero SNR, the last step is the same too."""
+  betas = TABLES[table]
+  last = 999 if table == "zero_snr" else 1000
+  results = {}
+  for dtype in ("float64", "float32"):
+    with jax.enable_x64(dtype == "float64"):
+      cubic, process = processes.discrete(betas), processes.discrete(betas, interpolation)
+      steps = np.arange(1001)
+      for name in ("alpha", "sigma"):
+        values = (getattr(one, name)((steps / 1000).astype(dtype)) for one in (process, cubic))
+        np.testing.assert_allclose(*values, rtol=1e-9 if dtype == "float64" else 1e-5, atol=1e-12)
+      t = ((np.arange(last) + 0.25) / 1000).astype(dtype)
+      alpha, sigma = (np.asarray(value(t), np.float64) for value in (process.alpha, process.sigma))
+      np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+      results[dtype] = sigma / alpha
+      assert np.all(np.isfinite(process.slopes(np.asarray([0.0, 0.0005, 0.5, 0.9995, 1.0], dtype))))
+  np.testing.assert_allclose(results["float32"], results["float64"], rtol=2e-4)
+  alpha_bar = np.cumprod(1 - betas)[:last]
+  knots = np.sqrt((1 - alpha_bar) / alpha_bar)
+  expected = np.interp(np.arange(last) + 0.25, np.arange(last + 1), [0, *knots])
+  if interpolation == "log_linear":
+    expected[1:] = np.exp(np.interp(np.arange(1, last) + 0.25, np.arange(1, last + 1), np.log(knots)))
+  np.testing.assert_allclose(results["float64"], expected, rtol=1e-9)
+
+
+def test_an_unknown_interpolation_is_an_error():
+  with pytest.raises(ValueError, match="interpolation='spline'; expected 'cubic'"):
+    processes.discrete([0.1, 0.2], "spline")
+  # Even the process of a single step has all interpolations.
+  for interpolation in ("cubic", "linear", "log_linear"):
+    np.testing.assert_allclose(processes.discrete([0.36], interpolation).sigma([0.0, 1.0]), [0, 0.6], rtol=1e-6)
+
+
 def test_discrete_approaches_vp_with_more_steps():
   vp, t = processes.vp(), np.linspace(0.1, 1, 10)
   errors = [

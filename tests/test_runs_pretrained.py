@@ -98,11 +98,12 @@ def test_raw_weights_differ_from_the_ema(run, exported, tmp_path):
 
 
 def test_sampling_uses_the_folder_s_scheduler_or_the_flags(tmp_path):
-  write_pipeline(tmp_path / "model", diffusers.DDIMScheduler(timestep_spacing="leading"))
+  scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)  # as in Stable Diffusion 1
+  write_pipeline(tmp_path / "model", scheduler)
   common = ("--mode=sample", f"--pretrained={tmp_path / 'model'}", f"--workdir={tmp_path}", "--num_samples=3")
   code, output = call(*common)
   assert code == 0, output
-  assert (tmp_path / "samples" / "ddim_nfe50_seed0.png").exists()
+  assert (tmp_path / "samples" / "plms_nfe51_seed0.png").exists()
   code, output = call(*common, "--sampler=dpmpp_2m", "--num_steps=5")
   assert code == 0, output
   with np.load(tmp_path / "samples" / "dpmpp_2m_nfe5_seed0.npz") as file:

@@ -103,10 +103,12 @@ def test_the_step_to_0_is_the_denoised_mean(name):
 # The number of network call sites in a step, if it is above one. A corrector's steps are a loop with one call site.
 TRACES = {
   "heun": 2,
+  "heun_scaled": 2,
   "heun_churn": 2,
   "dpm_solver_2": 2,
   "dpm_solver_3": 3,
   "dpmpp_2s": 2,
+  "plms": 2,
   "dpmpp_2s_ancestral": 2,
   "dpmpp_sde": 2,
   "dpmpp_sde_half": 2,

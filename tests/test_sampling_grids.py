@@ -60,6 +60,45 @@ def test_discrete_grids_equal_the_grids_of_diffusers():
       np.testing.assert_allclose(GRIDS[name](process, steps)[:-1] * n - 1, expected, atol=1e-9)
 
 
+def test_discrete_grids_may_end_above_0_and_have_an_offset():
+  """The reference formulas are from the schedulers of diffusers, with integer timesteps n - 1."""
+  process, n = PROCESSES["discrete_linear"], 1000
+  for steps in (1, 3, 10, 30, 50):
+    expected = (np.arange(0, steps) * (n // steps)).round()[::-1] + 1
+    if steps < 1000:
+      np.testing.assert_allclose(GRIDS["leading"](process, steps, offset=1)[:-1] * n - 1, expected, atol=1e-9)
+    expected = (np.arange(0, steps + 1) * (n // (steps + 1))).round()[::-1][:-1] + 1
+    grid = GRIDS["leading"](process, steps, offset=1, open_end=True, end_step=1)
+    np.testing.assert_allclose(grid * n - 1, [*expected, 0], atol=1e-9)
+    if steps > 1:
+      expected = np.linspace(0, n - 1, steps)[::-1]
+      grid = GRIDS["linspace"](process, steps, rounded=False)
+      np.testing.assert_allclose(grid * n - 1, [*expected, -1], atol=1e-9)
+      # The step from 1 to 1 has no length.
+      np.testing.assert_allclose(GRIDS["linspace"](process, steps, rounded=False, end_step=1), grid[:-1])
+    for name, options in (("trailing", {}), ("leading", {"offset": 2})):
+      ends = GRIDS[name](process, steps, **options)
+      np.testing.assert_array_equal(GRIDS[name](process, steps, **options, end_step=2), [*ends[:-1], 2 / n])
+  # With one step for each step of the process, the last two times are equal, and one is left out.
+  np.testing.assert_array_equal(GRIDS["trailing"](process, n, end_step=1), GRIDS["trailing"](process, n)[:-1])
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda process: GRIDS["leading"](process, 1000, offset=1), "offset=1 with num_steps=1000; expected an offset from 0 to 0"),
+    (lambda process: GRIDS["leading"](process, 10, offset=-1), "offset=-1.*expected an offset from 0 to 99"),
+    (lambda process: GRIDS["leading"](process, 10, end_step=2), "end_step=2.*expected a step from 0 to 1"),
+    (lambda process: GRIDS["trailing"](process, 10, end_step=-1), "end_step=-1"),
+    (lambda process: GRIDS["trailing"](process, 1, end_step=1000), "end_step=1000.*below the first one"),
+    (lambda process: GRIDS["linspace"](process, 10, end_step=0.5), "end_step=0.5"),
+  ],
+)  # fmt: skip
+def test_wrong_ends_of_discrete_grids_are_errors(make, message):
+  with pytest.raises(ValueError, match=message):
+    make(PROCESSES["discrete_linear"])
+
+
 def test_log_snr_and_karras_grids_are_even_in_their_own_variable():
   process = processes.vp()
   with jax.enable_x64(True):
@@ -102,7 +141,7 @@ def test_a_grid_of_part_of_the_times_has_its_ends(name):
 EVEN_IN_TIME = (
   "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip
-DDIM = ("ddim", "ddim_half", "ddim_one")
+DDIM = ("ddim", "ddim_half", "ddim_one", "plms")
 DEFAULT_GRIDS = {
   "vp": ("uniform to t_min", "log_snr"),
   "sub_vp": ("uniform to t_min", "log_snr"),
@@ -122,7 +161,7 @@ def test_every_rule_has_its_default_grid(process):
   process = PROCESSES[process]
   makers = GRIDS | {"uniform to t_min": lambda p, n: sampling.grids.uniform(p, n, t_min=p.t_min)}
   for name, make in SAMPLERS.items():
-    # DDIM also uses the training steps of a discrete model.
+    # DDIM and PLMS also use the training steps of a discrete model.
     expected_grid = even_grid if name in EVEN_IN_TIME or (name in DDIM and process.num_steps) else other_grid
     got = sampling.grids.for_sampler(make(process), process, 7)
     np.testing.assert_array_equal(got, makers[expected_grid](process, 7), err_msg=name)

@@ -77,18 +77,21 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   x_0 or alpha_t x_0, it is 0.015 with Heun and 0.028 with DDIM. With fewer than 50 steps, however, DDIM is up to 1.5
   times more accurate with a start at x_0.
 
+  A grid that ends above 0 treats the images as states at its end, as `sample` returns them. Encoding then starts at
+  x_0, and costs no additional call.
+
   Args:
     sampler: a reversible rule, such as `sampling.ddim(process)` or `sampling.ode(process)`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     process: the forward process.
     x_0: images [B, ...].
-    times: the decreasing grid for decoding. It has at least two steps and ends at 0.
+    times: the decreasing grid for decoding. If it ends at 0, it has at least two steps. Traced times must end at 0.
 
   Returns:
     The encoding [B, ...] at times[0], in the dtype of x_0.
 
   Raises:
-    ValueError: if the rule is not reversible, the grid does not decrease to 0 in at least two steps, or
+    ValueError: if the rule is not reversible, the grid does not decrease, a grid to 0 has a single step, or
       `sampling.sample` rejects the arguments.
   """
   if not sampler.reversible:
@@ -98,11 +101,15 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
     )
   check_floats(x_0)
   _check_decreasing(times, sampler, x_0)
-  if len(times) < 3 or (not isinstance(times, jax.core.Tracer) and times[-1] != 0):
+  is_traced = isinstance(times, jax.core.Tracer)
+  rising = as_time(times)[::-1] if is_traced else np.asarray(times)[::-1]
+  if not is_traced and rising[0] > 0:
+    return sample(_keys(x_0), sampler, denoise, x_0, rising)
+  rising = rising[1:]
+  if len(rising) < 2:
     raise ValueError(
-      f"Got times {times}; expected a grid of at least two steps that ends at 0. Use a grid from sampling.grids."
+      f"Got times {times}; expected at least two steps in a grid that ends at 0. Use a grid from sampling.grids."
     )
-  rising = as_time(times)[:-1][::-1] if isinstance(times, jax.core.Tracer) else np.asarray(times)[:-1][::-1]
   t = as_time(rising[0])
   alpha, sigma, data = widen(process.alpha(t), process.sigma(t), x_0)
   _, eps = estimate(process, denoise, (alpha * data).astype(x_0.dtype), t)
@@ -172,7 +179,7 @@ def interpolate(sampler: Sampler, denoise: Denoise, process: Process, a: Array, 
     process: the forward process.
     a: images [B, ...] at fraction 0.
     b: images at fraction 1, of the same shape.
-    times: a decreasing grid that ends at 0, as for `invert`.
+    times: a decreasing grid, as for `invert`.
     fractions: array [F], usually from 0 to 1.
 
   Returns:

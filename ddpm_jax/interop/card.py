@@ -15,7 +15,7 @@ def model_card(
   network: UNet,
   params: PyTree,
   shape: tuple[int, ...],
-  scheduler_config: Mapping[str, Any],
+  scheduler: Mapping[str, Any],
   config: Mapping[str, Any] | None,
   scores: Mapping[str, Any] | None,
   *,
@@ -29,13 +29,13 @@ def model_card(
     network: the U-Net.
     params: the parameters of the U-Net.
     shape: the shape [H, W, C] of one image.
-    scheduler_config: the scheduler config in diffusers' format.
+    scheduler: all options of the scheduler, with their defaults.
     config: the training config. None leaves the section out.
     scores: the evaluation scores. None leaves the section out.
     latent: whether the model generates latents, which an autoencoder decodes.
   """
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  clip_option = ", use_clipped_model_output=True" if scheduler_config["clip_sample"] else ""
+  clip_option = ", use_clipped_model_output=True" if scheduler.get("clip_sample") else ""
   lines = [
     "---",
     "library_name: diffusers",
@@ -46,11 +46,11 @@ def model_card(
     f"# Diffusion model for {shape[0]}x{shape[1]} images with {shape[2]} channel{'s' if shape[2] > 1 else ''}",
     "",
     f"A U-Net with {num_params:,} parameters, trained with ddpm_jax. It predicts"
-    f" `{scheduler_config['prediction_type']}` for a noise schedule of {scheduler_config['num_train_timesteps']}"
+    f" `{scheduler['prediction_type']}` for a noise schedule of {scheduler['num_train_timesteps']}"
     " steps." + (" It generates latents, and the autoencoder in `vqvae/` decodes them." if latent else ""),
     "",
   ]
-  learns_variance = scheduler_config["variance_type"] == "learned_range"
+  learns_variance = scheduler["variance_type"] == "learned_range"
   is_conditional = network.num_classes or network.vector_embedding
   if is_conditional:
     lines += [

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, schedulers, tensors, unet2d
+from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, tensors, unet2d
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.interop.codec_folders import write_codec
 from ddpm_jax.interop.folders import VERSION, WEIGHTS, check_output, write_config
@@ -24,13 +24,16 @@ def save(
   params: PyTree,
   *,
   clip: float | None = 1.0,
-  variance: str = "large",
-  spacing: str = "trailing",
+  variance: str | None = None,
+  spacing: str | None = None,
   config: Mapping[str, Any] | None = None,
   scores: Mapping[str, Any] | None = None,
   frozen: Mapping[str, PyTree] | None = None,
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
+
+  A model that was read from a folder keeps the scheduler of that folder, unless an argument differs from it. All other
+  models get a DDPMScheduler or, with latents, a DDIMScheduler.
 
   Both pipelines can open every saved pixel model, but cannot sample from all of them: they pass no condition to a
   network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
@@ -45,8 +48,9 @@ def save(
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
-      "learned", even if this argument differs.
-    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace".
+      "learned", even if this argument differs. None: the variance of the folder's scheduler, or "large".
+    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace". None: the grid of
+      the folder's scheduler, or "trailing".
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
     frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.
@@ -60,21 +64,27 @@ def save(
   _check_channels(model)
   height, width, channels = model.shape
   unet_config = unet2d.to_config(model.network.module, (height, width, channels))
+  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
+  is_ddim = model.codec.is_latent and not model.prediction.learned_variance
   scheduler_config = schedulers.to_config(
-    model.process, model.prediction, clip=clip, variance=variance, spacing=spacing
+    model.process,
+    model.prediction,
+    clip=clip,
+    variance=variance,
+    spacing=spacing,
+    source=None if model.defaults is None else model.defaults.scheduler,
+    name="DDIMScheduler" if is_ddim else "DDPMScheduler",
   )
   autoencoder = _autoencoder(model, frozen, clip) if model.codec.is_latent else None
-  # LDMPipeline documents DDIM as its scheduler, but DDIM does not support learned variance.
-  scheduler = "DDIMScheduler" if autoencoder and not model.prediction.learned_variance else "DDPMScheduler"
-  scheduler_config["_class_name"] = scheduler
   version, is_latent = {"_diffusers_version": VERSION}, autoencoder is not None
   index = {
     "_class_name": "LDMPipeline" if is_latent else "DDPMPipeline",
     **version,
-    "scheduler": ["diffusers", scheduler],
+    "scheduler": ["diffusers", scheduler_config["_class_name"]],
     "unet": ["diffusers", "UNet2DModel"],
   } | ({"vqvae": ["diffusers", "AutoencoderKL"]} if is_latent else {})
-  card = model_card(model.network.module, params, model.data_shape, scheduler_config, config, scores, latent=is_latent)
+  options = scheduler_classes.complete(scheduler_config)
+  card = model_card(model.network.module, params, model.data_shape, options, config, scores, latent=is_latent)
   with files.atomic_folder(path) as folder:
     write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
     layout = unet2d.layout(len(model.network.module.multipliers))

@@ -26,9 +26,12 @@ class SamplingDefaults(NamedTuple):
   Attributes:
     name: the sampler's name, for messages and reports.
     sampler: the step rule.
-    times: `times(num_steps) -> grid` [num_steps + 1].
+    times: `times(num_steps) -> grid` [num_steps + 1]. A grid of diffusers is shorter by 1 if its last step would have
+      no length.
     steps: the number of steps.
     clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
+    scheduler: the scheduler config of the folder that the model was read from, for a folder of the same kind that the
+      model is saved to. None for a model of another origin.
   """
 
   name: str
@@ -36,6 +39,7 @@ class SamplingDefaults(NamedTuple):
   times: Callable[[int], np.ndarray]
   steps: int
   clip: Callable[[Denoise], Denoise] | None = None
+  scheduler: Mapping[str, Any] | None = None
 
 
 class Model(NamedTuple):

@@ -44,7 +44,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
       weights.parameters.params,
       frozen=weights.parameters.frozen,
       clip=clip,
-      variance=(experiment.tree.values["sampler"] or {}).get("variance", "large"),
+      variance=(experiment.tree.values["sampler"] or {}).get("variance"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,
       scores={key: report[key] for key in _CARD_KEYS} if report and "scores" in report else None,
     )

@@ -7,6 +7,7 @@ from ddpm_jax.sampling.dpm_solver import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpm
 from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
 from ddpm_jax.sampling.langevin import with_langevin
 from ddpm_jax.sampling.multistep import deis, unipc
+from ddpm_jax.sampling.plms import plms
 from ddpm_jax.sampling.stochastic import ancestral, euler_maruyama, multistep_consistency, reverse_diffusion
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
   "multistep_consistency",
   "nfe",
   "ode",
+  "plms",
   "reverse_diffusion",
   "rk45",
   "sample",

@@ -29,6 +29,7 @@ class Sampler(NamedTuple):
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
     calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step that
       starts or ends in pure noise (alpha = 0).
+    first_calls: the number of additional network calls in the first of several steps.
     prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
       it.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
@@ -43,6 +44,7 @@ class Sampler(NamedTuple):
   process: Process | None = None
   reversible: bool = False
   calls: tuple[int, int, int] = (1, 1, 1)
+  first_calls: int = 0
   prepare: Callable[[int], "Sampler"] | None = None
   count_calls: Callable[[Any], Array] | None = None
   spacing: str = "log_snr"
@@ -160,7 +162,9 @@ def _calls(sampler: Sampler, process: Process | None, times) -> Array:
     clean_steps = jnp.asarray(process.sigma(last) == 0, jnp.int32)
     no_data = jnp.minimum(process.alpha(first), process.alpha(last)) == 0
     no_data_steps = jnp.asarray(no_data & (steps > clean_steps), jnp.int32)
-  return between * (steps - clean_steps - no_data_steps) + to_data * clean_steps + at_zero_snr * no_data_steps
+  first_calls = sampler.first_calls if steps > 1 else 0
+  calls = between * (steps - clean_steps - no_data_steps) + to_data * clean_steps + at_zero_snr * no_data_steps
+  return calls + first_calls
 
 
 def check_times(times, sampler: Sampler, x: Array) -> None:

@@ -100,14 +100,31 @@ def euler(
 
 @check_types
 def heun(
-  process: Process, *, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
+  process: Process,
+  *,
+  s_churn: float = 0.0,
+  s_min: float = 0.0,
+  s_max: float = math.inf,
+  s_noise: float = 1.0,
+  scaled: bool = False,
 ) -> Sampler:
   """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  A step calls the network twice, and the step to s = 0 calls it once. The arguments and errors are the same as in
+  A step calls the network twice, and the step to s = 0 calls it once. The other arguments and errors are the same as in
   `euler`.
+
+  Args:
+    process: the forward process.
+    s_churn: see `euler`.
+    s_min: see `euler`.
+    s_max: see `euler`.
+    s_noise: see `euler`.
+    scaled: whether to average the slopes of x / alpha in sigma / alpha, as diffusers and k-diffusion do, and not the
+      slopes of x in alpha and sigma. With a constant alpha, both are the same rule. Steps that start in pure noise
+      (alpha = 0) never average scaled slopes, because they are infinite there.
   """
-  return _with_churn(process, _heun_step, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
+  rule = _scaled_heun_step if scaled else _heun_step
+  return _with_churn(process, rule, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
 
 
 def _euler_step(process, denoise, x_t, t, s):
@@ -126,6 +143,30 @@ def _heun_step(process, denoise, x_t, t, s):
     return (x_t + 0.5 * slope_sum).astype(x_t.dtype)
 
   return jax.lax.cond(sigma_s > 0, correct, lambda x_s: x_s, x_s)
+
+
+def _scaled_heun_step(process, denoise, x_t, t, s):
+  x_0, eps = estimate(process, denoise, x_t, t)
+  x_s = step_along_noise(process, x_t, x_0, eps, t, s).astype(x_t.dtype)
+
+  def correct(x_s):
+    x_0_s, eps_s = estimate(process, denoise, x_s, s)
+    mean_x_0, mean_eps = 0.5 * (x_0 + x_0_s), 0.5 * (eps + eps_s)
+    return step_along_noise(process, x_t, mean_x_0, mean_eps, t, s).astype(x_t.dtype)
+
+  return jax.lax.cond(process.sigma(s) > 0, correct, lambda x_s: x_s, x_s)
+
+
+def step_along_noise(process: Process, x_t, x_0, eps, t, s):
+  """Return x_s after a step in which the estimate of the noise is constant.
+
+  In the step, x / alpha changes by eps times the change of sigma / alpha (Liu et al. 2022, equation 9). Only where
+  alpha_t is 0, the step also needs an estimate of the data, `x_0`.
+  """
+  alpha = process.alpha(t)
+  has_data = alpha > 0
+  data = jnp.where(has_data, (x_t - process.sigma(t) * eps) / jnp.where(has_data, alpha, 1), x_0)
+  return process.alpha(s) * data + process.sigma(s) * eps
 
 
 def _with_churn(

@@ -1,8 +1,8 @@
 """Make grids of times for `sample`.
 
-A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times that ends at 0. `sample` accepts any
-decreasing array. The functions of this module make the grids of the papers, and `for_sampler` makes the grid for a
-rule.
+A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times that ends at 0, or at a later step of a
+discrete process (`end_step`). `sample` accepts any decreasing array. The functions of this module make the grids of the
+papers, and `for_sampler` makes the grid for a rule.
 
 Each grid function takes the process and the number of steps K. Some also take the first time `t_max` and the last time
 before 0, `t_min`. To start from data with only a part of the noise, set `t_max` below the process's t_max. To leave out
@@ -123,39 +123,63 @@ def karras(
 
 
 @check_types
-def trailing(process: Process, num_steps: int) -> np.ndarray:
+def trailing(process: Process, num_steps: int, *, end_step: int = 0) -> np.ndarray:
   """Return the times of steps n = N, N - N/K, ..., then 0 (Lin et al. 2024, and diffusers' "trailing").
 
-  The first step is always N.
+  The first step is always N. `end_step` ends the grid above 0, as in `leading`.
   """
   last, n = _check_discrete(process, num_steps, "trailing")
-  return _to_times(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n)
+  return _to_times(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n, end_step)
 
 
 @check_types
-def leading(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
+def leading(
+  process: Process, num_steps: int, *, offset: int = 0, end_step: int = 0, open_end: bool = False
+) -> np.ndarray:
   """Return the times of steps n = 1, 1 + N//K, ... in falling order, then 0 (diffusers' "leading").
 
-  The grid may start below step N. With `open_end`, the result is the grid for K + 1 steps with n = 1 left out, as in
-  diffusers' multistep solvers.
+  The grid may start below step N.
+
+  Args:
+    process: the discrete process.
+    num_steps: the number of steps K.
+    offset: the number of network steps by which all times but the last are moved up. It is 1 in Stable Diffusion.
+    end_step: the step n at which the grid ends, 0 for clean data. Several schedulers of diffusers end at step 1. If the
+      last step before the end is `end_step` itself, the grid has one step less, because that step would have no length.
+    open_end: whether to make the grid of K + 1 steps and leave out its last step before the end, as in diffusers'
+      multistep solvers.
   """
-  if open_end:
-    return np.delete(leading(process, num_steps + 1), -2)
-  last, n = _check_discrete(process, num_steps, "leading")
-  return _to_times((np.arange(num_steps) * (last // num_steps))[::-1] + 1, n)
+  count = num_steps + open_end
+  last, n = _check_discrete(process, count, "leading")
+  steps = (np.arange(count) * (last // count))[::-1] + 1 + offset
+  if offset < 0 or steps[0] > last:
+    raise ValueError(
+      f"Got offset={offset} with num_steps={num_steps}; expected an offset from 0 to {last - steps[0] + offset}, because"
+      f" the process has {last} steps up to t_max. Use another number of steps."
+    )
+  return _to_times(steps[:num_steps], n, end_step)
 
 
 @check_types
-def linspace(process: Process, num_steps: int, *, open_end: bool = False) -> np.ndarray:
+def linspace(
+  process: Process, num_steps: int, *, end_step: int = 0, rounded: bool = True, open_end: bool = False
+) -> np.ndarray:
   """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  The steps are equally spaced up to rounding, and include N and 1. With `open_end`, the function
-  makes a grid of K + 1 steps and leaves out the step at 1, as in diffusers' multistep solvers.
+  The steps are equally spaced and include N and 1.
+
+  Args:
+    process: the discrete process.
+    num_steps: the number of steps K.
+    end_step: the step n at which the grid ends, as in `leading`.
+    rounded: whether to round the times to steps of the network. The Euler and Heun schedulers of diffusers do not round
+      them. Use them with `processes.discrete(betas, interpolation="linear")`.
+    open_end: whether to leave out the last step before the end, as in `leading`.
   """
-  if open_end:
-    return np.delete(linspace(process, num_steps + 1), -2)
-  last, n = _check_discrete(process, num_steps, "linspace", min_steps=2)
-  return _to_times(np.round(np.linspace(0, last - 1, num_steps))[::-1] + 1, n)
+  count = num_steps + open_end
+  last, n = _check_discrete(process, count, "linspace", min_steps=2)
+  steps = np.linspace(0, last - 1, count)[::-1][:num_steps]
+  return _to_times((np.round(steps) if rounded else steps) + 1, n, end_step)
 
 
 def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None, value_of, time_of) -> np.ndarray:
@@ -201,8 +225,14 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
   return last, process.num_steps
 
 
-def _to_times(steps: np.ndarray, n: int) -> np.ndarray:
-  return np.append(steps, 0.0) / n
+def _to_times(steps: np.ndarray, n: int, end_step: int) -> np.ndarray:
+  """Return the times of falling steps and of the step at which the grid ends, without a last step of no length."""
+  if not 0 <= end_step <= steps[-1] or end_step == steps[0]:
+    raise ValueError(
+      f"Got end_step={end_step} for a grid of the steps {steps[0]:g} to {steps[-1]:g}; expected a step from 0 to {steps[-1]:g}, below"
+      " the first one, such as 0 or 1."
+    )
+  return np.append(steps[steps > end_step], float(end_step)) / n
 
 
 def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:

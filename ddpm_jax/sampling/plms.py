@@ -1,0 +1,69 @@
+"""Provide PLMS, the linear multistep rule of PNDM and the default of Stable Diffusion 1."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.arguments import check_types
+from ddpm_jax.processes import Process
+from ddpm_jax.sampling.core import Sampler, estimate
+from ddpm_jax.sampling.euler import ddim, step_along_noise
+
+# The weights of the estimates, the newest first, in a step with 0, 1, 2, or at least 3 earlier estimates: those of the
+# Adams-Bashforth rules for equal steps.
+_WEIGHTS = np.array(
+  [
+    [1, 0, 0, 0],
+    [3 / 2, -1 / 2, 0, 0],
+    [23 / 12, -16 / 12, 5 / 12, 0],
+    [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+  ]
+)
+
+
+class _Past(NamedTuple):
+  """Hold the estimates of the noise in the three latest steps, the newest first, and the number of steps so far."""
+
+  values: tuple[jax.Array, jax.Array, jax.Array]
+  steps: jax.Array
+
+
+@check_types
+def plms(process: Process) -> Sampler:
+  """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
+
+  Each step keeps one estimate of the noise over the step, as in `ddim`. The estimate is the Adams-Bashforth combination
+  of the four latest estimates, or of fewer in the first steps. The weights are those for equal steps, on any grid. The
+  rule is therefore of order 2. Source: Liu et al. 2022, section 3. It is the PNDMScheduler of diffusers with
+  skip_prk_steps=True.
+
+  A step calls the network once. The first of several steps calls it twice: it averages the estimates at both of its
+  ends, as Heun's rule does.
+  """
+
+  def step(key, denoise, x_t, memory: _Past, t, s):
+    x_0, eps = estimate(process, denoise, x_t, t)
+    values = (eps.astype(x_t.dtype), *memory.values)
+    weights = jnp.asarray(_WEIGHTS, x_t.dtype)[jnp.minimum(memory.steps, 3)]
+
+    def combine():
+      return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    def average():
+      x_s = step_along_noise(process, x_t, x_0, eps, t, s).astype(x_t.dtype)
+      return (0.5 * (eps + estimate(process, denoise, x_s, s)[1])).astype(x_t.dtype)
+
+    eps = jax.lax.cond((memory.steps == 0) & (process.sigma(s) > 0), average, combine)
+    return step_along_noise(process, x_t, x_0, eps, t, s), _Past(values[:3], memory.steps + 1)
+
+  def init(x):
+    return _Past((jnp.zeros_like(x),) * 3, jnp.array(0))
+
+  def prepare(num_steps: int) -> Sampler:
+    # As in diffusers, the only step of a grid is not repeated.
+    return ddim(process) if num_steps == 1 else rule._replace(prepare=None)
+
+  rule = Sampler(init, step, process, reversible=True, first_calls=1, prepare=prepare, spacing=ddim(process).spacing)
+  return rule
