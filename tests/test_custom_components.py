@@ -202,7 +202,7 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
   stepping.optimizer(experiment)
   found = frozen.shapes(experiment, parallel.make_mesh())
   assert len(reads) == 1
-  loaded = frozen.load(experiment)
+  loaded = frozen.load(experiment, parallel.make_mesh())
   assert set(found) == {"conditions", "objective"}
   assert jax.tree.map(jax.numpy.shape, loaded) == jax.tree.map(jax.numpy.shape, found)
 
