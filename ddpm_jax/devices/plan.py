@@ -259,15 +259,17 @@ def collective_rows(collectives: Mapping[str, costs.Collective] | None, problem:
   """
   if collectives is None:
     reason = (
-      ""
-      if problem
-      else "this jaxlib cannot read programs of this libtpu; install a matching libtpu: 'ddpm_jax[plan]'"
+      "" if problem else "this jaxlib cannot read programs of this libtpu; install a matching libtpu: 'ddpm_jax[plan]'"
     )
     return [("  all", "unknown", reason)]
   if not collectives:
     return [("  all", "none", "")]
   return [
-    (f"  {kind}", f"{c.number:,}", f"{format_number(c.bytes, 'B')} in total; a device sends at least {format_number(c.sent, 'B')}")
+    (
+      f"  {kind}",
+      f"{c.number:,}",
+      f"{format_number(c.bytes, 'B')} in total; a device sends at least {format_number(c.sent, 'B')}",
+    )
     for kind, c in collectives.items()
   ]
 

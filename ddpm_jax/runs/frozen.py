@@ -12,6 +12,7 @@ import jax
 
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
+from ddpm_jax.models import Model
 from ddpm_jax.models.codecs import frozen_shapes, load_frozen
 from ddpm_jax.storage import frozen_file
 
@@ -37,9 +38,15 @@ def _as_value_error() -> Iterator[None]:
 
 def unsharded_shapes(experiment: Experiment) -> dict[str, PyTree]:
   """Return the shapes of the parameters that `load` returns, without shardings."""
+  of_model, load = model_shapes(experiment.model), experiment.objective.load
   with _as_value_error():
-    model_shapes, load = experiment.model.frozen_shapes(), experiment.objective.load
-    return model_shapes if load is None else model_shapes | {"objective": frozen_shapes(load)}
+    return of_model if load is None else of_model | {"objective": frozen_shapes(load)}
+
+
+def model_shapes(model: Model) -> dict[str, PyTree]:
+  """Return the shapes of a model's frozen parameters, without shardings."""
+  with _as_value_error():
+    return model.frozen_shapes()
 
 
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:

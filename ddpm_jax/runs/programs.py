@@ -1,6 +1,6 @@
 """Compile functions that sample from an experiment's model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,13 +34,13 @@ class Coder(NamedTuple):
   decode: Callable[[Array], Array]
 
 
-def sampling_mesh(experiment: Experiment) -> jax.sharding.Mesh:
-  """Return the mesh of all devices to sample on.
+def sampling_mesh(experiment: Experiment, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """Return the mesh to sample on, by default over all devices.
 
   Raises:
     ValueError: if the devices do not fit the mesh's shape.
   """
-  return parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp)
+  return parallel.make_mesh(experiment.parallel.data, experiment.parallel.fsdp, devices)
 
 
 def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
