@@ -132,14 +132,14 @@ def run(tmp_path_factory):
 def test_a_checkpoint_is_restored_into_shards(run):
   config = tiny_config()
   experiment = experiment_of(config)
-  whole, parts = (
+  full, parts = (
     model.load_weights(experiment, run, parallel.make_mesh(fsdp=fsdp), model.WeightsChoice(), quiet=True).parameters
     for fsdp in (1, 8)
   )
-  for leaf, expected in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+  for leaf, expected in zip(jax.tree.leaves(parts.params), jax.tree.leaves(full.params), strict=True):
     assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
     np.testing.assert_array_equal(leaf, expected)
-  assert plan.state_bytes(parts) == plan.state_bytes(whole) / 8
+  assert plan.state_bytes(parts) == plan.state_bytes(full) / 8
 
 
 def sample_with(folder, name, *arguments):
@@ -160,29 +160,29 @@ def test_commands_give_the_same_images_with_fsdp(run, tmp_path):
     "edits": [DENSE, "--mode=edit", "--task=img2img", f"--input={image}"],
   }
   for name, arguments in commands.items():
-    whole, parts = (sample_with(run, name, *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
-    assert np.ptp(whole) > 20
-    assert np.max(np.abs(whole.astype(int) - parts.astype(int))) <= 1
+    full, parts = (sample_with(run, name, *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
+    assert np.ptp(full) > 20
+    assert np.max(np.abs(full.astype(int) - parts.astype(int))) <= 1
   code, output = call(DENSE, "--mode=eval", f"--workdir={run}", "--fsdp=4", devices=8)
   assert code == 0, output
 
 
-def assert_sharded(parts, whole):
+def assert_sharded(parts, full):
   """Assert that arrays are equal to others, and that each device holds about an eighth of them."""
-  for leaf, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+  for leaf, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(full), strict=True):
     np.testing.assert_array_equal(np.asarray(leaf), expected)
-  held = {}
+  stored = {}
   for leaf in jax.tree.leaves(parts):
     for shard in leaf.addressable_shards:
-      held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-  assert len(held) == 8
+      stored[shard.device] = stored.get(shard.device, 0) + shard.data.nbytes
+  assert len(stored) == 8
   # Small arrays whose axes are not divisible by 8 are replicated.
-  assert max(held.values()) < 1.1 / 8 * bytes_of(whole)
+  assert max(stored.values()) < 1.1 / 8 * bytes_of(full)
 
 
 def test_a_diffusers_folder_is_read_into_shards(tmp_path, monkeypatch):
   write_pipeline(tmp_path)
-  loaded, whole = interop.diffusers.load(tmp_path)
+  loaded, full = interop.diffusers.load(tmp_path)
   frozen = loaded.load_frozen()
   mesh = parallel.make_mesh(fsdp=8)
   put_whole = []
@@ -190,27 +190,27 @@ def test_a_diffusers_folder_is_read_into_shards(tmp_path, monkeypatch):
   _, parts = interop.diffusers.load(tmp_path, mesh=mesh)
   assert not put_whole, "a tensor was put on a device as a whole"
   monkeypatch.undo()
-  assert_sharded(parts, whole)
+  assert_sharded(parts, full)
   frozen_parts = loaded.load_frozen(mesh)
   assert_sharded(frozen_parts["codec"], frozen["codec"])
 
 
 def test_parameters_of_any_loader_are_sharded():
   mesh = parallel.make_mesh(fsdp=8)
-  whole = {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "scale": np.float32(2)}
-  for load in (lambda: whole, lambda: jax.tree.map(jnp.asarray, whole)):
+  full = {"kernel": np.arange(64.0, dtype=np.float32).reshape(8, 8), "scale": np.float32(2)}
+  for load in (lambda: full, lambda: jax.tree.map(jnp.asarray, full)):
     parts = codecs.load_frozen(load, mesh)
     assert parts["kernel"].addressable_shards[3].data.shape == (8, 1)
     assert parts["scale"].sharding.is_fully_replicated
-    np.testing.assert_array_equal(parts["kernel"], whole["kernel"])
-  loader = codecs.Loader(lambda: 1 / 0, lambda: None, functools.partial(put, tree=whole))
-  np.testing.assert_array_equal(codecs.load_frozen(loader, mesh)["kernel"], whole["kernel"])
+    np.testing.assert_array_equal(parts["kernel"], full["kernel"])
+  loader = codecs.Loader(lambda: 1 / 0, lambda: None, functools.partial(put, tree=full))
+  np.testing.assert_array_equal(codecs.load_frozen(loader, mesh)["kernel"], full["kernel"])
 
 
 def test_a_pretrained_model_samples_the_same_with_fsdp(tmp_path):
   """This command uses the real U-Net, because `DENSE` is not among its arguments."""
   write_pipeline(tmp_path / "model")
   arguments = ["--mode=sample", f"--pretrained={tmp_path / 'model'}", "--num_samples=8", "--num_steps=2"]
-  whole, parts = (sample_with(tmp_path, "samples", *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
-  assert np.ptp(whole) > 20
-  assert np.max(np.abs(whole.astype(int) - parts.astype(int))) <= 1
+  full, parts = (sample_with(tmp_path, "samples", *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
+  assert np.ptp(full) > 20
+  assert np.max(np.abs(full.astype(int) - parts.astype(int))) <= 1

@@ -87,15 +87,15 @@ def test_samplers_differ_in_network_calls(dense_plan):
 
 def test_fsdp_divides_the_parameters(dense_plan):
   p = planned(fsdp=4)
-  whole = dense_plan
+  full = dense_plan
   # All axes of the dense network are divisible by 4.
-  assert p.parameter_bytes == whole.parameter_bytes / 4
-  assert whole.frozen_bytes / 4 <= p.frozen_bytes < whole.frozen_bytes
-  assert p.argument_bytes < whole.argument_bytes
-  assert p.step_flops == whole.step_flops
+  assert p.parameter_bytes == full.parameter_bytes / 4
+  assert full.frozen_bytes / 4 <= p.frozen_bytes < full.frozen_bytes
+  assert p.argument_bytes < full.argument_bytes
+  assert p.step_flops == full.step_flops
   # Each step gathers the parameters.
-  gathered = p.collectives["all-gather"].bytes - whole.collectives["all-gather"].bytes
-  assert gathered >= STEPS * whole.parameter_bytes
+  gathered = p.collectives["all-gather"].bytes - full.collectives["all-gather"].bytes
+  assert gathered >= STEPS * full.parameter_bytes
 
 
 def matrices(size=64, steps=4, batch=32):

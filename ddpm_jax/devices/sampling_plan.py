@@ -133,29 +133,29 @@ def make_plan(
     ValueError: if there are no devices, or the batch is empty.
   """
   state, size, count = (params, frozen), work.batch_size, len(devices)
-  whole = plan.make_plan(
+  program = plan.make_plan(
     traced, compiled, params=params, state=state, batch_size=size, devices=devices, dtype=dtype, chip=chip
   )
   chip = hardware.chip_of(devices[0].device_kind) if chip is None else chip
   bandwidth = None if chip is None else chip.bandwidth
-  total_flops = whole.flops_per_image * size
+  total_flops = program.flops_per_image * size
   step_flops = (total_flops - work.encode_flops - work.decode_flops) / work.steps
   calls = work.steps if work.calls is None else work.calls
   network_bytes, frozen_bytes, codec_bytes = map(_full_bytes, (params, frozen, codec))
 
   def computing(flops: float) -> float | None:
-    return plan.divide(flops / count, whole.peak_flops)
+    return plan.divide(flops / count, program.peak_flops)
 
   def reading(amount: float) -> float | None:
     return plan.divide(amount, bandwidth)
 
   read = reading(calls * network_bytes + frozen_bytes)
-  sent = whole.communication_seconds
+  sent = program.communication_seconds
   step = _largest(
     computing(step_flops), reading(calls / work.steps * network_bytes), None if sent is None else sent / work.steps
   )
-  batch = _largest(whole.compute_seconds, read, sent)
-  fields = {name: getattr(whole, name) for name in SamplingPlan._fields if name in plan.Plan._fields}
+  batch = _largest(program.compute_seconds, read, sent)
+  fields = {name: getattr(program, name) for name in SamplingPlan._fields if name in plan.Plan._fields}
   return SamplingPlan(
     **fields
     | {
@@ -210,11 +210,11 @@ def _time_rows(p: SamplingPlan) -> list[tuple[str, str, str]]:
   number = plan.format_number
   if p.batch_seconds is None:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}")]
-  whole = "one loop over the steps" if p.calls is None else "all steps and the decoding"
+  covered = "one loop over the steps" if p.calls is None else "all steps and the decoding"
   return [
     ("a step takes at least", number(p.step_seconds, "s"), f"for {p.batch_size:,} images; real steps take longer"),
     ("decoding at least", number(p.decode_seconds, "s"), f"for {p.batch_size:,} images"),
-    ("a batch at least", number(p.batch_seconds, "s"), f"{whole}; the largest of the three times below"),
+    ("a batch at least", number(p.batch_seconds, "s"), f"{covered}; the largest of the three times below"),
     ("  computing", number(p.compute_seconds, "s"), "at the peak"),
     ("  memory", number(p.memory_seconds, "s"), "to read the parameters for each network call"),
     ("  communication", number(p.communication_seconds, "s"), "over all links at once"),

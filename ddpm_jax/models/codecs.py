@@ -55,7 +55,9 @@ def load_frozen(load: Callable[[], PyTree], mesh: jax.sharding.Mesh | None = Non
   else:
     with _on_host():
       frozen = load()
-  return jax.device_put(frozen, parallel.state_shardings(mesh, frozen))
+  # Leaves may be numbers.
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), frozen)
+  return jax.device_put(frozen, parallel.state_shardings(mesh, shapes))
 
 
 def _on_host() -> contextlib.AbstractContextManager[Any]:
