@@ -123,8 +123,6 @@ def test_edits_work_with_sharded_parameters(parameters):
 def run(tmp_path_factory):
   """Write an untrained run of the config that commands call `DENSE`."""
   folder, config = tmp_path_factory.mktemp("run"), tiny_config()
-  config.parallel.fsdp = 2
-  config.evaluation.update({"num_samples": 24})
   write_run(config, folder, averages_seed=1)
   return folder
 
@@ -152,7 +150,6 @@ def sample_with(folder, name, *arguments):
 
 
 def test_commands_give_the_same_images_with_fsdp(run, tmp_path):
-  """The mesh that trained the run, `parallel.fsdp=2`, is ignored."""
   image = tmp_path / "input.npz"
   np.savez(image, images=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), dtype=np.uint8))
   commands = {

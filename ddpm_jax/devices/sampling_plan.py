@@ -155,25 +155,20 @@ def make_plan(
     computing(step_flops), reading(calls / work.steps * network_bytes), None if sent is None else sent / work.steps
   )
   batch = _largest(program.compute_seconds, read, sent)
-  fields = {name: getattr(program, name) for name in SamplingPlan._fields if name in plan.Plan._fields}
-  return SamplingPlan(
-    **fields
-    | {
-      "steps": work.steps,
-      "calls": work.calls,
-      "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(frozen)),
-      "encode_flops": work.encode_flops / size,
-      "step_flops": step_flops / size,
-      "decode_flops": work.decode_flops / size,
-      "parameter_bytes": plan.state_bytes(params),
-      "frozen_bytes": plan.state_bytes(frozen),
-      "memory_seconds": read,
-      "step_seconds": step,
-      "decode_seconds": _largest(computing(work.decode_flops), reading(codec_bytes)),
-      "batch_seconds": batch,
-      "image_seconds": None if batch is None or work.calls is None else batch / size,
-    }
-  )
+  fields: dict[str, Any] = {name: getattr(program, name) for name in SamplingPlan._fields if name in plan.Plan._fields}
+  fields |= {"steps": work.steps, "calls": work.calls, "step_flops": step_flops / size}
+  fields |= {"encode_flops": work.encode_flops / size, "decode_flops": work.decode_flops / size}
+  fields |= {
+    "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(frozen)),
+    "parameter_bytes": plan.state_bytes(params),
+    "frozen_bytes": plan.state_bytes(frozen),
+    "memory_seconds": read,
+    "step_seconds": step,
+    "decode_seconds": _largest(computing(work.decode_flops), reading(codec_bytes)),
+    "batch_seconds": batch,
+    "image_seconds": None if batch is None or work.calls is None else batch / size,
+  }
+  return SamplingPlan(**fields)
 
 
 def table(p: SamplingPlan) -> str:

@@ -1,7 +1,7 @@
 """Provide the codecs that a config can select: pixels, and frozen autoencoders."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,11 +170,14 @@ def _with_statistics(codec: Codec, arrays: dict[str, np.ndarray]) -> Codec:
   """Return the codec with another mean and standard deviation of z."""
   load = codec.load
   assert isinstance(load, Loader)
-  load_sharded = load.load_sharded
+
+  def with_arrays(read: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    return lambda *mesh: {**read(*mesh), **arrays}
+
   loader = Loader(
-    lambda: {**load(), **arrays},
+    with_arrays(load),
     lambda: {**load.shapes(), **_shapes(arrays)},
-    None if load_sharded is None else lambda mesh: {**load_sharded(mesh), **arrays},
+    None if load.load_sharded is None else with_arrays(load.load_sharded),
   )
   return codec._replace(load=loader)
 
