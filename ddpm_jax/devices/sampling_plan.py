@@ -218,7 +218,9 @@ def _time_rows(p: SamplingPlan) -> list[tuple[str, str, str]]:
 
 
 def _advice(p: SamplingPlan) -> str:
-  options = ["use a smaller batch (--num_samples)", "decode in tiles (config.model.codec.tile)"]
+  options = ["use a smaller batch (--num_samples)"]
+  if p.frozen_parameters:
+    options.append("decode in tiles (config.model.codec.tile)")
   if p.dtype == "float32":
     options.insert(0, "compute in bfloat16")
   if p.memory is not None and p.parameter_bytes + p.frozen_bytes > p.memory / 2:

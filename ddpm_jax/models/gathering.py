@@ -36,20 +36,20 @@ def gather_model(model: Model, params_axes: PyTree, frozen_axes: Mapping[str, Py
   return model._replace(network=_gather_network(model.network, params_axes), conditions=conditions, codec=codec)
 
 
-def _gather(shards: PyTree, axes: PyTree, value: PyTree) -> tuple[PyTree, PyTree]:
-  """Return the full parameters and `value`.
+def _gather(shards: PyTree, axes: PyTree, after: PyTree) -> PyTree:
+  """Gather the full parameters after the arrays `after` are computed.
 
-  The parameters are gathered after `value` is computed. Without this order, a compiler may gather the parameters of all
-  networks at the start, or move the gathering out of the loop over sampling steps. Then they would stay in memory.
+  Without this order, a compiler may gather the parameters of all networks at the start, or move the gathering out of
+  the loop over sampling steps. Then they would stay in memory.
   """
-  shards, value = jax.lax.optimization_barrier((shards, value))
-  return parallel.gather_leaves(shards, axes), value
+  # Samplers may differentiate with respect to `after`. The order has no derivative.
+  shards, _ = jax.lax.optimization_barrier((shards, jax.lax.stop_gradient(after)))
+  return parallel.gather_leaves(shards, axes)
 
 
 def _gather_network(network: Network, axes: PyTree) -> Network:
   def apply(params, x, time, given, **options):
-    params, x = _gather(params, axes, x)
-    return network.apply(params, x, time, given, **options)
+    return network.apply(_gather(params, axes, x), x, time, given, **options)
 
   return network._replace(apply=apply)
 
@@ -58,8 +58,7 @@ def _gather_condition(condition: Condition, axes: PyTree) -> Condition:
   null = condition.null
 
   def encode(frozen, keys, batch, train):
-    frozen, batch = _gather(frozen, axes, dict(batch))
-    return condition.encode(frozen, keys, batch, train)
+    return condition.encode(_gather(frozen, axes, dict(batch)), keys, batch, train)
 
   def gather_null(frozen):
     assert null is not None
@@ -70,11 +69,9 @@ def _gather_condition(condition: Condition, axes: PyTree) -> Condition:
 
 def _gather_codec(codec: Codec, axes: PyTree) -> Codec:
   def encode(frozen, keys, data):
-    frozen, data = _gather(frozen, axes, data)
-    return codec.encode(frozen, keys, data)
+    return codec.encode(_gather(frozen, axes, data), keys, data)
 
   def decode(frozen, x):
-    frozen, x = _gather(frozen, axes, x)
-    return codec.decode(frozen, x)
+    return codec.decode(_gather(frozen, axes, x), x)
 
   return codec._replace(encode=encode, decode=decode)
