@@ -17,8 +17,10 @@ EXAMPLES = (
 )
 _TASKS = ("train", "sample")
 # The flags of sampling that are not short forms of config keys.
-_SAMPLING = ("pretrained", "num_samples", "classes", "given", "negative_classes", "negative", "guidance_scale")
-_SAMPLING += ("classifier", "weak")
+_SAMPLING = (
+  *("pretrained", "num_samples", "classes", "given", "negative_classes", "negative"),
+  *("guidance_scale", "classifier", "weak"),
+)
 
 
 FLAGS = (

@@ -72,7 +72,7 @@ def run_sampling_plan(
   guided = steer(experiment, mesh, steering, size, scale)
   experiment = guided.experiment
   batch, parameters = _batch_shapes(guided, size), _parameter_shapes(guided, mesh)
-  program = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
+  program: Any = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
   count = sum(leaf.size for leaf in jax.tree.leaves(parameters.params))
   print_line(f"{count:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the sampler ...")
   with heartbeat("compiling the sampler"):
@@ -103,7 +103,7 @@ def _build(model: Model, devices: list[Any]) -> Experiment:
 
 def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of the inputs of a batch."""
-  shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in guided.inputs.items()}
+  shapes = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), guided.inputs)
   low_res = generation.low_res_name(guided.experiment)
   if low_res is not None:
     # Sampling takes the small image from the model before it in a cascade.
