@@ -188,4 +188,11 @@ def compile_sampler(
 
     return parallel.map_shards(mesh, sample_shard, is_split=True)(parameters, (keys, batch))
 
-  return jax.jit(function, out_shardings=parallel.replicated(mesh), compiler_options=parallel.compiler_options(mesh))
+  # Parameters that the program does not use, such as those of an encoder, still take memory. Keep them among the
+  # arguments, so that plans count them.
+  return jax.jit(
+    function,
+    out_shardings=parallel.replicated(mesh),
+    compiler_options=parallel.compiler_options(mesh),
+    keep_unused=True,
+  )
