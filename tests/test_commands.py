@@ -79,7 +79,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
 WRONG = {
   "another mode's": ("--mode=stats --sampler=heun", "Got --sampler in mode stats; expected it in mode train, sample, "),
   "the default mode's": ("--seed=3", "Got --seed in mode train; expected it in mode sample, edit or eval only"),
-  "one mode's": ("--mode=eval --task=inpaint", "Got --task in mode eval; expected it in mode edit only"),
+  "one mode's": ("--mode=eval --task=inpaint", "Got --task in mode eval; expected it in mode plan or edit only"),
   "no run": ("--mode=prepare --workdir=/tmp/x", "Got --workdir in mode prepare; expected it in mode train, plan, "),
   "no mode": ("--mode=evaluate", "Got 'evaluate' as --mode; .*eval, .*Did you mean 'eval'"),
   "an empty mode": ("--mode=", "Got '' as --mode"),
@@ -137,6 +137,17 @@ def test_short_forms_set_config_keys():
     args.keys = {key: "1"}
     with pytest.raises(ValueError, match=rf"and --config\.{key}; expected only one of them"):
       flags.config_keys(args)
+
+
+def test_sampling_ignores_the_mesh_of_the_config():
+  args = command_line.parse(["--mode=sample", "--seed=1"])
+  assert flags.sampling_keys(args) == {"parallel.data": "0", "parallel.fsdp": "1"}
+  args = command_line.parse(["--mode=eval", "--fsdp=4", "--config.parallel.data=2"])
+  assert flags.sampling_keys(args, num_samples=3) == {
+    "parallel.data": "2",
+    "parallel.fsdp": "4",
+    "evaluation.num_samples": "3",
+  }
 
 
 def test_flags_of_the_same_name_are_parsed_alike():

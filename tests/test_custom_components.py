@@ -202,7 +202,7 @@ def test_frozen_parameters_of_another_run_are_read_once_for_their_shapes(tmp_pat
   stepping.optimizer(experiment)
   found = frozen.shapes(experiment, parallel.make_mesh())
   assert len(reads) == 1
-  loaded = frozen.load(experiment)
+  loaded = frozen.load(experiment, parallel.make_mesh())
   assert set(found) == {"conditions", "objective"}
   assert jax.tree.map(jax.numpy.shape, loaded) == jax.tree.map(jax.numpy.shape, found)
 
@@ -213,7 +213,7 @@ def test_frozen_parameters_may_be_numbers_keys_or_none(tmp_path):
   experiment, mesh = configs.build(tree_with(path, "loss")), parallel.make_mesh()
   for given in ({"a": 3, "b": np.arange(4), "key": jax.random.key(0)}, {}):
     one = experiment._replace(objective=experiment.objective._replace(load=lambda given=given: given))
-    found, shapes = frozen.load_sharded(one, mesh), frozen.shapes(one, mesh)
+    found, shapes = frozen.load(one, mesh), frozen.shapes(one, mesh)
     assert jax.tree.structure(found) == jax.tree.structure({"objective": given}) == jax.tree.structure(shapes)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(shapes)]
 

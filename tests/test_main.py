@@ -252,7 +252,7 @@ WRONG = {
     ["--mode=sample", "--config.sampler.eta=0.5"],
     "Got no --config, and .* holds no run; expected a recipe",
   ),
-  "mesh": ([RECIPE, "--config.parallel.fsdp=3"], r"data=0 by fsdp=3 on 1 device"),
+  "mesh": ([RECIPE, "--fsdp=3"], r"data=0 by fsdp=3 on 1 device"),
   "accumulate": ([RECIPE, "--config.training.accumulate=5"], "accumulate=5 with a batch of 16"),
   "optimizer": ([RECIPE, "--config.optimizer.name=adm"], "Did you mean 'adam'"),
   "argument": ([RECIPE, "--config.optimizer.arguments=beta=0.9"], "beta"),
@@ -289,9 +289,19 @@ WRONG = {
     [RECIPE, "--mode=eval", "--num_samples=20", "--config.evaluation.num_samples=30"],
     "Got --num_samples and --config.evaluation.num_samples",
   ),
-  "sampler_of_a_plan": (
-    [RECIPE, "--mode=plan", "--sampler=heun"],
-    "Got --sampler in mode plan; expected it in mode train, sample, edit or eval only",
+  "sampler_of_a_mode_without_samples": (
+    [RECIPE, "--mode=prepare", "--sampler=heun"],
+    "Got --sampler in mode prepare; expected it in mode train, plan, sample, edit or eval only",
+  ),
+  "plan_of_nothing": ([RECIPE, "--mode=plan", "--task=sampling"], "Got 'sampling' as --task; .*Did you mean 'sample'"),
+  "classes_of_a_train_step": (
+    [RECIPE, "--mode=plan", "--classes=3"],
+    "Got --classes with --task=train; expected it with --task=sample only",
+  ),
+  "sampling_mesh": ([RECIPE, "--mode=sample", "--fsdp=0"], "Got --fsdp=0; expected 1 or more"),
+  "two_meshes": (
+    [RECIPE, "--mode=sample", "--fsdp=2", "--config.parallel.fsdp=4"],
+    "Got --fsdp and --config.parallel.fsdp; expected only one of them",
   ),
   "argument_of_the_sampler": ([RECIPE, "--sampler=heun(s_churm=40)"], "'sampler.s_churm' .*mean 'sampler.s_churn'"),
   "brackets": ([RECIPE, "--sampler=heun(s_churn=40"], r"sampler='heun\(s_churn=40'; expected a name and its arguments"),

@@ -166,7 +166,7 @@ def test_inpainting_and_inversion_save_their_results(run):
     ),
     (
       ["--mode=export", "--output=/tmp/x", "--given=classes=3"],
-      "Got --given in mode export; expected it in mode sample or edit only",
+      "Got --given in mode export; expected it in mode plan, sample or edit only",
     ),
     (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength with --task=inpaint; expected it with"),
     (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; expected it in mode edit only"),

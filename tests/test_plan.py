@@ -191,7 +191,7 @@ def test_the_table_has_all_figures():
   ],
 )
 def test_numbers_have_three_digits_and_a_unit(amount, unit, text):
-  assert plan._number(amount, unit) == text
+  assert plan.format_number(amount, unit) == text
 
 
 def test_an_empty_batch_or_no_devices_is_an_error():

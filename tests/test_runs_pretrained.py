@@ -186,7 +186,7 @@ def test_an_exported_model_with_a_flipped_bit_is_refused_by_name(exported, tmp_p
 
 WRONG = {
   "no folder": (["--mode=sample", "--pretrained=/none"], "/none, which is not a folder"),
-  "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; expected it in mode sample or edit"),
+  "mode": ([RECIPE, "--pretrained=/none"], "--pretrained in mode train; expected it in mode plan, sample or edit"),
   "output": (
     [RECIPE, "--output=/none"],
     "--output in mode train; expected it in mode prepare, stats, export or convert",

@@ -57,7 +57,7 @@ def run(args: flags.Args) -> None:
   methods = edit_methods.TASKS.get(args.task or "", {})
   # A method without arguments gets the arguments that suit the task.
   short = {} if args.method is None else {"method": methods.get(args.method, args.method)}
-  keys = flags.config_keys(args, **short)
+  keys = flags.sampling_keys(args, **short)
   task = choose(args.task or "", tuple(edit_methods.TASKS), "--task")
   edit = runs.Edit(task, args.input, args.mask or "", args.num_samples)
   steering = flags.steering(args)

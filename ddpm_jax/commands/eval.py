@@ -28,6 +28,7 @@ FLAGS = (
   ),
   flags.SAMPLERS,
   flags.WEIGHTS,
+  flags.DEVICES,
   flags.PROCESSES,
 )
 
@@ -39,7 +40,7 @@ def run(args: flags.Args) -> None:
   folder, variants = flags.run_folder(args), flags.variants(args)
   # The last variant gives the main scores.
   last = {"sampler": variants[-1].get("sampler"), "num_steps": variants[-1].get("sampling__num_steps")}
-  keys = flags.config_keys(args, num_samples=args.num_samples, **last)
+  keys = flags.sampling_keys(args, num_samples=args.num_samples, **last)
   jax_setup.join_processes(args)
   jax_setup.start_devices(args)
   tree = flags.read_config(args, keys)

@@ -27,7 +27,10 @@ SHORT_FORMS = {
   "strength": "editing.strength",
   "guidance_scale": "guidance.scale",
   "inception_weights": "evaluation.inception_weights",
+  "fsdp": "parallel.fsdp",
 }
+# The mesh of a run's config suits the devices that trained it. Sampling uses this one unless flags set another.
+_SAMPLING_MESH = {"parallel.data": "0", "parallel.fsdp": "1"}
 
 CONFIG = Flag(
   "config",
@@ -111,6 +114,12 @@ STEERING = Group(
     ),
   ),
 )
+FSDP = Flag(
+  "fsdp", count, "The number of devices that share one copy of the parameters (default: config.parallel.fsdp)."
+)
+DEVICES = Group(
+  "devices", (Flag("fsdp", count, "The number of devices that share one copy of the parameters (default 1)."),)
+)
 PROCESSES = Group(
   "multiple processes",
   (
@@ -132,7 +141,7 @@ PROCESSES = Group(
   ),
 )
 # The flags of all commands that generate samples.
-GENERATION = (SAMPLER, STEERING, WEIGHTS, PROCESSES)
+GENERATION = (SAMPLER, STEERING, WEIGHTS, DEVICES, PROCESSES)
 
 
 def output(help: str, metavar: str = "FOLDER") -> Group:
@@ -191,6 +200,14 @@ def config_keys(args: Args, **short: Any) -> dict[str, str]:
     if value is not None and name != "guidance_scale":
       texts[key] = str(value)
   return texts
+
+
+def sampling_keys(args: Args, **short: Any) -> dict[str, str]:
+  """Return the config keys that flags set in a mode that samples, see `config_keys`.
+
+  The keys include the mesh of the devices, because the mesh in the config is for training.
+  """
+  return _SAMPLING_MESH | config_keys(args, **short)
 
 
 def variants(args: Args) -> list[dict[str, Any]]:

@@ -1,20 +1,37 @@
-"""Estimate the memory and time that training needs on given devices.
+"""Estimate the memory and time that training or sampling needs on given devices.
 
-The command compiles the train step and prints its FLOPs, memory, communication and minimum time.
-The devices do not have to be present. The command reads no data, and does not change run folders.
+The command compiles the train step, or the sampling of a batch, and prints its FLOPs, memory,
+communication and minimum time. The devices do not have to be present. The command reads no data
+and no weights, and does not change run folders.
 """
+
+from pathlib import Path
 
 from ddpm_jax.commands import flags, jax_setup
 from ddpm_jax.commands.parser import Flag, Group, count, text
 
 EXAMPLES = (
   "--mode=plan --config=cifar10_vp --topology=v5e:4x4",
-  "--mode=plan --config=digits_vp --devices=8 --config.parallel.fsdp=8",
+  "--mode=plan --config=digits_vp --devices=8 --fsdp=8",
+  "--mode=plan --task=sample --pretrained=google/ddpm-cifar10-32 --num_samples=64 --topology=v5e:2x4",
+)
+_TASKS = ("train", "sample")
+# The flags of sampling that are not short forms of config keys.
+_SAMPLING = (
+  *("pretrained", "num_samples", "classes", "given", "negative_classes", "negative"),
+  *("guidance_scale", "classifier", "weak"),
 )
 
 
 FLAGS = (
-  flags.RUN,
+  flags.MODEL,
+  Group(
+    "plan",
+    (
+      Flag("task", text, "What to plan: train or sample (default: train, or sample with --pretrained)."),
+      Flag("num_samples", count, "The number of samples (default: one batch of config.sampling.batch_size)."),
+    ),
+  ),
   Group(
     "devices",
     (
@@ -24,15 +41,40 @@ FLAGS = (
         count,
         "The number of devices of this machine to plan for; without GPUs or TPUs, the CPU simulates them.",
       ),
+      Flag(
+        "fsdp",
+        count,
+        "The number of devices that share one copy of the parameters (default: config.parallel.fsdp to train, 1 to sample).",
+      ),
     ),
   ),
+  flags.SAMPLER,
+  flags.STEERING,
 )
 
 
 def run(args: flags.Args) -> None:
   """Print the plan."""
-  from ddpm_jax import runs
+  from ddpm_jax import config, runs
+  from ddpm_jax.names import choose
 
-  tree = flags.read_config(args, flags.config_keys(args))
+  task = args.task or ("sample" if args.pretrained else "train")
+  choose(task, _TASKS, "--task")
+  devices = {"topology_name": args.topology, "num_devices": args.devices}
+  if task == "train":
+    unused = [name for name in _SAMPLING if getattr(args, name) not in (None, [])]
+    if unused:
+      raise ValueError(f"Got --{unused[0]} with --task=train; expected it with --task=sample only. Leave it out.")
+    tree = flags.read_config(args, flags.config_keys(args))
+    jax_setup.cache_compilations()
+    runs.run_plan(tree, **devices)
+    return
+  keys, steering = flags.sampling_keys(args), flags.steering(args)
+  if args.pretrained is None:
+    model = runs.sampling_plan.Model(flags.read_config(args, keys))
+  else:
+    folder = args.workdir or Path.cwd()
+    tree = config.read(args.config, keys, folder, default={})
+    model = runs.sampling_plan.Model(tree, args.pretrained, args.config is not None, keys)
   jax_setup.cache_compilations()
-  runs.run_plan(tree, topology_name=args.topology, num_devices=args.devices)
+  runs.run_sampling_plan(model, num_samples=args.num_samples, steering=steering, scale=args.guidance_scale, **devices)

@@ -10,6 +10,7 @@ from ddpm_jax.commands.parser import Flag, Group, count, paths, seed
 EXAMPLES = (
   "--mode=sample --workdir=/tmp/digits_vp --num_samples=64 --sampler=ddim --num_steps=50 --seed=1",
   "--mode=sample --workdir=/tmp/samples --pretrained=google/ddpm-cifar10-32 --sampler=dpmpp_2m --num_steps=20",
+  "--mode=sample --workdir=/tmp/samples --pretrained=/tmp/large_model --fsdp=8",
 )
 
 
@@ -32,7 +33,7 @@ def run(args: flags.Args) -> None:
   from ddpm_jax import runs
 
   # Check all flags before devices are initialized.
-  folder, steering, keys = flags.run_folder(args), flags.steering(args), flags.config_keys(args)
+  folder, steering, keys = flags.run_folder(args), flags.steering(args), flags.sampling_keys(args)
   jax_setup.join_processes(args)
   jax_setup.start_devices(args)
   experiment, model = flags.load_experiment(args, keys)

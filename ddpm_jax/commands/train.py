@@ -26,6 +26,7 @@ FLAGS = (
   ),
   flags.SAMPLER,
   Group("features", (flags.INCEPTION,)),
+  Group("devices", (flags.FSDP,)),
   flags.PROCESSES,
 )
 

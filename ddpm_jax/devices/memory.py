@@ -34,7 +34,10 @@ def device_bytes(devices: Sequence[Any]) -> float | None:
   if first.platform == "cpu":
     return host_bytes() * jax.process_count()
   local = [device for device in devices if device.process_index == jax.process_index()]
-  stats = local[0].memory_stats() if local else None
+  try:
+    stats = local[0].memory_stats() if local else None
+  except jax.errors.JaxRuntimeError:  # a device of a topology, which exists for compilation only
+    stats = None
   if stats and "bytes_limit" in stats:
     return stats["bytes_limit"] * len(devices)
   chip = hardware.chip_of(first.device_kind)

@@ -93,6 +93,33 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
 
+def state_specs(mesh: Mesh, state: PyTree) -> PyTree:
+  """Return the partition spec of each leaf of a state, for `shard_map` (see `state_shardings`)."""
+  return jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), state)
+
+
+def split_axes(mesh: Mesh, state: PyTree) -> PyTree:
+  """Return the axis of each leaf of a state that is split over "fsdp", or -1 for a replicated leaf."""
+
+  def split_axis(leaf):
+    axis = _split_axis(mesh, leaf.shape)
+    return -1 if axis is None else axis
+
+  return jax.tree.map(split_axis, state)
+
+
+def gather_leaves(shards: PyTree, axes: PyTree) -> PyTree:
+  """Gather the full leaves of a state from its shards, inside `shard_map`.
+
+  Args:
+    shards: the state, with each leaf split as in `state_specs`.
+    axes: the result of `split_axes` for the whole state.
+  """
+  return jax.tree.map(
+    lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True), shards, axes
+  )
+
+
 def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
   axis = _split_axis(mesh, shape)
   return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, FSDP_AXIS)
@@ -128,17 +155,11 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
 
   def distribute(gradient: GradientFn) -> GradientFn:
     def batch_gradient(trained, context, keys, batch):
-      specs, context_specs = jax.tree.map(lambda leaf: _spec(mesh, leaf.shape), (trained, context))
-      axes, context_axes = jax.tree.map(
-        lambda leaf: -1 if (axis := _split_axis(mesh, leaf.shape)) is None else axis, (trained, context)
-      )
+      specs, context_specs = state_specs(mesh, (trained, context))
+      axes, context_axes = split_axes(mesh, (trained, context))
 
       def local_gradient(trained, context, keys, batch):
-        trained, context = jax.tree.map(
-          lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True),
-          (trained, context),
-          (axes, context_axes),
-        )
+        trained, context = gather_leaves((trained, context), (axes, context_axes))
         loss, details, gradients = gradient(trained, context, keys, batch)
         gradients = jax.tree.map(
           lambda leaf, axis: (
@@ -175,8 +196,10 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   return distribute
 
 
-def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
-  """Return a function that runs `function(replicated, batch)` on each device with its shard of the batch.
+def map_shards(
+  mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree], *, is_split: bool = False
+) -> Callable[[PyTree, PyTree], PyTree]:
+  """Return a function that runs `function(state, batch)` on each device with its shard of the batch.
 
   The batch and the result consist of arrays [B, ...]. On devices of one kind, the result for a row has the same bits on
   any number of devices, as long as the number of rows on each device does not change. If the compiler split the
@@ -184,10 +207,17 @@ def map_shards(mesh: Mesh, function: Callable[[PyTree, PyTree], PyTree]) -> Call
 
   Args:
     mesh: the mesh.
-    function: the function of one shard. Its first argument is replicated on all devices.
+    function: the function of one shard. It receives the whole state, which is replicated on all devices.
+    is_split: whether the function receives only the device's shards of the state (`state_specs`) instead. It gathers
+      them with `gather_leaves`.
   """
-  replicated_spec, batched = PartitionSpec(), PartitionSpec(_BOTH)
-  return jax.shard_map(function, mesh=mesh, in_specs=(replicated_spec, batched), out_specs=batched, check_vma=False)
+  batched = PartitionSpec(_BOTH)
+
+  def run(state, batch):
+    specs = (state_specs(mesh, state) if is_split else PartitionSpec(), batched)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=batched, check_vma=False)(state, batch)
+
+  return run
 
 
 def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[str, Any]:

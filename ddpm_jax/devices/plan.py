@@ -164,10 +164,10 @@ def make_plan(
   traffic = None if text is None else sum(operation.bytes for operation in costs.operations(text))
   peak, available = hardware.peak(chip, dtype), None if chip is None else chip.memory
   bandwidth, interconnect = (None, None) if chip is None else (chip.bandwidth, chip.interconnect)
-  compute = _divide(flops / count, peak)
-  moved = _divide(memory.pop("moved"), bandwidth)
+  compute = divide(flops / count, peak)
+  moved = divide(memory.pop("moved"), bandwidth)
   sent = None if collectives is None else sum(kind.sent for kind in collectives.values())
-  communication = _divide(sent, interconnect)
+  communication = divide(sent, interconnect)
   lower_bounds = [seconds for seconds in (compute, moved, communication) if seconds is not None]
   step = max(lower_bounds) if lower_bounds else None
   return Plan(
@@ -191,7 +191,7 @@ def make_plan(
     step_seconds=step,
     images_per_second=batch_size / step if step else None,
     traffic_bytes=traffic,
-    traffic_seconds=_divide(traffic, bandwidth),
+    traffic_seconds=divide(traffic, bandwidth),
     problem=compiled.message if isinstance(compiled, OutOfMemory) else "",
   )
 
@@ -224,64 +224,77 @@ def table(plan: Plan) -> str:
   p = plan
   rows: list[tuple[str, str, str]] = [
     ("devices", f"{p.num_devices} x {p.chip}", f"{p.dtype}, {p.batch_size:,} images a step"),
-    ("parameters", _number(p.parameters), "of the network"),
-    ("FLOPs an image", _number(p.flops_per_image, "FLOP"), "matrix products and convolutions: forward, backward, recomputation"),
+    ("parameters", format_number(p.parameters), "of the network"),
+    ("FLOPs an image", format_number(p.flops_per_image, "FLOP"), "matrix products and convolutions: forward, backward, recomputation"),
     ("", "", ""),
     ("memory a device", "", ""),
-    ("  state", _number(p.state_bytes, "B"), "parameters, optimizer, EMA, frozen"),
-    ("  arguments", _number(p.argument_bytes, "B"), "the state and a shard of the batch, with padding"),
-    ("  temporaries", _number(p.temporary_bytes, "B"), "at the peak: activations, gradients, scratch memory"),
-    ("  outputs, code", _number(_sum(p.output_bytes, p.code_bytes), "B"), "without outputs that reuse the arguments' memory"),
-    ("  total", _number(p.total_bytes, "B"), _of_memory(p)),
+    ("  state", format_number(p.state_bytes, "B"), "parameters, optimizer, EMA, frozen"),
+    ("  arguments", format_number(p.argument_bytes, "B"), "the state and a shard of the batch, with padding"),
+    ("  temporaries", format_number(p.temporary_bytes, "B"), "at the peak: activations, gradients, scratch memory"),
+    ("  outputs, code", format_number(add(p.output_bytes, p.code_bytes), "B"), "without outputs that reuse the arguments' memory"),
+    ("  total", format_number(p.total_bytes, "B"), share_of_memory(p.total_bytes, p.memory)),
     ("  fits", {True: "yes", False: "no", None: "unknown"}[p.fits], "by the compiler" if p.problem else ""),
     ("", "", ""),
     ("collectives a step", "", ""),
-    *_collective_rows(p),
+    *collective_rows(p.collectives, p.problem),
     ("", "", ""),
     *_time_rows(p),
   ]  # fmt: skip
+  advice = ["", *_advice(p)] if p.fits is False or _exceeds_jax_fraction(p) else []
+  return "\n".join([format_rows(rows), *advice])
+
+
+def format_rows(rows: Sequence[tuple[str, str, str]]) -> str:
+  """Format rows of a name, a figure and a comment as aligned lines."""
   widths = [max(len(row[i]) for row in rows) for i in range(2)]
-  lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
-  return "\n".join(lines + (["", *_advice(p)] if p.fits is False or _exceeds_jax_fraction(p) else []))
+  return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows)
 
 
-def _collective_rows(p: Plan) -> list[tuple[str, str, str]]:
-  if p.collectives is None:
+def collective_rows(collectives: Mapping[str, costs.Collective] | None, problem: str) -> list[tuple[str, str, str]]:
+  """Return a row of a table for each kind of collective.
+
+  Args:
+    collectives: the collectives by kind; None if they are unknown.
+    problem: the message of a compiler that rejects the program.
+  """
+  if collectives is None:
     reason = (
-      ""
-      if p.problem
-      else "this jaxlib cannot read programs of this libtpu; install a matching libtpu: 'ddpm_jax[plan]'"
+      "" if problem else "this jaxlib cannot read programs of this libtpu; install a matching libtpu: 'ddpm_jax[plan]'"
     )
     return [("  all", "unknown", reason)]
-  if not p.collectives:
+  if not collectives:
     return [("  all", "none", "")]
   return [
-    (f"  {kind}", f"{c.number:,}", f"{_number(c.bytes, 'B')} in total; a device sends at least {_number(c.sent, 'B')}")
-    for kind, c in p.collectives.items()
+    (
+      f"  {kind}",
+      f"{c.number:,}",
+      f"{format_number(c.bytes, 'B')} in total; a device sends at least {format_number(c.sent, 'B')}",
+    )
+    for kind, c in collectives.items()
   ]
 
 
 def _time_rows(p: Plan) -> list[tuple[str, str, str]]:
   remarks = ["includes on-chip memory"] if p.chip.startswith("TPU") else []
   remarks += ["counts each loop once"] if p.loops else []
-  accessed = f"{_number(p.bytes_accessed, 'B')} by XLA's count" + (f" ({', '.join(remarks)})" if remarks else "")
+  accessed = f"{format_number(p.bytes_accessed, 'B')} by XLA's count" + (f" ({', '.join(remarks)})" if remarks else "")
   if p.step_seconds is None:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}; traffic is {accessed}")]
-  compute = f"{_number(p.flops_per_device, 'FLOP')} at {_number(p.peak_flops, 'FLOP/s')}"
+  compute = f"{format_number(p.flops_per_device, 'FLOP')} at {format_number(p.peak_flops, 'FLOP/s')}"
   return [
     (
       "a step takes at least",
-      _number(p.step_seconds, "s"),
+      format_number(p.step_seconds, "s"),
       "the largest of the three times below; real steps take longer",
     ),
-    ("  computing", _number(p.compute_seconds, "s"), compute),
-    ("  memory", _number(p.memory_seconds, "s"), "to read arguments and write outputs once"),
-    ("  communication", _number(p.communication_seconds, "s"), "over all links at once"),
-    ("images a second", _number(p.images_per_second), "at most, on all devices"),
+    ("  computing", format_number(p.compute_seconds, "s"), compute),
+    ("  memory", format_number(p.memory_seconds, "s"), "to read arguments and write outputs once"),
+    ("  communication", format_number(p.communication_seconds, "s"), "over all links at once"),
+    ("images a second", format_number(p.images_per_second), "at most, on all devices"),
     (
       "memory, as compiled",
-      _number(p.traffic_seconds, "s"),
-      f"not a bound: {_number(p.traffic_bytes, 'B')}; {accessed}",
+      format_number(p.traffic_seconds, "s"),
+      f"not a bound: {format_number(p.traffic_bytes, 'B')}; {accessed}",
     ),
   ]
 
@@ -305,11 +318,12 @@ def _advice(plan: Plan) -> list[str]:
   return [advice, f"Compiler: {plan.problem}"] if plan.problem else [advice]
 
 
-def _of_memory(plan: Plan) -> str:
-  if plan.memory is None:
+def share_of_memory(total: float | None, memory: float | None) -> str:
+  """Describe the share of a device's memory that a number of bytes takes."""
+  if memory is None:
     return "the device's memory is unknown"
-  have = _number(plan.memory, "B")
-  return f"of {have}" if plan.total_bytes is None else f"{plan.total_bytes / plan.memory:.1%} of {have}"
+  have = format_number(memory, "B")
+  return f"of {have}" if total is None else f"{total / memory:.1%} of {have}"
 
 
 def _exceeds_jax_fraction(plan: Plan) -> bool:
@@ -368,16 +382,18 @@ def _out_of_memory(error: str) -> OutOfMemory:
   return OutOfMemory(needed, available, lines[0].removeprefix("RESOURCE_EXHAUSTED: "))
 
 
-def _divide(amount: float | None, rate: float | None) -> float | None:
+def divide(amount: float | None, rate: float | None) -> float | None:
+  """Return the time of an amount at a rate, or None if one of them is unknown."""
   return None if amount is None or not rate else amount / rate
 
 
-def _sum(*amounts: float | None) -> float | None:
+def add(*amounts: float | None) -> float | None:
+  """Return the sum of the known amounts, or None if all are unknown."""
   addends = [amount for amount in amounts if amount is not None]
   return sum(addends) if addends else None
 
 
-def _number(amount: float | None, unit: str = "") -> str:
+def format_number(amount: float | None, unit: str = "") -> str:
   """Format a number with three digits and a prefixed unit, such as 35.7 M, 1.57 GB or 12.3 ms."""
   if amount is None:
     return "unknown"

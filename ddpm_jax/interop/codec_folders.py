@@ -83,16 +83,16 @@ def read_codec(
   arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
   template = _template(network)
 
-  def load() -> PyTree:
+  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
     found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS))
-    return {"autoencoder": _load_params(found, network, template), **arrays}
+    return {"autoencoder": _load_params(found, network, template, mesh), **arrays}
 
   def shapes() -> PyTree:
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
     return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
-  loader: Any = codecs.Loader(load, shapes)
+  loader: Any = codecs.Loader(load, shapes, load)
   return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
 
 
@@ -101,13 +101,13 @@ def _template(network: Autoencoder) -> PyTree:
   return tensors.abstract_params(network, (side, side, network.out_channels))
 
 
-def _load_params(folder: Path, network: Autoencoder, template: PyTree) -> PyTree:
+def _load_params(folder: Path, network: Autoencoder, template: PyTree, mesh: jax.sharding.Mesh | None = None) -> PyTree:
   path = folders.weights_path(folder)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "encoder.conv_in.weight", "AutoencoderKL of diffusers"
   )
   layout = autoencoder_kl.layout(len(network.multipliers))
-  return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=network.dtype)
+  return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=network.dtype, mesh=mesh)
 
 
 def save_codec(

@@ -57,6 +57,7 @@ def load(
   dtype: str = "float32",
   remat: str = "none",
   attention: str = "",
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Model, PyTree]:
   """Load a model that diffusers or `save` wrote.
 
@@ -77,6 +78,7 @@ def load(
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
+    mesh: the devices to shard the parameters over (see `tensors.load`); None for the default device.
 
   Returns:
     The model, and the parameters of its network in float32.
@@ -96,7 +98,7 @@ def load(
     attention=attention,
   )
   channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in saving.image_conditions(model))
-  return model, _load_params(pipeline_files(folder).unet.parent, model.network.module, channels)
+  return model, _load_params(pipeline_files(folder).unet.parent, model.network.module, channels, mesh)
 
 
 def read(
@@ -295,7 +297,7 @@ def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
   return network, _load_params(folder, network, complete["in_channels"])
 
 
-def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
+def _load_params(folder: Path, network: UNet, channels: int, mesh: jax.sharding.Mesh | None = None) -> PyTree:
   path = weights_path(folder)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "conv_in.weight", "UNet2DModel of diffusers"
@@ -305,6 +307,7 @@ def _load_params(folder: Path, network: UNet, channels: int) -> PyTree:
     _template(network, channels),
     unet2d.layout(len(network.multipliers)),
     unet2d.modern_names(file.shapes),
+    mesh=mesh,
   )
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ddpm_jax.devices import parallel
 from ddpm_jax.storage import jsonfiles, sealed
 
 PyTree = Any
@@ -305,10 +306,12 @@ def load(
   rename: Mapping[str, str] | None = None,
   *,
   dtype: Any = jnp.float32,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> PyTree:
   """Load the parameters of a network from a file.
 
   Peak memory is the size of the parameters plus one tensor. For a pickle, the other contents of the file add to it.
+  Every process reads each tensor, and keeps only the shards of its devices.
 
   Args:
     tensors: the file.
@@ -316,6 +319,7 @@ def load(
     layout: how the file stores the parameters.
     rename: maps names in the file to names in the layout, for names that differ.
     dtype: the type of the parameters.
+    mesh: the devices to shard the parameters over, as in `parallel.state_shardings`; None for the default device.
 
   Returns:
     The parameters, as a nested dict of arrays.
@@ -332,6 +336,7 @@ def load(
     expected_shapes[name] = layout.shape_of(path, tuple(leaf.shape))
   layout_names = {name: (rename or {}).get(name, name) for name in tensors.shapes if not layout.is_ignored(name)}
   _check_shapes(tensors.path, expected_shapes, {new: tensors.shapes[name] for name, new in layout_names.items()})
+  shardings = None if mesh is None else flatten(parallel.state_shardings(mesh, template))
   params, digests, nonfinite = {}, {}, []
   for name, value in tensors.items(layout_names):
     if sealed.KEY in tensors.metadata:
@@ -339,9 +344,7 @@ def load(
     if not np.isfinite(value).all():
       nonfinite.append(name)
     for path in paths[layout_names[name]]:
-      # Copy the tensor, so that no array keeps the file's memory alive. JAX can use a copy in C order without copying
-      # it again. Block until the transfer has ended, so that only one tensor at a time is in memory twice.
-      params[path] = jax.block_until_ready(jax.device_put(np.array(layout.from_file(path, value), dtype, order="C")))
+      params[path] = _put(layout.from_file(path, value), dtype, None if shardings is None else shardings[path])
   try:
     sealed.check_tensors(digests, tensors.metadata)
   except sealed.DamagedFileError as error:
@@ -354,6 +357,20 @@ def load(
       " Training diverged, or the file is damaged; use another checkpoint, or download the file again."
     )
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+  """Transfer a copy of a tensor to the default device, or its shards to the devices of a sharding.
+
+  A copy keeps no memory of the file alive. JAX can use a copy in C order without copying it again. The function blocks
+  until the transfer has ended, so that only one tensor at a time is in memory twice.
+  """
+
+  def copy(index: Any = ()) -> np.ndarray:
+    return np.array(value[index], dtype, order="C")
+
+  array = jax.device_put(copy()) if sharding is None else jax.make_array_from_callback(value.shape, sharding, copy)
+  return jax.block_until_ready(array)
 
 
 def _check_shapes(path: Path, expected: Shapes, shapes: Shapes) -> None:

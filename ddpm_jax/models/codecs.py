@@ -3,6 +3,7 @@
 x is the array to which a process adds noise.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax import gaussian, randomness
+from ddpm_jax.devices import parallel
 from ddpm_jax.losses import Autoencoder
 from ddpm_jax.models import tiles
 from ddpm_jax.names import choose
@@ -37,15 +39,51 @@ def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.asarray(leaf).dtype), load())
 
 
+def load_frozen(load: Callable[[], PyTree], mesh: jax.sharding.Mesh | None = None) -> PyTree:
+  """Read frozen parameters, onto the default device or into shards.
+
+  Args:
+    load: the function that reads them, such as a `Loader`.
+    mesh: the devices to shard the parameters over, as in `parallel.state_shardings`. If `load` cannot read into shards,
+      all parameters pass through the memory of the host. None for the default device.
+  """
+  if mesh is None:
+    return load()
+  load_sharded = getattr(load, "load_sharded", None)
+  if load_sharded is not None:
+    frozen = load_sharded(mesh)
+  else:
+    with _on_host():
+      frozen = load()
+  # Leaves may be numbers.
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32), frozen)
+  return jax.device_put(frozen, parallel.state_shardings(mesh, shapes))
+
+
+def _on_host() -> contextlib.AbstractContextManager[Any]:
+  """Return a context in which new arrays are in the memory of the host, if JAX has a CPU backend."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:
+    return contextlib.nullcontext()
+
+
 @dataclasses.dataclass(frozen=True)
 class Loader:
   """Hold a function that reads frozen parameters, and a function that returns their shapes without reading them.
 
   A loader is called like `load`.
+
+  Attributes:
+    load: `load() -> frozen` reads the parameters onto the default device.
+    shapes: `shapes() -> shapes` returns their shapes and types.
+    load_sharded: `load_sharded(mesh) -> frozen` reads them straight into the shards of `parallel.state_shardings`. None
+      if the loader cannot do this.
   """
 
   load: Callable[[], PyTree]
   shapes: Callable[[], PyTree]
+  load_sharded: Callable[[jax.sharding.Mesh], PyTree] | None = None
 
   def __call__(self) -> PyTree:
     """Read the frozen parameters."""

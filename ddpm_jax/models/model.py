@@ -9,7 +9,7 @@ import numpy as np
 
 from ddpm_jax import guidance, predictions
 from ddpm_jax.models import conditions as conditions_module
-from ddpm_jax.models.codecs import Codec, frozen_shapes
+from ddpm_jax.models.codecs import Codec, frozen_shapes, load_frozen
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.networks import Network
 from ddpm_jax.predictions import Denoise, Prediction
@@ -72,13 +72,16 @@ class Model(NamedTuple):
     x, time = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
     return self.network.init(key, x, time, conditions_module.example(self.conditions))
 
-  def load_frozen(self) -> dict[str, PyTree]:
+  def load_frozen(self, mesh: jax.sharding.Mesh | None = None) -> dict[str, PyTree]:
     """Read the frozen parameters of the codec and the conditions from their sources.
+
+    Args:
+      mesh: the devices to shard the parameters over, see `codecs.load_frozen`; None for the default device.
 
     Returns:
       A dict `{"codec": ..., "conditions": {name: ...}}`, with entries only for parts that have frozen parameters.
     """
-    return self._read_frozen(lambda load: load())
+    return self._read_frozen(lambda load: load_frozen(load, mesh))
 
   def frozen_shapes(self) -> dict[str, PyTree]:
     """Return the shapes of the parameters that `load_frozen` reads."""

@@ -4,7 +4,7 @@ Each command first builds and checks everything that it needs from the config. I
 have passed.
 """
 
-from ddpm_jax.runs import pretrained
+from ddpm_jax.runs import pretrained, sampling_plan
 from ddpm_jax.runs.editing import Edit, run_edit, with_reversible_sampler
 from ddpm_jax.runs.evaluation import run_eval, run_statistics
 from ddpm_jax.runs.export import run_export
@@ -12,6 +12,7 @@ from ddpm_jax.runs.generation import run_sample
 from ddpm_jax.runs.model import WeightsChoice, load_experiment
 from ddpm_jax.runs.plan import run_plan
 from ddpm_jax.runs.preparing import run_prepare
+from ddpm_jax.runs.sampling_plan import run_sampling_plan
 from ddpm_jax.runs.steering import Steering
 from ddpm_jax.runs.training import Stopped, run_train
 
@@ -28,7 +29,9 @@ __all__ = [
   "run_plan",
   "run_prepare",
   "run_sample",
+  "run_sampling_plan",
   "run_statistics",
   "run_train",
+  "sampling_plan",
   "with_reversible_sampler",
 ]

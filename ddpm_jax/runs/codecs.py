@@ -1,7 +1,7 @@
 """Provide the codecs that a config can select: pixels, and frozen autoencoders."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,17 +100,19 @@ def _from_run(
   def cast(params: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-  def load() -> PyTree:
-    mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
+  def load_sharded(mesh: jax.sharding.Mesh) -> PyTree:
     weights = model.load_weights(experiment, folder, mesh, model.WeightsChoice(step=str(step)), quiet=True)
-    return {"autoencoder": jax.device_get(cast(weights.parameters.params)), **arrays}
+    return {"autoencoder": cast(weights.parameters.params), **arrays}
+
+  def load() -> PyTree:
+    return jax.device_get(load_sharded(parallel.make_mesh(devices=jax.local_devices()[:1])))
 
   def shapes() -> PyTree:
     params = jax.eval_shape(lambda key: cast(experiment.model.init(key)), jax.random.key(0))
     return {"autoencoder": params, **_shapes(arrays)}
 
   functions = models.networks.autoencoder(network, data_shape)
-  return latent(functions, Loader(load, shapes), posterior=posterior, tile=tile)
+  return latent(functions, Loader(load, shapes, load_sharded), posterior=posterior, tile=tile)
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,7 +170,15 @@ def _with_statistics(codec: Codec, arrays: dict[str, np.ndarray]) -> Codec:
   """Return the codec with another mean and standard deviation of z."""
   load = codec.load
   assert isinstance(load, Loader)
-  loader = Loader(lambda: {**load(), **arrays}, lambda: {**load.shapes(), **_shapes(arrays)})
+
+  def with_arrays(read: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    return lambda *mesh: {**read(*mesh), **arrays}
+
+  loader = Loader(
+    with_arrays(load),
+    lambda: {**load.shapes(), **_shapes(arrays)},
+    None if load.load_sharded is None else with_arrays(load.load_sharded),
+  )
   return codec._replace(load=loader)
 
 

@@ -1,5 +1,6 @@
 """Compile the function that edits images by a task and a method."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -140,13 +141,11 @@ def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callabl
       " both without corrector steps."
     )
 
-  def edit(keys, denoise, batch, parameters):
+  def edit(keys, denoise, batch, coder):
     def encode(name):
-      return model.encode(keys, batch[name], parameters.frozen)
+      return coder.encode(keys, batch[name])
 
-    def decode(x):
-      return model.decode(x, parameters.frozen)
-
+    decode = coder.decode
     denoise, image = programs.clip_estimates(experiment, denoise), encode("image")
     if task == "img2img":
       return {"output": decode(editing.img2img(keys, sampler, denoise, model.process, image, times, c.strength))}
@@ -199,20 +198,15 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
   # A wrapped sampler acts at every step, so even a sampler that chooses its own steps needs a grid.
   times = _many_step_times(experiment, wrapped_sampler) if wraps_sampler else experiment.times
 
-  def edit(keys, denoise, batch, parameters):
-    def encode(data):
-      return model.encode(keys, data, parameters.frozen)
-
-    def decode(x):
-      return model.decode(x, parameters.frozen)
-
-    sampler, wrapped_denoise = apply_method(denoise, batch, encode, decode)
+  def edit(keys, denoise, batch, coder):
+    encode = functools.partial(coder.encode, keys)
+    sampler, wrapped_denoise = apply_method(denoise, batch, encode, coder.decode)
     # A sampler that follows the measurement differentiates the denoiser, so clipping must not stop the gradient.
     differentiates = wraps_sampler and "denoise" not in names and "measurement" in names
     clip = _clip_values_only if differentiates else programs.clip_estimates
     denoise = clip(experiment, wrapped_denoise)
     x = sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, programs.initial_noise(experiment, keys), times)
-    output = decode(x)
+    output = coder.decode(x)
     return {"output": jnp.where(batch["keep"], batch["image"], output) if task == "inpaint" else output}
 
   return edit

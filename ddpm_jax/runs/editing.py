@@ -13,7 +13,7 @@ from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.guided import is_neutral
 from ddpm_jax.models.inputs import condition_flag
-from ddpm_jax.runs import edit_methods, generation, limits
+from ddpm_jax.runs import edit_methods, generation, limits, programs
 from ddpm_jax.runs.model import WeightsChoice
 from ddpm_jax.runs.pretrained import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, steer
@@ -79,7 +79,7 @@ def run_edit(
       f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint and with"
       " no other task. The mask is an image that is white where new content is painted, or a word such as lower."
     )
-  mesh = parallel.make_mesh()
+  mesh = programs.sampling_mesh(experiment)
   experiment, method = edit_methods.with_method(experiment, edit.task)
   user_images = _read(experiment, edit)
   inputs = _inputs(experiment, edit, user_images)

@@ -10,7 +10,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.metrics import evaluate
-from ddpm_jax.runs import limits, model, reading, scoring, spaces
+from ddpm_jax.runs import limits, model, programs, reading, scoring, spaces
 from ddpm_jax.storage import files, workdir
 
 
@@ -33,7 +33,7 @@ def run_eval(
     ValueError: if there is no checkpoint, or the experiment cannot be scored.
     FloatingPointError: if a sample or a likelihood is not finite.
   """
-  mesh, task = parallel.make_mesh(), experiment.task
+  mesh, task = programs.sampling_mesh(experiment), experiment.task
   for variant in variants or (experiment,):
     task.check(variant, mesh)
   limits.check_evaluation(experiment, list(mesh.devices.flat), folder)

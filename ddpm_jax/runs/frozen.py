@@ -12,17 +12,11 @@ import jax
 
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
-from ddpm_jax.models.codecs import frozen_shapes
+from ddpm_jax.models import Model
+from ddpm_jax.models.codecs import frozen_shapes, load_frozen
 from ddpm_jax.storage import frozen_file
 
 PyTree = Any
-
-
-def load(experiment: Experiment) -> dict[str, PyTree]:
-  """Load the frozen parameters under the names "codec", "conditions" and "objective"."""
-  with _as_value_error():
-    frozen = experiment.model.load_frozen()
-    return frozen if experiment.objective.load is None else frozen | {"objective": experiment.objective.load()}
 
 
 @contextlib.contextmanager
@@ -44,9 +38,15 @@ def _as_value_error() -> Iterator[None]:
 
 def unsharded_shapes(experiment: Experiment) -> dict[str, PyTree]:
   """Return the shapes of the parameters that `load` returns, without shardings."""
+  of_model, load = model_shapes(experiment.model), experiment.objective.load
   with _as_value_error():
-    model_shapes, load = experiment.model.frozen_shapes(), experiment.objective.load
-    return model_shapes if load is None else model_shapes | {"objective": frozen_shapes(load)}
+    return of_model if load is None else of_model | {"objective": frozen_shapes(load)}
+
+
+def model_shapes(model: Model) -> dict[str, PyTree]:
+  """Return the shapes of a model's frozen parameters, without shardings."""
+  with _as_value_error():
+    return model.frozen_shapes()
 
 
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
@@ -55,20 +55,25 @@ def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
   return parallel.abstract(unsharded, parallel.state_shardings(mesh, unsharded)) if unsharded else None
 
 
-def load_sharded(experiment: Experiment, mesh: jax.sharding.Mesh) -> PyTree | None:
-  """Load all frozen parameters and shard them over the mesh, or return None if there are none."""
-  unsharded = unsharded_shapes(experiment)
-  return jax.device_put(load(experiment), parallel.state_shardings(mesh, unsharded)) if unsharded else None
+def load(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, PyTree] | None:
+  """Load all frozen parameters into their shards, or return None if there are none.
+
+  Returns:
+    A dict with the keys "codec", "conditions" and "objective".
+  """
+  with _as_value_error():
+    frozen, objective = experiment.model.load_frozen(mesh), experiment.objective.load
+    return (frozen if objective is None else frozen | {"objective": load_frozen(objective, mesh)}) or None
 
 
-def load_replicated(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
-  """Load the frozen parameters of a model and replicate them on every device.
+def load_for_model(experiment: Experiment, folder: Path | None, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+  """Load the frozen parameters of a model into their shards.
 
   Raises:
     ValueError: if they cannot be read, or differ from the parameters that the run in the folder was trained with.
   """
   with _as_value_error():
-    replicated = jax.device_put(experiment.model.load_frozen(), parallel.replicated(mesh))
+    frozen = experiment.model.load_frozen(mesh)
   if folder is not None:
-    frozen_file.check(folder, replicated)
-  return replicated
+    frozen_file.check(folder, frozen)
+  return frozen

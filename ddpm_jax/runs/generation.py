@@ -60,7 +60,7 @@ def run_sample(
   """
   if num_samples < 1:
     raise ValueError(f"Got --num_samples={num_samples}; expected at least 1.")
-  mesh = parallel.make_mesh()
+  mesh = programs.sampling_mesh(experiment)
   if low_res_name(experiment) is not None:
     raise ValueError(
       f"Got --workdir={folder}, the run of a super-resolution model; expected a model that needs no input image. To enlarge that model's samples,"
@@ -121,7 +121,7 @@ def load_parameters(
   else:
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     print_line(f"{size:,} parameters on {mesh.size} {jax.default_backend()} device(s)")
-    parameters = Parameters(model.params, frozen.load_replicated(guided.experiment, None, mesh))
+    parameters = Parameters(model.params, frozen.load_for_model(guided.experiment, None, mesh))
   return parameters._replace(guides=guided.load())
 
 

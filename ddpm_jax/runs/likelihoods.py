@@ -138,7 +138,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
   """Return the compiled function `(parameters, seed, first, inputs) -> values [B, width]`, and the width."""
   c, process = experiment.evaluation, experiment.model.process
 
-  def bound(keys, denoise, inputs, parameters):
+  def bound(keys, denoise, inputs, coder):
     clipped = programs.clip_estimates(experiment, denoise)
     result = likelihood.variational_bound(
       keys, process, clipped, inputs["x_0"], variance=c.bound_variance, num_evaluations=c.bound_steps or None
@@ -146,7 +146,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
     sums = jnp.stack([result.bits, result.prior, result.decoder], 1)
     return sums if c.bound_steps else jnp.concatenate([sums, result.terms], 1)
 
-  def ode(keys, denoise, inputs, parameters):
+  def ode(keys, denoise, inputs, coder):
     # On a CPU, networks support reverse-mode derivatives only (`models.networks.from_linen`).
     options: dict[str, Any] = {"exact_trace": not c.probes, "probes": max(c.probes, 1), "probe_noise": c.probe_noise}
     options["reverse_mode"] = jax.default_backend() == "cpu"
@@ -154,14 +154,14 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
     result = likelihood.ode_bits(keys, process, denoise, inputs["x_0"], rtol=tolerance, atol=tolerance, **options)
     return jnp.stack([result.bits, result.nfe.astype(jnp.float32)], 1)
 
-  def continuous(keys, denoise, inputs, parameters):
+  def continuous(keys, denoise, inputs, coder):
     result = likelihood.continuous_bound(keys, process, denoise, inputs["x_0"])
     return jnp.stack([result.bits, result.prior, result.decoder], 1)
 
   num_terms = 0 if c.bound_steps else process.num_steps or 0
   functions = {"bound": (bound, 3 + num_terms), "ode": (ode, 2), "continuous": (continuous, 3)}
   function, width = functions[kind]
-  return programs.compile_sampler(experiment, mesh, NO_GUIDES, function), width
+  return programs.compile_sampler(experiment, mesh, NO_GUIDES, function, is_adaptive=kind == "ode"), width
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:

@@ -102,12 +102,12 @@ def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
 def load_weights(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, *, quiet: bool = False
 ) -> Weights:
-  """Load the chosen parameters of a run and its frozen parameters, replicated on every device.
+  """Load the chosen parameters of a run and its frozen parameters, straight into their shards.
 
   Args:
     experiment: the run's experiment.
     folder: the run's folder.
-    mesh: the devices.
+    mesh: the devices. Parameters are sharded as in `parallel.state_shardings`.
     choice: which of the run's weights to use.
     quiet: whether to omit the message about the loaded checkpoint.
 
@@ -115,11 +115,12 @@ def load_weights(
     ValueError: if there are no such weights, if the choice contradicts itself, or if the frozen parameters differ
       from those that the run was trained with.
   """
-  frozen = frozen_module.load_replicated(experiment, folder, mesh)
+  frozen = frozen_module.load_for_model(experiment, folder, mesh)
   # Restore the model's parameters only. The objective's state may be missing.
   shapes = jax.eval_shape(experiment.model.init, jax.random.key(0))
   _, averages = ema.split(jax.eval_shape(stepping.params_ema(experiment).init, shapes))
-  items = parallel.abstract({"params": shapes, "ema": averages}, parallel.replicated(mesh))
+  items: dict[str, PyTree] = {"params": shapes, "ema": averages}
+  items = parallel.abstract(items, parallel.state_shardings(mesh, items))
   if choice.ema_length is not None:
     params, step = _reconstructed(experiment, folder, {"ema": items["ema"]}, choice)
     return Weights(Parameters(params, frozen), step, str(choice))

@@ -22,20 +22,9 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   Raises:
     ValueError: if the slice does not exist, or if the config cannot be trained on it.
   """
-  if topology_name and num_devices:
-    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected only one of them.")
-  if topology_name:
-    devices = topology.topology_devices(topology_name)
-  elif num_devices:
-    devices = topology.simulate_devices(num_devices)
-  else:
-    startup.start_devices()
-    devices = jax.devices()
-  if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
-    # The CPU simulates another platform here. Kernels tuned for a CPU would distort the memory estimate.
-    tree = config.replace(tree, "model.network.kernels", "plain")
+  devices = choose_devices(topology_name, num_devices)
   # Building components starts JAX, so choose the devices first.
-  experiment = config.build(tree)
+  experiment = config.build(with_plain_kernels(tree, devices))
   mesh, shapes, batch, frozen_shapes = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen_shapes)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -54,6 +43,28 @@ def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) 
   )
   print_line(f"\n{plan.table(result)}")
   return result
+
+
+def choose_devices(topology_name: str | None, num_devices: int | None) -> list[Any]:
+  """Return the devices of a TPU slice or of this machine, see `run_plan`."""
+  if topology_name and num_devices:
+    raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected only one of them.")
+  if topology_name:
+    return topology.topology_devices(topology_name)
+  if num_devices:
+    return topology.simulate_devices(num_devices)
+  startup.start_devices()
+  return jax.devices()
+
+
+def with_plain_kernels(tree: Tree, devices: list[Any]) -> Tree:
+  """Return the config with plain kernels on a CPU, which simulates another platform.
+
+  Kernels tuned for a CPU would distort the memory estimate.
+  """
+  if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
+    return config.replace(tree, "model.network.kernels", "plain")
+  return tree
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:

@@ -73,7 +73,7 @@ def _encode(experiment: Experiment, output: Path) -> None:
       "Got several processes with --mode=prepare; expected one. Run it on one host with all its devices."
     )
   mesh = parallel.make_mesh()
-  frozen = frozen_module.load_replicated(experiment, None, mesh)
+  frozen = frozen_module.load_for_model(experiment, None, mesh)
   settings = latents.settings_of(experiment, frozen)
   print_line(f"encoding {len(source):,} images of {'x'.join(map(str, experiment.data.shape))} ...")
   statistics = _Statistics()

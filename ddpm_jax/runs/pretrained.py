@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ddpm_jax import config, interop
 from ddpm_jax.config import Experiment, Tree
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import Model
 from ddpm_jax.storage import workdir
 
@@ -18,13 +19,18 @@ _OPTIONS = ("dropout", "dtype", "remat", "attention")
 
 
 class Pretrained(NamedTuple):
-  """Hold a pretrained model and its parameters."""
+  """Hold a pretrained model and its parameters.
+
+  Attributes:
+    model: the model.
+    params: the parameters of its network, in the shards of the config's mesh. None if they were not read.
+  """
 
   model: Model
   params: PyTree
 
 
-def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
+def _read(tree: Tree, path: str, flag: str = "", *, weights: bool = True) -> tuple[Tree, Pretrained]:
   """Replace the config's model by a diffusers model, and return the config and the model.
 
   Args:
@@ -32,8 +38,13 @@ def _read(tree: Tree, path: str, flag: str = "") -> tuple[Tree, Pretrained]:
     path: a diffusers folder, or a name on the Hugging Face hub.
     flag: the setting that names the model, for the error if the config's conditions do not match the model's; "" to
       skip this check.
+    weights: whether to read the parameters.
   """
-  model, params = interop.diffusers.load(path, **_options(tree, path))
+  options = _options(tree, path)
+  if weights:
+    model, params = interop.diffusers.load(path, mesh=parallel.make_mesh(**tree.values["parallel"]), **options)
+  else:
+    model, params = interop.diffusers.read(path, **options), None
   if flag:
     _check_conditions(tree, model, flag)
   return _with_model(tree, path), Pretrained(model, params)
@@ -44,7 +55,9 @@ def _with_model(tree: Tree, path: str) -> Tree:
   return config.replace(tree, "model", {"component": _COMPONENT, "path": path} | _options(tree, path))
 
 
-def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = ()) -> tuple[Tree, Pretrained]:
+def replace_model(
+  path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (), weights: bool = True
+) -> tuple[Tree, Pretrained]:
   """Replace the config's model by a pretrained model, and return the config and the model.
 
   Args:
@@ -52,8 +65,9 @@ def replace_model(path: str, tree: Tree, *, recipe: bool, keys: Collection[str] 
     tree: the config.
     recipe: whether the user chose the config. If not, the sampler's settings come from the model's defaults.
     keys: the config keys that the user set. They are not changed.
+    weights: whether to read the parameters. A plan needs only the config files.
   """
-  tree, pretrained = _read(tree, path, "--pretrained" if recipe else "")
+  tree, pretrained = _read(tree, path, "--pretrained" if recipe else "", weights=weights)
   defaults = pretrained.model.defaults
   if recipe or defaults is None:
     return tree, pretrained

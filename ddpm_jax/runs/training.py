@@ -120,7 +120,7 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   run = run._replace(latents=latents.open_latents(experiment, run.source))
   preview = task.preview(experiment, mesh, run.held_out or run.source)
   scorer = task.scorer(run)
-  frozen_params = frozen.load_sharded(experiment, mesh)
+  frozen_params = frozen.load(experiment, mesh)
   latents.check_codec(experiment, run.latents, frozen_params)
   if resuming:
     frozen_file.check(folder, frozen_params)

@@ -1,0 +1,77 @@
+"""Let a model gather its sharded parameters just before it uses them.
+
+A device then holds its shards of all parameters, and the full parameters of one network at a time.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ddpm_jax.devices import parallel
+from ddpm_jax.models.codecs import Codec
+from ddpm_jax.models.conditions import Condition
+from ddpm_jax.models.model import Model
+from ddpm_jax.models.networks import Network
+
+PyTree = Any
+
+
+def gather_model(model: Model, params_axes: PyTree, frozen_axes: Mapping[str, PyTree]) -> Model:
+  """Return the model with functions that take shards of parameters, for use inside `parallel.map_shards`.
+
+  Args:
+    model: the model.
+    params_axes: the split axis of each parameter of the network, from `parallel.split_axes`.
+    frozen_axes: the split axis of each frozen parameter of the codec and the conditions.
+  """
+  if all(axis < 0 for axis in jax.tree.leaves((params_axes, frozen_axes))):
+    return model
+  by_name = frozen_axes.get("conditions", {})
+  conditions = {
+    name: _gather_condition(condition, by_name[name]) if name in by_name else condition
+    for name, condition in model.conditions.items()
+  }
+  codec = _gather_codec(model.codec, frozen_axes["codec"]) if "codec" in frozen_axes else model.codec
+  return model._replace(network=_gather_network(model.network, params_axes), conditions=conditions, codec=codec)
+
+
+def _gather(shards: PyTree, axes: PyTree, after: PyTree) -> PyTree:
+  """Gather the full parameters after the arrays `after` are computed.
+
+  Without this order, a compiler may gather the parameters of all networks at the start, or move the gathering out of
+  the loop over sampling steps. Then they would stay in memory.
+  """
+  # Samplers may differentiate with respect to `after`. The order has no derivative.
+  shards, _ = jax.lax.optimization_barrier((shards, jax.lax.stop_gradient(after)))
+  return parallel.gather_leaves(shards, axes)
+
+
+def _gather_network(network: Network, axes: PyTree) -> Network:
+  def apply(params, x, time, given, **options):
+    return network.apply(_gather(params, axes, x), x, time, given, **options)
+
+  return network._replace(apply=apply)
+
+
+def _gather_condition(condition: Condition, axes: PyTree) -> Condition:
+  null = condition.null
+
+  def encode(frozen, keys, batch, train):
+    return condition.encode(_gather(frozen, axes, dict(batch)), keys, batch, train)
+
+  def gather_null(frozen):
+    assert null is not None
+    return null(parallel.gather_leaves(frozen, axes))
+
+  return condition._replace(encode=encode, null=None if null is None else gather_null)
+
+
+def _gather_codec(codec: Codec, axes: PyTree) -> Codec:
+  def encode(frozen, keys, data):
+    return codec.encode(_gather(frozen, axes, data), keys, data)
+
+  def decode(frozen, x):
+    return codec.decode(_gather(frozen, axes, x), x)
+
+  return codec._replace(encode=encode, decode=decode)

@@ -1,0 +1,155 @@
+"""Plan the memory and the cost of sampling on devices that need not be present."""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import config, sampling
+from ddpm_jax.config import Experiment, Tree
+from ddpm_jax.devices import costs, parallel, plan, sampling_plan
+from ddpm_jax.devices.progress import heartbeat, print_line
+from ddpm_jax.models import guided as guided_models
+from ddpm_jax.models.guided import Parameters
+from ddpm_jax.runs import frozen, generation, pretrained, programs, scoring
+from ddpm_jax.runs.plan import choose_devices, with_plain_kernels
+from ddpm_jax.runs.steering import Guided, Steering, steer
+
+PyTree = Any
+
+
+class Model(NamedTuple):
+  """Describe a model to plan for.
+
+  Attributes:
+    tree: the config.
+    pretrained: a diffusers folder, or a name on the Hugging Face hub, whose model replaces the config's. "" for the
+      config's model.
+    is_recipe: whether the user chose the config, see `pretrained.replace_model`.
+    keys: the config keys that the user set.
+  """
+
+  tree: Tree
+  pretrained: str = ""
+  is_recipe: bool = True
+  keys: Collection[str] = ()
+
+
+def run_sampling_plan(
+  model: Model,
+  *,
+  topology_name: str | None,
+  num_devices: int | None,
+  num_samples: int | None = None,
+  steering: Steering = Steering(),  # noqa: B008, a constant
+  scale: float | None = None,
+) -> sampling_plan.SamplingPlan:
+  """Compile the sampling of one batch for a TPU slice or for devices of this machine, and print its memory and time.
+
+  The program is the same as in sampling: it encodes the conditions, runs all steps, and decodes. The parameters are
+  never read, only their shapes.
+
+  Args:
+    model: the model.
+    topology_name: see `plan.run_plan`.
+    num_devices: see `plan.run_plan`.
+    num_samples: the number of samples. Sampling uses batches of at most `config.sampling.batch_size`. None plans for a
+      batch of this size.
+    steering: the conditions, and the runs that guide.
+    scale: the guidance scale; None for the config's.
+
+  Raises:
+    ValueError: if the slice does not exist, or if the model cannot be sampled on it.
+  """
+  devices = choose_devices(topology_name, num_devices)
+  experiment = _build(model, devices)
+  mesh = programs.sampling_mesh(experiment, devices)
+  if num_samples is not None:
+    experiment = generation.limit_batch(experiment, mesh, num_samples)
+  size = experiment.sampling.batch_size
+  guided = steer(experiment, mesh, steering, size, scale)
+  experiment = guided.experiment
+  batch, parameters = _batch_shapes(guided, size), _parameter_shapes(guided, mesh)
+  program: Any = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
+  count = sum(leaf.size for leaf in jax.tree.leaves(parameters.params))
+  print_line(f"{count:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the sampler ...")
+  with heartbeat("compiling the sampler"):
+    traced = program.trace(parameters, *_scalars(), batch)
+    compiled = plan.compile_step(traced, devices)
+  result = sampling_plan.make_plan(
+    traced,
+    compiled,
+    _work(guided, batch, parameters),
+    params=parameters.params,
+    frozen=(parameters.frozen, parameters.guides),
+    codec=parameters.frozen.get("codec"),
+    devices=devices,
+    dtype=scoring.dtype_of(experiment),
+  )
+  print_line(f"\n{sampling_plan.table(result)}")
+  return result
+
+
+def _build(model: Model, devices: list[Any]) -> Experiment:
+  """Build the experiment, without the parameters of a pretrained model."""
+  tree = with_plain_kernels(model.tree, devices)
+  if not model.pretrained:
+    return config.build(tree)
+  tree, read = pretrained.replace_model(model.pretrained, tree, recipe=model.is_recipe, keys=model.keys, weights=False)
+  return config.build(tree, read.model)
+
+
+def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Return the shapes of the inputs of a batch."""
+  shapes = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), guided.inputs)
+  low_res = generation.low_res_name(guided.experiment)
+  if low_res is not None:
+    # Sampling takes the small image from the model before it in a cascade.
+    shape = generation.low_res_shape(guided.experiment, low_res)
+    shapes[low_res] = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+  return shapes
+
+
+def _parameter_shapes(guided: Guided, mesh: jax.sharding.Mesh) -> Parameters:
+  """Return the shapes and shardings of all parameters that sampling needs."""
+
+  def network_shapes(model: Any) -> PyTree:
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+  model = guided.experiment.model
+  guides = {name: guide for name, guide in guided.guides._asdict().items() if guide is not None}
+  shapes = Parameters(
+    network_shapes(model),
+    frozen.model_shapes(model),
+    {name: (network_shapes(guide), frozen.model_shapes(guide)) for name, guide in guides.items()},
+  )
+  return parallel.abstract(shapes, parallel.state_shardings(mesh, shapes))
+
+
+def _scalars() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  """Return the shapes of the seed and of the index of the first sample, as `generation.run_in_batches` passes them."""
+  return jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _work(guided: Guided, batch: dict[str, jax.ShapeDtypeStruct], parameters: Parameters) -> sampling_plan.Work:
+  """Count the FLOPs of the parts of the program, without compiling them."""
+  experiment, size = guided.experiment, guided.experiment.sampling.batch_size
+  model, sampler, times = experiment.model, experiment.sampler, np.asarray(experiment.times)
+  x = jax.ShapeDtypeStruct((size, *model.shape), jnp.float32)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+
+  def encode(parameters, keys, batch):
+    # The conditions are encoded even if the denoiser is never called.
+    guided_models.denoise(model, experiment.guidance, keys, batch, parameters, guided.guides)
+    return ()
+
+  calls = None if sampler.count_calls is not None else sampling.nfe(sampler, model.process, times)
+  return sampling_plan.Work(
+    batch_size=size,
+    steps=len(times) - 1,
+    calls=calls,
+    encode_flops=costs.matmul_flops(jax.make_jaxpr(encode)(parameters, keys, batch)),
+    decode_flops=costs.matmul_flops(jax.make_jaxpr(model.decode)(x, parameters.frozen)),
+  )
