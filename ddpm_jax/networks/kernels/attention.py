@@ -190,17 +190,16 @@ def _attend_in_blocks(
     return jnp.moveaxis(blocks, axis, 0)
 
   # A bias without an axis of queries is the same for all blocks.
-  has_queries = bias is not None and bias.shape[2] > 1
   blocks = (
     split(q, 1),
-    split(bias, 2) if bias is not None and has_queries else None,
+    split(bias, 2) if bias is not None and bias.shape[2] > 1 else None,
     None if first is None else first + size * jnp.arange(count, dtype=first.dtype),
   )
   recomputed = jax.checkpoint(attend, prevent_cse=False)
 
   def attend_block(block: tuple[Array, Array | None, Array | None]) -> Array:
-    queries, added, start = block
-    return recomputed(queries, k, v, added if has_queries else bias, start)
+    queries, cut, start = block
+    return recomputed(queries, k, v, bias if cut is None else cut, start)
 
   results = lax.map(attend_block, blocks)
   return jnp.moveaxis(results, 0, 1).reshape(batch, count * size, heads, channels)[:, :queries]
@@ -224,14 +223,17 @@ def _attend_tuned_tpu(
     for size in range(1, batch + 1)
     if batch % size == 0 and size * _score_bytes(q, k) <= max(_PART_BYTES, _score_bytes(q, k))
   )
+
+  def split(x: Array) -> Array:
+    return x.reshape(batch // part, part, *x.shape[1:])
+
   # A bias without an axis of samples is the same for all parts.
-  has_samples = bias is not None and len(bias) > 1
-  split = (q, k, v, *([bias] if has_samples else []))
-  parts = [x.reshape(batch // part, part, *x.shape[1:]) for x in split]
+  parts = (split(q), split(k), split(v), split(bias) if bias is not None and len(bias) > 1 else None)
   recomputed = jax.checkpoint(attend, prevent_cse=False)
 
-  def attend_part(part: list[Array]) -> Array:
-    return recomputed(*part[:3], part[3] if has_samples else bias, first)
+  def attend_part(part: tuple[Array, Array, Array, Array | None]) -> Array:
+    q, k, v, cut = part
+    return recomputed(q, k, v, bias if cut is None else cut, first)
 
   return lax.map(attend_part, parts).reshape(q.shape)
 
