@@ -38,14 +38,88 @@ def test_values_and_derivatives_match_jax(x64, case):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6)
 
 
+# The axes of the bias that have their full size, of [B, heads, N, M], and the other options.
+OPTIONS = {
+  "a bias for each score": ((0, 1, 2, 3), {}),
+  "a bias for each key": ((0, 3), {"scale": 0.3}),
+  "relative positions": ((1, 2, 3), {"scale": 1.0}),
+  "causal, with a bias for each head and key": ((1, 3), {"causal": True}),
+  "causal": (None, {"causal": True}),
+  "a scale": (None, {"scale": 2.0}),
+  "causal, with a bias for each query": ((0, 2), {"causal": True, "scale": 0.5}),
+}
+
+
+def options(name, case, batch=2, dtype=np.float64):
+  """Return the bias of OPTIONS[name] in a list, empty if it has none, and the other options."""
+  axes, others = OPTIONS[name]
+  if axes is None:
+    return [], others
+  queries, keys, heads, _ = case
+  shape = [size if axis in axes else 1 for axis, size in enumerate((batch, heads, queries, keys))]
+  return [2 * np.random.default_rng(1).normal(size=shape).astype(dtype)], others
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_match_jax(x64, name):
+  """The derivatives include those of the bias."""
+  case = (36, 130, 3, 4)
+  bias, others = options(name, case)
+  values = inputs(*case) + bias
+
+  def with_derivatives(attention, **others):
+    def function(q, k, v, bias=None):
+      return attention(q, k, v, bias=bias, **others)
+
+    output, pull = jax.vjp(function, *values)
+    pulled = pull(jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape))
+    return output, *pulled, jax.jvp(function, tuple(values), tuple(map(np.sin, values)))[1]
+
+  names = {"causal": "is_causal", "scale": "scale"}
+  expected = with_derivatives(
+    with_promotion(jax.nn.dot_product_attention), **{names[key]: value for key, value in others.items()}
+  )
+  for kernels in ("tuned", "plain"):
+    for result, value in zip(with_derivatives(attend, kernels=kernels, **others), expected, strict=True):
+      # JAX computes the softmax in float32 for every type.
+      np.testing.assert_allclose(result, value, rtol=1e-5, atol=3e-6 * max(1, np.abs(value).max()))
+
+
+@pytest.mark.parametrize("kernels", ["tuned", "plain"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_masked_key_has_no_weight_and_a_row_without_keys_is_the_mean(kernels, causal):
+  q, k, v = inputs(9, 9, 2, 4, np.float32)
+  mask = np.random.default_rng(1).random((2, 1, 9, 9)) < 0.6
+  mask[:, :, np.arange(9), np.arange(9)] = True
+  mask[1, :, 3] = False
+
+  def function(v, lowest):
+    return attend(q, k, v, kernels=kernels, bias=jnp.where(mask, 0.0, lowest), causal=causal)
+
+  compute = jax.jit(lambda v, lowest: jax.value_and_grad(lambda v: jnp.sum(jnp.sin(function(v, lowest))))(v))
+  result = np.asarray(function(v, -np.inf))
+  visible = mask & np.tri(9, dtype=bool) if causal else mask
+  scores = np.where(visible, np.einsum("bnhc,bmhc->bhnm", q, k) / 2, -1e9)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  weights[1, :, 3] = np.arange(9) <= 3 if causal else 1
+  weights /= weights.sum(-1, keepdims=True)
+  np.testing.assert_allclose(result, np.einsum("bhnm,bmhc->bnhc", weights, v), rtol=1e-5, atol=2e-6)
+  for lowest in (-np.inf, np.finfo(np.float32).min):
+    for ours, value in zip(compute(v, lowest), compute(v, -1e30), strict=True):
+      assert np.isfinite(ours).all()
+      np.testing.assert_array_equal(ours, value)
+
+
 @pytest.mark.parametrize("implementation", [None, "xla"])
-@pytest.mark.parametrize("queries", [64, 61])
-def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, implementation, monkeypatch):
-  values = inputs(queries, 48, 2, 8, np.float32)
+@pytest.mark.parametrize(("queries", "name"), [(64, None), (61, None), *((61, name) for name in OPTIONS)])
+def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, implementation, monkeypatch):
+  case = (queries, 48, 2, 8)
+  bias, others = ([], {}) if name is None else options(name, case, dtype=np.float32)
+  values = inputs(*case, np.float32) + bias
 
   def with_derivatives():
-    def function(*values):
-      return attend(*values, implementation)
+    def function(q, k, v, bias=None):
+      return attend(q, k, v, implementation, bias=bias, **others)
 
     def compute(*values):
       output, pull = jax.vjp(function, *values)
@@ -60,7 +134,7 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, implem
   results, blocks = with_derivatives()
   assert ("scan" in unsplit, "scan" in blocks) == (False, True)
   for result, value in zip(results, expected, strict=True):
-    np.testing.assert_allclose(result, value, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(result, value, rtol=1e-5, atol=2e-6 * max(1, np.abs(value).max()))
 
 
 def test_memory_does_not_grow_with_the_square_of_the_positions():
@@ -70,10 +144,13 @@ def test_memory_does_not_grow_with_the_square_of_the_positions():
   def loss(*values):
     return jnp.sum(jnp.sin(attend(*values)))
 
+  def causal_loss(*values):
+    return jnp.sum(jnp.sin(attend(*values, causal=True)))
+
   def forward_mode(*values):
     return jax.jvp(loss, values, values)
 
-  for function in (loss, jax.grad(loss, (0, 1, 2)), forward_mode):
+  for function in (loss, jax.grad(loss, (0, 1, 2)), forward_mode, jax.grad(causal_loss)):
     compiled = jax.jit(function).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 300 * 2**20
   # Each platform computes in blocks: no array has all scores.
@@ -149,6 +226,14 @@ def test_the_backward_pass_saves_little_and_repeats_no_product():
 def test_mismatched_shapes_are_errors(sizes):
   with pytest.raises(ValueError, match=r"Got queries of shape \(2, 8, .*expected queries \[B, N, heads, C\]"):
     attend(*(jnp.zeros((2, *size)) for size in sizes))
+
+
+@pytest.mark.parametrize(
+  "bias", [jnp.zeros((2, 8, 8)), jnp.zeros((2, 3, 8, 8)), jnp.zeros((1, 1, 4, 8)), jnp.ones((1, 1, 1, 8), bool)]
+)
+def test_a_bias_of_another_shape_or_type_is_an_error(bias):
+  with pytest.raises(ValueError, match=r"Got a bias of shape .*broadcasts to \[B, heads, N, M\] = \[2, 2, 8, 8\]"):
+    attend(*(jnp.zeros((2, 8, 2, 4)) for _ in range(3)), bias=bias)
 
 
 def test_other_platforms_use_jax_s_attention():

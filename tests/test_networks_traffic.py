@@ -67,17 +67,31 @@ def test_the_tpu_forms_halve_and_double_like_the_others(x64, on_tpu, space, resa
   assert_close(on_tpu(with_gradients, resample, x, kernel), with_gradients(resample, x, kernel), 1e-12)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 6])
-def test_the_tpu_form_of_attention_splits_the_batch(on_tpu, monkeypatch, batch):
+@pytest.mark.parametrize(
+  ("batch", "bias", "causal"),
+  [
+    (1, None, False),
+    (4, None, False),
+    (6, None, False),
+    (6, None, True),
+    (6, (6, 1, 1, 7), False),
+    (6, (1, 2, 5, 7), True),
+  ],
+)
+def test_the_tpu_form_of_attention_splits_the_batch(on_tpu, monkeypatch, batch, bias, causal):
   """A batch of 6 is split into parts of 3, because the scores of a part may take the memory of at most 4 samples."""
-  shapes = [(batch, 5, 2, 4), (batch, 7, 2, 4), (batch, 7, 2, 4)]
+  shapes = [(batch, 5, 2, 4), (batch, 7, 2, 4), (batch, 7, 2, 4), *([bias] if bias else [])]
   values = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
   sample_bytes = 4 * 2 * 5 * 7
   monkeypatch.setattr(attention, "_MAX_SCORE_BYTES", 4 * sample_bytes)
   monkeypatch.setattr(attention, "_PART_BYTES", 4 * sample_bytes)
-  expected = with_gradients(attention.attend, *values)
-  assert_close(on_tpu(with_gradients, attention.attend, *values), expected, 1e-5)
-  text = on_tpu(lambda: str(jax.make_jaxpr(lambda *values: attention.attend(*values))(*values)))
+
+  def attend(q, k, v, bias=None):
+    return attention.attend(q, k, v, bias=bias, causal=causal)
+
+  expected = with_gradients(attend, *values)
+  assert_close(on_tpu(with_gradients, attend, *values), expected, 1e-5)
+  text = on_tpu(lambda: str(jax.make_jaxpr(attend)(*values)))
   assert ("scan" in text) == (batch == 6)
 
 

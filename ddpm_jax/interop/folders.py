@@ -1,4 +1,4 @@
-"""Find the configs and the weights in diffusers' folders, and write configs."""
+"""Find the configs and the weights in folders of diffusers and transformers, and write configs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,10 @@ WEIGHTS = "diffusion_pytorch_model"
 VERSION = "0.42.1"
 # The names of a pipeline's autoencoder.
 AUTOENCODERS = ("vae", "vqvae")
-# Patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16.
-_FORMS = tuple(f"{WEIGHTS}{form}{suffix}" for suffix in (".safetensors", ".bin") for form in ("", "-*-of-*", ".*"))
+# The name of a weights file by suffix.
+Names = Mapping[str, str]
+DIFFUSERS: Names = {"safetensors": WEIGHTS, "bin": WEIGHTS}
+TRANSFORMERS: Names = {"safetensors": "model", "bin": "pytorch_model"}
 
 
 class PipelineFiles(NamedTuple):
@@ -98,7 +100,7 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   return sorted(parts)
 
 
-def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] = ()) -> Path:
+def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] = (), names: Names = DIFFUSERS) -> Path:
   """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
 
   Args:
@@ -106,6 +108,7 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
     weights: whether to download the weights too, or only the configs.
     parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights that belong to no part are
       always downloaded.
+    names: the names of weights files.
 
   Raises:
     ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
@@ -133,8 +136,8 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
   try:
     if not weights:
       return download("*.json")
-    # A repository can contain the same weights in several forms. Download only the first form of _FORMS that exists.
-    for form in _FORMS:
+    # A repository can contain the same weights in several forms. Download only the first form that exists.
+    for form in _forms(names):
       downloaded = download("*.json", *([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
       if any(downloaded.rglob(form)):
         break
@@ -145,7 +148,12 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
     ) from error
 
 
-def weights_path(folder: Path) -> Path:
+def _forms(names: Names) -> list[str]:
+  """Return patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16."""
+  return [f"{name}{form}.{suffix}" for suffix, name in names.items() for form in ("", "-*-of-*", ".*")]
+
+
+def weights_path(folder: Path, names: Names = DIFFUSERS) -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
   Safetensors files have priority over .bin files. Among files of one type, plain names have priority over variants such
@@ -154,10 +162,10 @@ def weights_path(folder: Path) -> Path:
   Raises:
     ValueError: if the folder has no weights, or several variants.
   """
-  for suffix in ("safetensors", "bin"):
+  for suffix, name in names.items():
     # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
     # ".safetensors.index" in the name of an index.
-    for patterns in ((f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
+    for patterns in ((f"{name}.{suffix}", f"{name}.{suffix}.index.json"), _variants(name, suffix)):
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
         raise ValueError(
@@ -168,23 +176,24 @@ def weights_path(folder: Path) -> Path:
         return matches[0]
   unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
   hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
+  safe, pickled = (f"{names[suffix]}.{suffix}" for suffix in ("safetensors", "bin"))
   raise ValueError(
-    f"Got {folder}, which contains no weights; expected {WEIGHTS}.safetensors, {WEIGHTS}.bin, a variant such as"
-    f" {WEIGHTS}.fp16.safetensors, or shards with an index {WEIGHTS}.safetensors.index.json.{hint}"
+    f"Got {folder}, which contains no weights; expected {safe}, {pickled}, a variant such as"
+    f" {names['safetensors']}.fp16.safetensors, or shards with an index {safe}.index.json.{hint}"
   )
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, names: Names = DIFFUSERS) -> list[Path]:
   """Return the paths of the files that `weights_path` selects: one file, or an index and its shards."""
-  path = weights_path(folder)
+  path = weights_path(folder, names)
   if path.suffix != ".json":
     return [path]
-  names = jsonfiles.read(path).get("weight_map", {})
-  return [path, *(folder / name for name in sorted(set(names.values())))]
+  shards = jsonfiles.read(path).get("weight_map", {})
+  return [path, *(folder / shard for shard in sorted(set(shards.values())))]
 
 
-def _variants(suffix: str) -> tuple[str, str]:
-  return f"{WEIGHTS}.*.{suffix}", f"{WEIGHTS}.{suffix}.index.*.json"
+def _variants(name: str, suffix: str) -> tuple[str, str]:
+  return f"{name}.*.{suffix}", f"{name}.{suffix}.index.*.json"
 
 
 def check_output(path: str | Path) -> Path:

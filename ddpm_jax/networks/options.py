@@ -139,20 +139,19 @@ def _check_computation(network: Any) -> None:
     ("attention", (n.attention,), ("", "xla", "cudnn")),
     ("kernels", (n.kernels,), KERNELS),
   )
-  _check_dtype(n.dtype)
-  if n.attention == "cudnn" and jnp.dtype(n.dtype).itemsize != 2:
-    raise ValueError(
-      f"Got attention='cudnn' with dtype={jnp.dtype(n.dtype).name}; expected dtype=bfloat16. Set it, or leave attention empty."
-    )
+  check_precision(n.dtype, n.attention)
   policies = ("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
   if n.remat not in ("none", "blocks", "everything", *policies):
     raise ValueError(f"Got remat={n.remat!r}; expected 'none', 'blocks', 'everything' or one of {', '.join(policies)}.")
 
 
-def _check_dtype(dtype: Any) -> None:
-  """Raise a ValueError unless a network can compute in `dtype`.
+def check_precision(dtype: Any, attention: str) -> None:
+  """Check that a network can compute in `dtype` with this implementation of attention.
 
   float16 is refused, because its range is too small for gradients.
+
+  Raises:
+    ValueError: if it cannot.
   """
   try:
     name = jnp.dtype(dtype).name
@@ -160,6 +159,10 @@ def _check_dtype(dtype: Any) -> None:
     name = str(dtype)
   if name not in _TYPES:
     raise ValueError(f"Got dtype={name!r}; expected {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
+  if attention == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+    raise ValueError(
+      f"Got attention='cudnn' with dtype={jnp.dtype(dtype).name}; expected dtype=bfloat16. Set it, or leave attention empty."
+    )
 
 
 def _check_features(network: Any) -> None:

@@ -17,12 +17,54 @@ Array = jax.Array
 Implementation = Literal["xla", "cudnn"]
 
 
-def _attend_plain(q: Array, k: Array, v: Array, implementation: Implementation | None = None) -> Array:
-  return with_promotion(jax.nn.dot_product_attention)(q, k, v, implementation=implementation)
+# A bias below this value acts as this value. It is finite so that a row in which every key is masked has equal weights,
+# not NaN, and so large that rounding removes the scores added to it.
+_MASKED = -1e30
+# The score of a key after the query in causal attention: the value that JAX uses.
+_FUTURE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-def attend(q: Array, k: Array, v: Array, implementation: Implementation | None = None, kernels: str = "tuned") -> Array:
-  """Compute scaled dot-product attention, softmax(q k^T / sqrt(C)) v (Vaswani et al. 2017, equation 1).
+def _attend_plain(
+  q: Array,
+  k: Array,
+  v: Array,
+  bias: Array | None,
+  first: Array | None,
+  scale: float | None,
+  implementation: Implementation | None = None,
+) -> Array:
+  mask = None if first is None else _visible(first, q, k)[None, None]
+  attention = with_promotion(jax.nn.dot_product_attention)
+  return attention(q, k, v, bias, mask, scale=scale, implementation=implementation)
+
+
+def _attend_cudnn(q: Array, k: Array, v: Array, bias: Array | None, scale: float | None, causal: bool) -> Array:
+  if bias is not None:
+    # cuDNN does not broadcast the last two axes, and returns NaN for very large numbers: JAX masks with these too.
+    lowest = -(2.0**41) if q.dtype == jnp.bfloat16 else -(2.0**15)
+    bias = jnp.broadcast_to(jnp.maximum(bias, lowest), (*bias.shape[:2], q.shape[1], k.shape[1])).astype(q.dtype)
+  attention = with_promotion(jax.nn.dot_product_attention)
+  return attention(q, k, v, bias, scale=scale, is_causal=causal, implementation="cudnn")
+
+
+def _visible(first: Array, q: Array, k: Array) -> Array:
+  """Return the mask [N, M] of causal attention, for queries that start at the position `first`."""
+  queries = first + jnp.arange(q.shape[1], dtype=first.dtype)
+  return queries[:, None] >= jnp.arange(k.shape[1], dtype=first.dtype)[None]
+
+
+def attend(
+  q: Array,
+  k: Array,
+  v: Array,
+  implementation: Implementation | None = None,
+  kernels: str = "tuned",
+  *,
+  bias: Array | None = None,
+  scale: float | None = None,
+  causal: bool = False,
+) -> Array:
+  """Compute scaled dot-product attention, softmax(scale q k^T + bias) v (Vaswani et al. 2017, equation 1).
 
   The softmax is computed in float32 or wider.
 
@@ -42,38 +84,68 @@ def attend(q: Array, k: Array, v: Array, implementation: Implementation | None =
     implementation: the implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn". None selects the tuned form
       on CPUs and TPUs, and lets JAX choose on other platforms.
     kernels: the allowed forms (see `networks.kernels`).
+    bias: floats that are added to the scores: an array of four axes, each of size 1 or of the size in
+      [B, heads, N, M]. A mask is a bias of 0 for visible keys and -inf for hidden keys. Numbers below -1e30 act as
+      -1e30. So if all keys are hidden from a query, the result is the mean of their values (in causal attention, of
+      the values up to the query).
+    scale: the factor of the scores. None for 1 / sqrt(C).
+    causal: whether query n attends only to keys 0 to n.
 
   Returns:
     An array [B, N, heads, C] of the type of v.
 
   Raises:
-    ValueError: if the shapes do not match, or JAX has no such implementation.
+    ValueError: if the shapes do not match, the bias does not contain floats, or JAX has no such implementation.
   """
   if not (q.ndim == k.ndim == 4 and k.shape == v.shape and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])):
     raise ValueError(
       f"Got queries of shape {q.shape}, keys of shape {k.shape} and values of shape {v.shape}; expected queries"
       " [B, N, heads, C], and keys and values [B, M, heads, C]."
     )
-  plain = partial(_attend_plain, implementation=implementation)
-  if kernels == "plain" or implementation == "cudnn":
-    return plain(q, k, v)
+  if bias is not None:
+    _check_bias(bias, q, k)
+    bias = jnp.maximum(bias.astype(widest(bias)), _MASKED)
+  if implementation == "cudnn":
+    return _attend_cudnn(q, k, v, bias, scale, causal)
+  plain = partial(_attend_plain, scale=scale, implementation=implementation)
+  inputs = (q, k, v, bias, jnp.int32(0) if causal else None)
+  if kernels == "plain":
+    return plain(*inputs)
   if implementation is not None:
-    return _attend_in_blocks(q, k, v, attend=plain)
+    return _attend_in_blocks(*inputs, attend=plain)
   # With this checkpoint, JAX saves only the inputs of the CPU form for the backward pass. Without the checkpoint, JAX
   # would save the weights of the CPU form and of the default form, and a memory plan would count both. XLA merges the
   # recomputation with the forward pass, so nothing is computed twice.
-  cpu = partial(_attend_in_blocks, attend=jax.checkpoint(_attend_tuned_cpu, prevent_cse=False))
+  tuned_cpu = jax.checkpoint(partial(_attend_tuned_cpu, scale=scale), prevent_cse=False)
+  cpu = partial(_attend_in_blocks, attend=tuned_cpu)
   # On a TPU the backward pass always recomputes the weights. In a train step, saving and reading them would cost more
   # memory and traffic than the recomputation (docs/benchmarks.md).
   blocks = partial(_attend_in_blocks, attend=plain)
   tpu = partial(_attend_tuned_tpu, attend=blocks) if _exceeds_chip_memory(q, k) else jax.checkpoint(blocks)
-  return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=blocks)
+  return lax.platform_dependent(*inputs, cpu=cpu, tpu=tpu, default=blocks)
 
 
-def _attend_tuned_cpu(q: Array, k: Array, v: Array) -> Array:
+def _check_bias(bias: Array, q: Array, k: Array) -> None:
+  scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+  fits = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape, scores, strict=True))
+  if not fits or not jnp.issubdtype(bias.dtype, jnp.floating):
+    raise ValueError(
+      f"Got a bias of shape {bias.shape} and type {bias.dtype}; expected floats whose shape broadcasts to [B, heads, N, M] ="
+      f" {list(scores)}, with four axes. For a mask, pass jnp.where(mask, 0.0, -jnp.inf)."
+    )
+
+
+def _attend_tuned_cpu(
+  q: Array, k: Array, v: Array, bias: Array | None, first: Array | None, scale: float | None
+) -> Array:
   exact = widest(v)
   queries, keys, values = (jnp.swapaxes(x.astype(exact), 1, 2) for x in (q, k, v))
-  scores = jnp.matmul(queries * q.shape[-1] ** -0.5, jnp.swapaxes(keys, 2, 3))
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
+  scores = jnp.matmul(queries * factor, jnp.swapaxes(keys, 2, 3))
+  if bias is not None:
+    scores = scores + jnp.broadcast_to(bias.astype(exact), scores.shape)
+  if first is not None:
+    scores = jnp.where(_visible(first, q, k)[None, None], scores, jnp.asarray(_FUTURE, exact))
   # Subtracting a constant from a row changes neither the softmax nor its gradient, so the maximum needs no gradient.
   weights = jnp.exp(scores - lax.stop_gradient(_row_maximum(scores)))
   # An added column of ones makes the matrix product return the sums of the weights too.
@@ -97,7 +169,9 @@ def _row_maximum(x: Array) -> Array:
 _MAX_BATCH_BYTES, _BLOCK_BYTES = 2**28, 2**26
 
 
-def _attend_in_blocks(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
+def _attend_in_blocks(
+  q: Array, k: Array, v: Array, bias: Array | None, first: Array | None, attend: Callable[..., Array]
+) -> Array:
   """Apply attention to one block of queries after another, if all scores would exceed `_MAX_BATCH_BYTES`.
 
   The backward pass recomputes the scores of a block.
@@ -105,14 +179,30 @@ def _attend_in_blocks(q: Array, k: Array, v: Array, attend: Callable[..., Array]
   batch, queries, heads, channels = q.shape
   total = batch * _score_bytes(q, k)
   if total <= _MAX_BATCH_BYTES or queries == 1:
-    return attend(q, k, v)
+    return attend(q, k, v, bias, first)
   count = -(-queries // max(_BLOCK_BYTES * queries // total, 1))
   size = -(-queries // count)
-  # The last block may be short. Zero queries complete it.
-  padded = jnp.pad(q, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
-  blocks = jnp.moveaxis(padded.reshape(batch, count, size, heads, channels), 1, 0)
+
+  def split(x: Array, axis: int) -> Array:
+    # The last block may be short. Zeros complete it.
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, count * size - queries)
+    blocks = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(blocks, axis, 0)
+
+  # A bias without an axis of queries is the same for all blocks.
+  blocks = (
+    split(q, 1),
+    split(bias, 2) if bias is not None and bias.shape[2] > 1 else None,
+    None if first is None else first + size * jnp.arange(count, dtype=first.dtype),
+  )
   recomputed = jax.checkpoint(attend, prevent_cse=False)
-  results = lax.map(lambda block: recomputed(block, k, v), blocks)
+
+  def attend_block(block: tuple[Array, Array | None, Array | None]) -> Array:
+    queries, cut, start = block
+    return recomputed(queries, k, v, bias if cut is None else cut, start)
+
+  results = lax.map(attend_block, blocks)
   return jnp.moveaxis(results, 0, 1).reshape(batch, count * size, heads, channels)[:, :queries]
 
 
@@ -121,7 +211,9 @@ def _attend_in_blocks(q: Array, k: Array, v: Array, attend: Callable[..., Array]
 _MAX_SCORE_BYTES, _PART_BYTES = 2**27, 2**25
 
 
-def _attend_tuned_tpu(q: Array, k: Array, v: Array, attend: Callable[..., Array]) -> Array:
+def _attend_tuned_tpu(
+  q: Array, k: Array, v: Array, bias: Array | None, first: Array | None, attend: Callable[..., Array]
+) -> Array:
   """Apply attention to one part of the batch after another, so that the scores of a part can stay on the chip.
 
   The backward pass recomputes the scores.
@@ -132,9 +224,19 @@ def _attend_tuned_tpu(q: Array, k: Array, v: Array, attend: Callable[..., Array]
     for size in range(1, batch + 1)
     if batch % size == 0 and size * _score_bytes(q, k) <= max(_PART_BYTES, _score_bytes(q, k))
   )
-  parts = [x.reshape(batch // part, part, *x.shape[1:]) for x in (q, k, v)]
+
+  def split(x: Array) -> Array:
+    return x.reshape(batch // part, part, *x.shape[1:])
+
+  # A bias without an axis of samples is the same for all parts.
+  parts = (split(q), split(k), split(v), split(bias) if bias is not None and len(bias) > 1 else None)
   recomputed = jax.checkpoint(attend, prevent_cse=False)
-  return lax.map(lambda part: recomputed(*part), parts).reshape(q.shape)
+
+  def attend_part(part: tuple[Array, Array, Array, Array | None]) -> Array:
+    q, k, v, cut = part
+    return recomputed(q, k, v, bias if cut is None else cut, first)
+
+  return lax.map(attend_part, parts).reshape(q.shape)
 
 
 def _exceeds_chip_memory(q: Array, k: Array) -> bool:

@@ -1,0 +1,129 @@
+"""Load text encoders from folders of transformers, and save them.
+
+Folders of CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and BertModel are read and written. Folders of T5
+with a decoder are read too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.interop import folders, tensors, text_configs, text_names
+from ddpm_jax.interop.codec_folders import DTYPES
+from ddpm_jax.interop.text_configs import TextEncoder
+from ddpm_jax.models import codecs
+from ddpm_jax.storage import files, jsonfiles
+
+PyTree = Any
+
+
+def load_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32") -> tuple[TextEncoder, PyTree]:
+  """Load a text encoder that transformers or `save_text_encoder` wrote.
+
+  `encoder.apply({"params": params}, ids, mask)` returns `networks.text.TextStates`.
+
+  Args:
+    path: the folder of a text encoder or of a pipeline. Or a name on the Hugging Face hub, such as
+      "sentence-transformers/all-MiniLM-L6-v2"; this needs the package huggingface_hub.
+    part: the part of a pipeline, such as "text_encoder" or "text_encoder_2". Empty for the folder of a text encoder.
+    dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
+
+  Returns:
+    The encoder, a module of `networks.text`, and its parameters.
+
+  Raises:
+    ValueError: if the encoder does not exist, has an unsupported class or option, or an argument is invalid; or if the
+      weights cannot be read or do not match the config. The message names the cause.
+  """
+  encoder, loader = _read(path, part, dtype, weights=True)
+  return encoder, loader()
+
+
+def read_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32") -> tuple[TextEncoder, codecs.Loader]:
+  """Read a text encoder from its config.
+
+  Args:
+    path: see `load_text_encoder`.
+    part: see `load_text_encoder`.
+    dtype: see `load_text_encoder`.
+
+  Returns:
+    The encoder, and a loader of its parameters. Only `loader()` reads the weights.
+
+  Raises:
+    ValueError: see `load_text_encoder`. The loader raises the errors about weights.
+  """
+  return _read(path, part, dtype, weights=False)
+
+
+def _read(path: str | Path, part: str, dtype: str, *, weights: bool) -> tuple[TextEncoder, codecs.Loader]:
+  if dtype not in DTYPES:
+    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  config_path = _find(path, part, weights=weights) / "config.json"
+  config = jsonfiles.read(config_path)
+  with jsonfiles.named_errors(config_path):
+    encoder = text_configs.from_config(config).clone(dtype=DTYPES[dtype])
+  template = _template(encoder)
+
+  def load() -> PyTree:
+    # A name on the hub, of which only the configs were downloaded so far.
+    return _load_params(_find(path, part, weights=True), encoder, template)
+
+  def shapes() -> PyTree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, encoder.dtype), template)
+
+  return encoder, codecs.Loader(load, shapes)
+
+
+def _find(path: str | Path, part: str, *, weights: bool) -> Path:
+  """Return the folder of a text encoder, downloaded if necessary."""
+  # Weights of other parts are large. Without a part, the weights are at the top.
+  found = folders.find_folder(path, weights=weights, parts=(part or ".",), names=folders.TRANSFORMERS)
+  folder = found / part
+  if not (folder / "config.json").is_file():
+    parts = sorted(file.parent.name for file in found.glob("text_encoder*/config.json"))
+    hint = f" Set part, for this folder to {' or '.join(map(repr, parts))}." if parts else ""
+    raise ValueError(
+      f"Got {folder}, which has no config.json of a text encoder; expected a folder that transformers' save_pretrained"
+      f" wrote.{hint}"
+    )
+  return folder
+
+
+def _template(encoder: TextEncoder) -> PyTree:
+  return jax.eval_shape(encoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+
+
+def _load_params(folder: Path, encoder: TextEncoder, template: PyTree) -> PyTree:
+  path = folders.weights_path(folder, folders.TRANSFORMERS)
+  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(path)
+  names = text_names.modern_names(encoder, file.shapes)
+  return tensors.load(file, template, text_names.layout(encoder), names, dtype=encoder.dtype)
+
+
+def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:
+  """Save a text encoder to a folder that transformers' `from_pretrained` and `load_text_encoder` can read.
+
+  The weights are written in float32.
+
+  Args:
+    path: the folder, new or empty.
+    encoder: the encoder, a module of `networks.text`.
+    params: its parameters.
+
+  Raises:
+    ValueError: if the folder is not empty, or transformers cannot represent the encoder.
+    WriteError: if the folder cannot be written. A partial folder is removed.
+  """
+  path = folders.check_output(path)
+  text_configs.to_config(encoder)
+  with files.atomic_folder(path) as folder:
+    write_text_encoder(folder, encoder, params)
+
+
+def write_text_encoder(folder: Path, encoder: TextEncoder, params: PyTree) -> None:
+  """Write the weights and then the config of a text encoder to a folder."""
+  tensors.save(folder / f"{folders.TRANSFORMERS['safetensors']}.safetensors", params, text_names.layout(encoder))
+  folders.write_config(folder / "config.json", text_configs.to_config(encoder))

@@ -1,0 +1,11 @@
+"""Provide text encoders in Flax Linen: of CLIP, T5 and BERT.
+
+Each maps ids [B, N] and a mask [B, N] to `TextStates`. Tokenizers make the ids (see `data`).
+"""
+
+from ddpm_jax.networks.text.bert import BERT
+from ddpm_jax.networks.text.blocks import TextStates, sentence_vector
+from ddpm_jax.networks.text.clip import CLIPText
+from ddpm_jax.networks.text.t5 import T5Encoder
+
+__all__ = ["BERT", "CLIPText", "T5Encoder", "TextStates", "sentence_vector"]
