@@ -1,13 +1,13 @@
 """Load models that other libraries wrote, and save models for them.
 
 `diffusers` reads and writes diffusers' folders, `guided_diffusion` reads guided-diffusion's checkpoints, `inception`
-reads the weights of the FID network, `features` reads networks for perceptual losses, and `tensors` reads and writes
-files of weights.
+reads the weights of the FID network, `features` reads networks for perceptual losses, `ldm` reads single-file checkpoints
+of Stable Diffusion, and `tensors` reads and writes files of weights.
 """
 
 import importlib
 
-__all__ = ["diffusers", "features", "guided_diffusion", "inception", "tensors"]
+__all__ = ["diffusers", "features", "guided_diffusion", "inception", "ldm", "tensors", "unet_folders"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """Find the configs and the weights in diffusers' folders, and write configs."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,29 +146,41 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
     ) from error
 
 
-def weights_path(folder: Path) -> Path:
+def weights_path(folder: Path, variant: str = "") -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
   Safetensors files have priority over .bin files. Among files of one type, plain names have priority over variants such
   as fp16.
 
+  Args:
+    folder: the folder of the weights.
+    variant: the variant to return. Empty for the plain weights, or for the only variant.
+
   Raises:
-    ValueError: if the folder has no weights, or several variants.
+    ValueError: if the folder has no weights, not the variant, or several variants and none is chosen.
   """
+  if variant and not re.fullmatch(r"\w+", variant):
+    raise ValueError(f"Got variant={variant!r}; expected a word, such as 'fp16'.")
   for suffix in ("safetensors", "bin"):
     # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
     # ".safetensors.index" in the name of an index.
-    for patterns in ((f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json"), _variants(suffix)):
+    plain = (f"{WEIGHTS}.{suffix}", f"{WEIGHTS}.{suffix}.index.json")
+    for patterns in (_variants(suffix, variant),) if variant else (plain, _variants(suffix)):
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
         raise ValueError(
           f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
-          " Remove the others."
+          " Remove the others, or choose a variant."
         )
       if matches:
         return matches[0]
   unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
   hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
+  if variant:
+    raise ValueError(
+      f"Got {folder}, which has no weights of the variant {variant!r}; expected {WEIGHTS}.{variant}.safetensors, or an index"
+      f" of shards. Choose another variant.{hint}"
+    )
   raise ValueError(
     f"Got {folder}, which contains no weights; expected {WEIGHTS}.safetensors, {WEIGHTS}.bin, a variant such as"
     f" {WEIGHTS}.fp16.safetensors, or shards with an index {WEIGHTS}.safetensors.index.json.{hint}"
@@ -183,8 +196,8 @@ def weight_files(folder: Path) -> list[Path]:
   return [path, *(folder / name for name in sorted(set(names.values())))]
 
 
-def _variants(suffix: str) -> tuple[str, str]:
-  return f"{WEIGHTS}.*.{suffix}", f"{WEIGHTS}.{suffix}.index.*.json"
+def _variants(suffix: str, variant: str = "*") -> tuple[str, str]:
+  return f"{WEIGHTS}.{variant}.{suffix}", f"{WEIGHTS}.{suffix}.index.{variant}.json"
 
 
 def check_output(path: str | Path) -> Path:

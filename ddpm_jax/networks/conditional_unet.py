@@ -203,7 +203,11 @@ class ConditionalUNet(nn.Module):
   ) -> None:
     """Check that the conditions that join the embedding are those of the network, and have the right shapes."""
     count = x.shape[0]
-    values = (("classes", classes, "num_classes"), ("vector", vector, "vector_embedding"), ("sizes", sizes, "size_features"))
+    values = (
+      ("classes", classes, "num_classes"),
+      ("vector", vector, "vector_embedding"),
+      ("sizes", sizes, "size_features"),
+    )
     for name, value, option in values:
       setting = getattr(self, option)
       if (value is None) != (not setting):

@@ -100,7 +100,9 @@ def check_conditional(network: Any) -> None:
     features, groups = n.channels * (1, *n.multipliers)[level + 1], n.groups
     has_heads = level in n.attention_levels or level == levels - 1
     heads = per_level(n.heads, levels)[level] if has_heads else 1
-    if features < 1 or not _divides(groups or default_groups(round(features)), features) or not _divides(heads, features):
+    if (
+      features < 1 or not _divides(groups or default_groups(round(features)), features) or not _divides(heads, features)
+    ):
       raise ValueError(
         f"Got {features:g} features ({n.channels} channels times {features / n.channels:g}) with groups={groups},"
         f" heads={heads}; expected an integer divisible by both. Change channels, multipliers, groups or heads."

@@ -17,8 +17,8 @@ Array = jax.Array
 # The constants added to the variance in the group normalization before a transformer, and in the layer normalizations
 # inside it. The residual blocks of the same networks have another one.
 _GROUP_EPSILON, _LAYER_EPSILON = 1e-6, 1e-5
-# What is added to the scores of masked tokens, as in diffusers. It is finite: where all tokens are masked, they count
-# as if none were.
+# What is added to the scores of masked tokens, as in diffusers. It is finite, so that samples with masked tokens only
+# stay finite.
 _MASKED = -1e4
 
 
