@@ -113,7 +113,7 @@ def test_options_of_published_networks_are_inferred(name):
 
   class File:
     path = "model.safetensors"
-    shapes = {  # noqa: RUF012
+    shapes = {
       layout.name_of(path): layout.shape_of(path, leaf.shape)
       for path, leaf in interop.tensors.flatten(template).items()
     }

@@ -1,8 +1,9 @@
 """Load models that other libraries wrote, and save models for them.
 
-`diffusers` reads and writes diffusers' folders, `guided_diffusion` reads guided-diffusion's checkpoints, `inception`
-reads the weights of the FID network, `features` reads networks for perceptual losses, `ldm` reads single-file checkpoints
-of Stable Diffusion, and `tensors` reads and writes files of weights.
+`diffusers` reads and writes diffusers' folders, and `unet_folders` those of its networks alone. `guided_diffusion`
+reads guided-diffusion's checkpoints, `ldm` reads single-file checkpoints of Stable Diffusion, `inception` reads the
+weights of the FID network, `features` reads networks for perceptual losses, and `tensors` reads and writes files of
+weights.
 """
 
 import importlib

@@ -6,8 +6,8 @@ For example::
   x = model.process.prior(jax.random.key(0), (16, *model.shape))
   samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
 
-`load_codec` and `save_codec` read and write autoencoders alone. `load_unet` and `save_unet` do so with U-Nets, also with
-those of text-to-image models.
+`load_codec` and `save_codec` read and write autoencoders alone. `load_unet` and `save_unet` do so with U-Nets, also
+with those of text-to-image models.
 """
 
 import shutil

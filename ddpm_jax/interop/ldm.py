@@ -17,7 +17,7 @@ from ddpm_jax.networks.options import per_level
 
 PyTree = Any
 _UNET_ANCHOR, _AUTOENCODER_ANCHOR = "time_embed.0.weight", "encoder.conv_in.weight"
-# Features of each head in models with linear projections (Stable Diffusion 2 and XL), and the number of heads in others.
+# The features of each head in models with linear projections (Stable Diffusion 2 and XL), and the heads of others.
 _HEAD_FEATURES, _HEADS = 64, 8
 # The features of the tokens of Stable Diffusion XL and its refiner, which have sizes beside the pooled text, and the
 # features of each embedded size.

@@ -59,10 +59,8 @@ def names(
 
   def name_of(path: str) -> str:
     head, *parts = path.split("/")
-    if head.endswith("_attention"):
-      table = attention
-    else:
-      table = {**_RESIDUAL, "conv": "op" if head.endswith("downsample") else "conv"}
+    residual = {**_RESIDUAL, "conv": "op" if head.endswith("downsample") else "conv"}
+    table = attention if head.endswith("_attention") else residual
     return ".".join(
       [starts.get(head) or block_name(head), *(table[part] for part in parts[:-1]), tensors.leaf_name(path)]
     )
