@@ -1,13 +1,14 @@
 """Load models that other libraries wrote, and save models for them.
 
-`diffusers` reads and writes diffusers' folders, `guided_diffusion` reads guided-diffusion's checkpoints, `inception`
-reads the weights of the FID network, `features` reads networks for perceptual losses, `transformers` reads and writes
-text encoders, and `tensors` reads and writes files of weights.
+`diffusers` reads and writes diffusers' folders, and `unet_folders` those of its networks alone. `guided_diffusion`
+reads guided-diffusion's checkpoints, `ldm` reads single-file checkpoints of Stable Diffusion, `inception` reads the
+weights of the FID network, `features` reads networks for perceptual losses, `transformers` reads and writes text
+encoders, and `tensors` reads and writes files of weights.
 """
 
 import importlib
 
-__all__ = ["diffusers", "features", "guided_diffusion", "inception", "tensors", "transformers"]
+__all__ = ["diffusers", "features", "guided_diffusion", "inception", "ldm", "tensors", "transformers", "unet_folders"]
 
 
 def __getattr__(name: str):

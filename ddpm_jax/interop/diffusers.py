@@ -6,7 +6,8 @@ For example::
   x = model.process.prior(jax.random.key(0), (16, *model.shape))
   samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
 
-`load_codec` and `save_codec` read and write autoencoders alone.
+`load_codec` and `save_codec` read and write autoencoders alone. `load_unet` and `save_unet` do so with U-Nets, also
+with those of text-to-image models.
 """
 
 import shutil
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import saving, schedulers, tensors, unet2d
+from ddpm_jax.interop import saving, schedulers, unet2d
 from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
-from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files, weights_path
+from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
+from ddpm_jax.interop.unet_folders import load_params, load_unet, save_unet
 from ddpm_jax.models import Codec, Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Prediction
@@ -41,6 +42,7 @@ __all__ = [
   "read_codec",
   "save",
   "save_codec",
+  "save_unet",
 ]
 
 PyTree = Any
@@ -98,7 +100,7 @@ def load(
     attention=attention,
   )
   channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in saving.image_conditions(model))
-  return model, _load_params(pipeline_files(folder).unet.parent, model.network.module, channels, mesh)
+  return model, load_params(pipeline_files(folder).unet.parent, model.network.module, channels, mesh=mesh)
 
 
 def read(
@@ -275,49 +277,3 @@ def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_
     # The name "image" is taken by the data.
     by_name["hint"] = conditions.image("hint", (*x_shape[:2], extra))
   return by_name
-
-
-def load_unet(path: str | Path) -> tuple[UNet, PyTree]:
-  """Load the network and the parameters of a `UNet2DModel`.
-
-  Args:
-    path: a folder with config.json and weights, or the folder of a pipeline with unet/.
-
-  Returns:
-    The network, and its parameters in float32.
-
-  Raises:
-    ValueError: see `load`.
-  """
-  folder = find_folder(path)
-  folder = folder / "unet" if (folder / "unet").is_dir() else folder
-  config = jsonfiles.read(folder / "config.json")
-  with jsonfiles.named_errors(folder / "config.json"):
-    network, complete = unet2d.from_config(config), unet2d.with_defaults(config)
-  return network, _load_params(folder, network, complete["in_channels"])
-
-
-def _load_params(folder: Path, network: UNet, channels: int, mesh: jax.sharding.Mesh | None = None) -> PyTree:
-  path = weights_path(folder)
-  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
-    path, "conv_in.weight", "UNet2DModel of diffusers"
-  )
-  return tensors.load(
-    file,
-    _template(network, channels),
-    unet2d.layout(len(network.multipliers)),
-    unet2d.modern_names(file.shapes),
-    mesh=mesh,
-  )
-
-
-def _template(network: UNet, channels: int) -> PyTree:
-  side = 2 ** (len(network.multipliers) - 1)
-  width = network.embedding_features or 4 * network.channels
-  conditions: dict[str, Any] = {}
-  if network.num_classes:
-    conditions["classes"] = jax.ShapeDtypeStruct((1,), jnp.int32)
-  if network.vector_embedding:
-    shape = (1,) if network.vector_embedding == "time" else (1, width)
-    conditions["vector"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return tensors.abstract_params(network, (side, side, channels), **conditions)

@@ -1,6 +1,7 @@
 """Find the configs and the weights in folders of diffusers and transformers, and write configs."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,30 +154,43 @@ def _forms(names: Names) -> list[str]:
   return [f"{name}{form}.{suffix}" for suffix, name in names.items() for form in ("", "-*-of-*", ".*")]
 
 
-def weights_path(folder: Path, names: Names = DIFFUSERS) -> Path:
+def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
   Safetensors files have priority over .bin files. Among files of one type, plain names have priority over variants such
   as fp16.
 
+  Args:
+    folder: the folder of the weights.
+    names: the names of weights files.
+    variant: the variant to return. Empty for the plain weights, or for the only variant.
+
   Raises:
-    ValueError: if the folder has no weights, or several variants.
+    ValueError: if the folder has no weights, not the variant, or several variants and none is chosen.
   """
+  if variant and not re.fullmatch(r"\w+", variant):
+    raise ValueError(f"Got variant={variant!r}; expected a word, such as 'fp16'.")
   for suffix, name in names.items():
     # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
     # ".safetensors.index" in the name of an index.
-    for patterns in ((f"{name}.{suffix}", f"{name}.{suffix}.index.json"), _variants(name, suffix)):
+    plain = (f"{name}.{suffix}", f"{name}.{suffix}.index.json")
+    for patterns in (_variants(name, suffix, variant),) if variant else (plain, _variants(name, suffix)):
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
         raise ValueError(
           f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
-          " Remove the others."
+          " Remove the others, or choose a variant."
         )
       if matches:
         return matches[0]
   unusable = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".msgpack"))
   hint = f" The folder contains {', '.join(unusable)}; save the model again with save_pretrained." if unusable else ""
   safe, pickled = (f"{names[suffix]}.{suffix}" for suffix in ("safetensors", "bin"))
+  if variant:
+    raise ValueError(
+      f"Got {folder}, which has no weights of the variant {variant!r}; expected {names['safetensors']}.{variant}.safetensors, or an index"
+      f" of shards. Choose another variant.{hint}"
+    )
   raise ValueError(
     f"Got {folder}, which contains no weights; expected {safe}, {pickled}, a variant such as"
     f" {names['safetensors']}.fp16.safetensors, or shards with an index {safe}.index.json.{hint}"
@@ -192,8 +206,8 @@ def weight_files(folder: Path, names: Names = DIFFUSERS) -> list[Path]:
   return [path, *(folder / shard for shard in sorted(set(shards.values())))]
 
 
-def _variants(name: str, suffix: str) -> tuple[str, str]:
-  return f"{name}.*.{suffix}", f"{name}.{suffix}.index.*.json"
+def _variants(name: str, suffix: str, variant: str = "*") -> tuple[str, str]:
+  return f"{name}.{variant}.{suffix}", f"{name}.{suffix}.index.{variant}.json"
 
 
 def check_output(path: str | Path) -> Path:

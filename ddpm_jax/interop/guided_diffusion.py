@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling, schedules
-from ddpm_jax.interop import tensors
+from ddpm_jax.interop import numbered_blocks, tensors
 from ddpm_jax.models import Condition, Model, SamplingDefaults, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
 from ddpm_jax.predictions import Prediction
@@ -83,7 +83,7 @@ def load(
   """
   file = tensors.TensorFile(path, _ANCHOR, _DESCRIPTION)
   network, template = infer_network(file, heads=heads, head_channels=head_channels)
-  in_channels = _shape(file, "input_blocks.0.0.weight")[1]
+  in_channels = numbered_blocks.shape(file, "input_blocks.0.0.weight")[1]
   if shape is None:
     raise ValueError(
       f"Got {file.path}, which does not contain the image size; pass shape=, such as"
@@ -188,17 +188,17 @@ def infer_network(
   Returns:
     The U-Net, and the shapes of its parameters.
   """
-  levels, blocks = _levels_of_unet(file)
+  levels, blocks = numbered_blocks.levels_of(file)
   options = _options(file, levels, blocks, heads, head_channels)
   ups = [_up(file, level, levels, blocks) for level in range(1, levels)]
   network = UNet(
-    out_channels=_shape(file, "out.2.weight")[0],
-    num_classes=_shape(file, "label_emb.weight")[0] if "label_emb.weight" in file.shapes else 0,
+    out_channels=numbered_blocks.shape(file, "out.2.weight")[0],
+    num_classes=numbered_blocks.shape(file, "label_emb.weight")[0] if "label_emb.weight" in file.shapes else 0,
     upsample=ups[0] if len(set(ups)) == 1 else tuple(ups) or "conv",
     **options,
   )
   conditions = {"classes": jax.ShapeDtypeStruct((1,), jnp.int32)} if network.num_classes else {}
-  shape = (*(2 ** (levels - 1),) * network.dimensions, _shape(file, "input_blocks.0.0.weight")[1])
+  shape = (*(2 ** (levels - 1),) * network.dimensions, numbered_blocks.shape(file, "input_blocks.0.0.weight")[1])
   network.check_input(shape)
   return network, tensors.abstract_params(network, shape, **conditions)
 
@@ -241,12 +241,13 @@ def load_classifier(
       " attention."
     )
   levels, blocks = _levels_of_encoder(file, blocks)
-  num_positions = _shape(file, "out.2.positional_embedding")[1] - 1
+  num_positions = numbered_blocks.shape(file, "out.2.positional_embedding")[1] - 1
   side = round(num_positions**0.5) * 2 ** (levels - 1)
   network = Classifier(
-    out_channels=_shape(file, "out.2.c_proj.weight")[0], **_options(file, levels, blocks, None, head_channels)
+    out_channels=numbered_blocks.shape(file, "out.2.c_proj.weight")[0],
+    **_options(file, levels, blocks, None, head_channels),
   )
-  shape = (side, side, _shape(file, "input_blocks.0.0.weight")[1])
+  shape = (side, side, numbered_blocks.shape(file, "input_blocks.0.0.weight")[1])
   network.check_input(shape)
   template = tensors.abstract_params(network, shape)
   process, time_input = _process(process, shape, rescale_timesteps)
@@ -263,54 +264,16 @@ def load_classifier(
   return model, tensors.load(file, template, _layout(network, new_attention_order))
 
 
-def _shape(file: tensors.TensorFile, name: str) -> tuple[int, ...]:
-  if name not in file.shapes:
-    raise ValueError(f"Got {file.path}, which has no {name}; expected a {_DESCRIPTION}.")
-  return file.shapes[name]
-
-
-def _count(file: tensors.TensorFile, part: str) -> int:
-  indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{part}\.(\d+)\.", name))]
-  if not indices:
-    raise ValueError(f"Got {file.path}, which has no {part}; expected a {_DESCRIPTION}.")
-  return max(indices) + 1
-
-
-def _has(file: tensors.TensorFile, prefix: str) -> bool:
-  return any(name.startswith(prefix) for name in file.shapes)
-
-
-def _levels_of_unet(file: tensors.TensorFile) -> tuple[int, int]:
-  """Return the number of levels and the number of residual blocks per level.
-
-  On the way up, every level but the last ends with an upsampling layer. So the number of levels is the number
-  of upsampling layers plus 1.
-  """
-  total = _count(file, "output_blocks")
-  ups = sum(
-    _has(file, f"output_blocks.{k}.{j}.conv.") or _has(file, f"output_blocks.{k}.{j}.in_layers.")
-    for k in range(total)
-    for j in (1, 2)
-  )
-  if total % (ups + 1) or _count(file, "input_blocks") != total:
-    raise ValueError(
-      f"Got {file.path} with {total} output_blocks and {_count(file, 'input_blocks')} input_blocks for {ups + 1}"
-      " levels; expected equal numbers of both, divisible by the number of levels, as in models that resample with"
-      " convolutions or residual blocks."
-    )
-  return ups + 1, total // (ups + 1) - 1
-
-
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
   A classifier has only the downsampling half of a U-Net. A residual block that downsamples has the same tensors as
   other residual blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
   """
-  total = _count(file, "input_blocks")
-  widens = [_has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
-  attends = [_has(file, f"input_blocks.{i}.1.qkv.") for i in range(total)]
-  has_conv = [_has(file, f"input_blocks.{i}.0.op.") for i in range(total)]
+  total = numbered_blocks.count(file, "input_blocks")
+  widens = [numbered_blocks.has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
+  attends = [numbered_blocks.has(file, f"input_blocks.{i}.1.qkv.") for i in range(total)]
+  has_conv = [numbered_blocks.has(file, f"input_blocks.{i}.0.op.") for i in range(total)]
 
   def is_consistent(length):
     """Return whether the file can consist of levels of `length` blocks.
@@ -345,34 +308,38 @@ def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[in
 def _up(file: tensors.TensorFile, level: int, levels: int, blocks: int) -> str:
   """Return how the network upsamples from `level` to the next finer level."""
   last = (levels - 1 - level) * (blocks + 1) + blocks
-  return "residual" if any(_has(file, f"output_blocks.{last}.{j}.in_layers.") for j in (1, 2)) else "conv"
+  return (
+    "residual" if any(numbered_blocks.has(file, f"output_blocks.{last}.{j}.in_layers.") for j in (1, 2)) else "conv"
+  )
 
 
 def _options(
   file: tensors.TensorFile, levels: int, blocks: int, heads: int | None, head_channels: int | None
 ) -> dict[str, Any]:
   """Return the network arguments that the U-Net and the classifier share, inferred from the file."""
-  channels, _, *kernel = _shape(file, "input_blocks.0.0.weight")
+  channels, _, *kernel = numbered_blocks.shape(file, "input_blocks.0.0.weight")
   if len(kernel) == 3 and levels > 1:
     raise ValueError(
       f"Got {file.path}, a network with {levels} levels for volumes; expected one level, because guided-diffusion does"
       " not resample the first axis, but our network resamples all three axes."
     )
   firsts = [1 + level * (blocks + 1) for level in range(levels)]
-  widths = [_shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
-  attention_levels = tuple(level for level, first in enumerate(firsts) if _has(file, f"input_blocks.{first}.1.qkv."))
+  widths = [numbered_blocks.shape(file, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
+  attention_levels = tuple(
+    level for level, first in enumerate(firsts) if numbered_blocks.has(file, f"input_blocks.{first}.1.qkv.")
+  )
   if (heads is None) == (head_channels is None):
     raise ValueError(
       f"Got heads={heads}, head_channels={head_channels} for {file.path}, which does not contain them; expected one of"
       " them: head_channels=64 for guided-diffusion's published models, heads=4 for improved-diffusion's."
     )
   downs = [
-    "conv" if _has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"
+    "conv" if numbered_blocks.has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"
     for level in range(levels - 1)
   ]
   multipliers = [width / channels for width in widths]
-  embedding, features = _shape(file, "time_embed.0.weight")
-  projection = _shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
+  embedding, features = numbered_blocks.shape(file, "time_embed.0.weight")
+  projection = numbered_blocks.shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
   return {
     "channels": channels,
     "multipliers": tuple(int(value) if value == int(value) else value for value in multipliers),
@@ -425,55 +392,19 @@ def _layout(network: UNet | Classifier, new_order: bool) -> tensors.Layout:
 
 def _names(network: UNet | Classifier) -> Callable[[str], str]:
   """Return a function `name_of(path)` that maps our paths to guided-diffusion's names."""
-  levels, blocks = len(network.multipliers), network.blocks
-  residual = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-  }
   attention = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out": "proj_out"}
   pool = {"to_q": "qkv_proj", "to_k": "qkv_proj", "to_v": "qkv_proj", "to_out": "c_proj"}
-  fixed = {
-    "conv_in": "input_blocks.0.0",
-    "time_1": "time_embed.0",
-    "time_2": "time_embed.2",
-    "classes": "label_emb",
-    "middle_0": "middle_block.0",
-    "middle_attention": "middle_block.1",
-    "middle_1": "middle_block.2",
-    "norm_out": "out.0",
-    "conv_out": "out.2",
-    "pool": "out.2",
-  }
+  starts = {"classes": "label_emb", "pool": "out.2"}
+  name_of = numbered_blocks.names(len(network.multipliers), network.blocks, network.attention_levels, starts, attention)
 
-  def block_name(head: str) -> str:
-    direction, level, part = re.fullmatch(r"(down|up)_(\d+)_(.+)", head).groups()  # type: ignore[union-attr]
-    first = int(level) * (blocks + 1) + 1 if direction == "down" else (levels - 1 - int(level)) * (blocks + 1)
-    side = "input_blocks" if direction == "down" else "output_blocks"
-    if part == "downsample":
-      return f"{side}.{first + blocks}.0"
-    if part == "upsample":
-      return f"{side}.{first + blocks}.{2 if int(level) in network.attention_levels else 1}"
-    index, _, attention = part.partition("_")
-    return f"{side}.{first + int(index)}.{1 if attention else 0}"
+  def name_of_any(path: str) -> str:
+    if path == "pool/positions":
+      return "out.2.positional_embedding"
+    if path.startswith("pool/"):
+      return f"out.2.{pool[path.split('/')[1]]}.{tensors.leaf_name(path)}"
+    return name_of(path)
 
-  def name_of(path: str) -> str:
-    head, *parts = path.split("/")
-    start, inner = fixed.get(head) or block_name(head), parts[:-1]
-    if head == "pool":
-      if path.endswith("positions"):
-        return "out.2.positional_embedding"
-      table = pool
-    elif head.endswith("_attention"):
-      table = attention
-    else:
-      table = residual | {"conv": "op" if head.endswith("downsample") else "conv"}
-    return ".".join([start, *(table[part] for part in inner), tensors.leaf_name(path)])
-
-  return name_of
+  return name_of_any
 
 
 def _qkv_index(path: str) -> int | None:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, tensors, unet2d
+from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, unet2d
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.interop.codec_folders import write_codec
-from ddpm_jax.interop.folders import VERSION, WEIGHTS, check_output, write_config
+from ddpm_jax.interop.folders import VERSION, check_output, write_config
+from ddpm_jax.interop.unet_folders import write_unet
 from ddpm_jax.models import Model, codecs
 from ddpm_jax.networks import Autoencoder, UNet
 from ddpm_jax.storage import files
@@ -86,9 +87,7 @@ def save(
   options = scheduler_classes.complete(scheduler_config)
   card = model_card(model.network.module, params, model.data_shape, options, config, scores, latent=is_latent)
   with files.atomic_folder(path) as folder:
-    write_config(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **version, **unet_config})
-    layout = unet2d.layout(len(model.network.module.multipliers))
-    tensors.save(folder / "unet" / f"{WEIGHTS}.safetensors", params, layout)
+    write_unet(folder / "unet", model.network.module, unet_config, params)
     if autoencoder is not None:
       write_codec(folder / "vqvae", *autoencoder)
     write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler_config, **version})

@@ -283,8 +283,11 @@ def image_size(config: Config) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def layout(levels: int) -> tensors.Layout:
-  """Return the layout of diffusers' weight files for a network with this number of levels."""
+def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
+  """Return the layout of diffusers' weight files for a network with this number of levels.
+
+  `names` are diffusers' names of further parts of our paths, or replace names of this layout.
+  """
 
   def block_name(match: re.Match) -> str:
     direction, level, part = match["direction"], int(match["level"]), match["part"]
@@ -294,25 +297,25 @@ def layout(levels: int) -> tensors.Layout:
     index, _, attention = part.partition("_")
     return f"{block}.{'attentions' if attention else 'resnets'}.{index}"
 
+  fixed = {
+    "norm_out": "conv_norm_out",
+    "time_frequencies": "time_proj",
+    "time_1": "time_embedding.linear_1",
+    "time_2": "time_embedding.linear_2",
+    "classes": "class_embedding",
+    "vector_1": "class_embedding.linear_1",
+    "vector_2": "class_embedding.linear_2",
+    "middle_0": "mid_block.resnets.0",
+    "middle_1": "mid_block.resnets.1",
+    "middle_attention": "mid_block.attentions.0",
+    "to_out": "to_out.0",
+    **(names or {}),
+  }
+
   def name_of(path: str) -> str:
-    head, *parts = path.split("/")
-    fixed = {
-      "conv_in": "conv_in",
-      "norm_out": "conv_norm_out",
-      "conv_out": "conv_out",
-      "time_frequencies": "time_proj",
-      "time_1": "time_embedding.linear_1",
-      "time_2": "time_embedding.linear_2",
-      "classes": "class_embedding",
-      "vector_1": "class_embedding.linear_1",
-      "vector_2": "class_embedding.linear_2",
-      "middle_0": "mid_block.resnets.0",
-      "middle_1": "mid_block.resnets.1",
-      "middle_attention": "mid_block.attentions.0",
-    }
+    head, *inner = path.split("/")[:-1] or [path]
     start = fixed.get(head) or re.sub(r"(?P<direction>down|up)_(?P<level>\d+)_(?P<part>.+)", block_name, head)
-    inner = ["to_out.0" if part == "to_out" else part for part in parts[:-1]]
-    return ".".join([start, *inner, tensors.leaf_name(path)])
+    return ".".join([start, *(fixed.get(part, part) for part in inner), tensors.leaf_name(path)])
 
   return tensors.Layout(name_of)
 

@@ -99,7 +99,8 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   Its `__call__` receives x [B, ...], the time [B] and, by keyword, the conditions. If `__call__` has an argument with
   the name of a condition, this argument receives the condition. Otherwise the argument named after the condition's kind
   receives it: `classes` [B], `vector` [B, D], `level` [B] (`vector` if there is no argument `level`),
-  `image` [B, *space, C] or `tokens`. Several images, vectors or token arrays for one argument are concatenated.
+  `image` [B, *space, C] or `tokens`, an array [B, L, C] or a dict of arrays. Several images, vectors or token arrays
+  for one argument are concatenated.
 
   `__call__` may have two more arguments: `train`, whether this is training, and `keys`, a key for each sample. Without
   the argument `keys`, dropout uses the rng "dropout".
@@ -332,9 +333,15 @@ def keywords(
     if accepted is not None and name in accepted and name not in (*KINDS, *_OPTIONS):
       values[name] = [given[name]]
       continue
-    for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(given[name]), strict=True):
-      values.setdefault(_argument(name, kind, accepted), []).append(leaf)
+    for kind, value in _values_by_kind(condition, given[name]):
+      values.setdefault(_argument(name, kind, accepted), []).append(value)
   return {argument: _concatenate(argument, leaves) for argument, leaves in values.items()}
+
+
+def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
+  """Return the kinds of a condition, each with its value: a leaf of `values`, or a part with several leaves."""
+  kinds, structure = jax.tree.flatten(condition.kind)
+  return list(zip(kinds, structure.flatten_up_to(values), strict=True))
 
 
 def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
@@ -355,7 +362,7 @@ def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
 def _concatenate(argument: str, leaves: list[Any]) -> Any:
   if len(leaves) == 1:
     return leaves[0]
-  if argument not in ("image", "vector", "tokens") or any(leaf.ndim < 2 for leaf in leaves):
+  if argument not in ("image", "vector", "tokens") or any(getattr(leaf, "ndim", 0) < 2 for leaf in leaves):
     raise ValueError(
       f"Got {len(leaves)} conditions that a network receives as {argument!r}; expected one condition, or a network with a"
       " separate argument for each condition, named after it."
@@ -475,7 +482,7 @@ def derived_arguments(
     ValueError: if the conditions include both a level and a vector, or an image with other sides than x.
   """
   for name, condition in conditions.items():
-    for kind, leaf in zip(jax.tree.leaves(condition.kind), jax.tree.leaves(condition.shape), strict=True):
+    for kind, leaf in _values_by_kind(condition, condition.shape):
       if kind == "image" and tuple(leaf.shape[:-1]) != tuple(x_shape[:-1]):
         raise ValueError(
           f"Got the condition {name!r}, an image of shape {tuple(leaf.shape)}, for x of shape {tuple(x_shape)}; expected the"

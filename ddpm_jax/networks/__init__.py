@@ -5,8 +5,9 @@ can take its place.
 """
 
 from ddpm_jax.networks.autoencoder import Autoencoder
+from ddpm_jax.networks.conditional_unet import ConditionalUNet
 from ddpm_jax.networks.discriminator import PatchDiscriminator
 from ddpm_jax.networks.layers import trainable_mask
 from ddpm_jax.networks.unet import Classifier, UNet
 
-__all__ = ["Autoencoder", "Classifier", "PatchDiscriminator", "UNet", "trainable_mask"]
+__all__ = ["Autoencoder", "Classifier", "ConditionalUNet", "PatchDiscriminator", "UNet", "trainable_mask"]

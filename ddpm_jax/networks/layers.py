@@ -344,6 +344,29 @@ def _drop(x: Array, keys: Array, number: Array, rate: float) -> Array:
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
+def dropout_keys(network: Any, x: Array, train: bool, keys: Array | None) -> Array | None:
+  """Return a dropout key for each sample of x [B, ...], or None if dropout is off.
+
+  Args:
+    network: the module, with its rate `dropout`. Without keys, its rng named "dropout" makes them.
+    x: the data.
+    train: whether this is training.
+    keys: the keys [B] that the caller passed to the network, or None.
+
+  Raises:
+    ValueError: if there is not one key for each sample.
+  """
+  if not train or not network.dropout:
+    return None
+  if keys is None:
+    return jax.random.split(network.make_rng("dropout"), x.shape[0])
+  if keys.shape != x.shape[:1]:
+    raise ValueError(
+      f"Got keys of shape {keys.shape} for {x.shape[0]} samples; expected one typed key for each sample."
+    )
+  return keys
+
+
 class ResidualBlock(nn.Module):
   """Apply norm, swish and convolution twice, with the embedding in between (Ho et al. 2020, appendix B).
 
@@ -449,9 +472,16 @@ class Upsample(nn.Module):
   kernels: str = "tuned"
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Map x [B, *space, C] to [B, *2 space, C]."""
-    return conv(x, x.shape[-1], "conv", self.dtype, doubled=True, kernels=self.kernels)
+  def __call__(self, x: Array, size: Sequence[int] = ()) -> Array:
+    """Map x [B, *space, C] to [B, *2 space, C].
+
+    With `size`, the data are cropped to these sides after they are doubled. This undoes a halving that rounded up.
+    """
+    convolve = partial(conv, features=x.shape[-1], name="conv", dtype=self.dtype, kernels=self.kernels)
+    if not size or all(side == 2 * half for side, half in zip(size, x.shape[1:-1], strict=True)):
+      return convolve(x, doubled=True)
+    doubled = double(x, kernels=self.kernels)
+    return convolve(doubled[(slice(None), *(slice(side) for side in size))])
 
 
 class AttentionPool(nn.Module):

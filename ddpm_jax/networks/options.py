@@ -46,7 +46,7 @@ def check_autoencoder(network: Any) -> None:
       f"Got latent_channels={n.latent_channels}, groups={n.groups}, epsilon={n.epsilon}; expected latent_channels of 1 or"
       " more, groups of 0 or more and epsilon above 0."
     )
-  _check_choices(n, ("bottleneck", (n.bottleneck,), ("kl", "vq")))
+  _check_choices(n, ("bottleneck", (n.bottleneck,), ("kl", "vq")), ("dimensions", (n.dimensions,), (1, 2, 3)))
   if (n.bottleneck == "vq") != (n.num_codes > 0):
     raise ValueError(
       f"Got bottleneck={n.bottleneck!r} with num_codes={n.num_codes}; expected num_codes above 0 for 'vq', and 0 for 'kl'."
@@ -68,24 +68,74 @@ def check_autoencoder(network: Any) -> None:
   memory.check(title, 4 * count, None, "Set fewer channels or codes.")
 
 
-def per_level(ways: str | Sequence[str], count: int) -> tuple[str, ...]:
-  """Return one way of resampling, "conv" or "residual", for each of `count` levels."""
-  return (ways,) * count if isinstance(ways, str) else tuple(ways)
+def check_conditional(network: Any) -> None:
+  """Check that the options of a `ConditionalUNet` are valid and compatible with each other.
+
+  Raises:
+    ValueError: if an option is invalid or conflicts with another one, or the network is too large.
+  """
+  n, levels = network, len(network.multipliers)
+  counts = ("context_features", "embedding_features", "num_classes", "vector_features", "size_features")
+  _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), (*counts, "guidance_features"))
+  _check_ranges(n)
+  _check_attention_levels(n)
+  for name in ("heads", "transformer_layers"):
+    values = per_level(getattr(n, name), levels)
+    if len(values) != levels or min(values) < 1:
+      raise ValueError(
+        f"Got {name}={getattr(n, name)} for {levels} levels; expected one number of 1 or more, or one for each level."
+      )
+  _check_choices(
+    n, ("time_embedding", (n.time_embedding,), _EMBEDDINGS[:2]), ("vector_embedding", (n.vector_embedding,), _VECTORS)
+  )
+  if n.size_features and n.vector_embedding != "dense":
+    raise ValueError(
+      f"Got size_features={n.size_features} with vector_embedding={n.vector_embedding!r}; expected vector_embedding='dense',"
+      " because the sizes follow the vector."
+    )
+  for name, features in (("channels", n.channels), ("size_features", n.size_features or n.channels)):
+    _check_sinusoids(name, features)
+  _check_computation(n)
+  for level in range(-1, levels):
+    features, groups = n.channels * (1, *n.multipliers)[level + 1], n.groups
+    has_heads = level in n.attention_levels or level == levels - 1
+    heads = per_level(n.heads, levels)[level] if has_heads else 1
+    if (
+      features < 1 or not _divides(groups or default_groups(round(features)), features) or not _divides(heads, features)
+    ):
+      raise ValueError(
+        f"Got {features:g} features ({n.channels} channels times {features / n.channels:g}) with groups={groups},"
+        f" heads={heads}; expected an integer divisible by both. Change channels, multipliers, groups or heads."
+      )
+  widths = [n.num_features(level) for level in range(levels)]
+  layers = per_level(n.transformer_layers, levels)
+  # A lower bound on the number of parameters: convolutions, and the dense layers of transformers and embeddings.
+  count = n.blocks * sum(9 * width**2 for width in widths) + n.embedding_width * (n.embedding_width + n.channels)
+  count += sum(16 * n.blocks * layers[level] * widths[level] ** 2 for level in n.attention_levels)
+  count += n.num_classes * n.embedding_width + n.guidance_features * n.channels
+  _check_blocks(n, n.blocks * levels + sum(n.blocks * layers[level] for level in n.attention_levels), count)
+  memory.check(f"a network of channels={n.channels}", 4 * count, None, "Set fewer channels or transformer_layers.")
+
+
+def per_level(values: Any, count: int) -> tuple[Any, ...]:
+  """Return one value of an option, a word or an integer, for each of `count` levels.
+
+  The option has one value for all levels, or a sequence of values.
+  """
+  return (values,) * count if isinstance(values, int | str) else tuple(values)
+
+
+def _divides(divisor: int, features: float) -> bool:
+  return abs(features - round(features)) <= 1e-6 and round(features) % divisor == 0
 
 
 def _check_values(network: Any) -> None:
-  n = network
+  n, last = network, len(network.multipliers) - 1
   _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), _COUNTS)
-  if n.groups < 0 or n.heads < 1 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
-    raise ValueError(
-      f"Got groups={n.groups}, heads={n.heads}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, heads of 1 or"
-      " more, dropout in [0, 1) and epsilon above 0."
-    )
-  last = len(n.multipliers) - 1
-  if any(not 0 <= level <= last for level in n.attention_levels):
-    raise ValueError(
-      f"Got attention_levels={tuple(n.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to {last}."
-    )
+  _check_ranges(n)
+  if n.heads < 1:
+    raise ValueError(f"Got heads={n.heads}; expected 1 or more.")
+  _check_attention_levels(n)
   _check_choices(
     n,
     ("time_embedding", (n.time_embedding,), _EMBEDDINGS),
@@ -93,8 +143,32 @@ def _check_values(network: Any) -> None:
     ("downsample", per_level(n.downsample, last), ("conv", "residual")),
     ("upsample", per_level(n.upsample, last), ("conv", "residual")),
     ("filter", (tuple(n.filter),), ((1, 1), (1, 3, 3, 1))),
+    ("dimensions", (n.dimensions,), (1, 2, 3)),
   )
   _check_computation(n)
+
+
+def _check_ranges(network: Any) -> None:
+  n = network
+  if n.groups < 0 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
+    raise ValueError(
+      f"Got groups={n.groups}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, dropout in [0, 1)"
+      " and epsilon above 0."
+    )
+
+
+def _check_attention_levels(network: Any) -> None:
+  last = len(network.multipliers) - 1
+  if any(not 0 <= level <= last for level in network.attention_levels):
+    raise ValueError(
+      f"Got attention_levels={tuple(network.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to"
+      f" {last}."
+    )
+
+
+def _check_sinusoids(name: str, features: int) -> None:
+  if features % 2 or features < 4:
+    raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for the time embedding.")
 
 
 def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
@@ -135,7 +209,6 @@ def _check_computation(network: Any) -> None:
   n = network
   _check_choices(
     n,
-    ("dimensions", (n.dimensions,), (1, 2, 3)),
     ("attention", (n.attention,), ("", "xla", "cudnn")),
     ("kernels", (n.kernels,), KERNELS),
   )
@@ -184,10 +257,7 @@ def _check_features(network: Any) -> None:
         " integer divisible by groups and, at levels with attention, by heads or head_channels. Change channels, multipliers, groups"
         " or heads."
       )
-  features = n.time_features or n.channels
-  if features % 2 or features < 4:
-    name = "time_features" if n.time_features else "channels"
-    raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for the time embedding.")
+  _check_sinusoids("time_features" if n.time_features else "channels", n.time_features or n.channels)
 
 
 def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:

@@ -228,17 +228,6 @@ class Backbone(nn.Module):
       embedding += vector if self.vector_embedding == "identity" else two_layers(vector, "vector")
     return embedding
 
-  def _dropout_keys(self, x: Array, train: bool, keys: Array | None) -> Array | None:
-    if not train or not self.dropout:
-      return None
-    if keys is None:
-      return jax.random.split(self.make_rng("dropout"), x.shape[0])
-    if keys.shape != x.shape[:1]:
-      raise ValueError(
-        f"Got keys of shape {keys.shape} for {x.shape[0]} samples; expected one typed key for each sample."
-      )
-    return keys
-
   def _residual(
     self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str, resample: str = ""
   ) -> Array:
@@ -334,7 +323,7 @@ class UNet(Backbone):
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)
-    keys = self._dropout_keys(x, train, keys)
+    keys = layers.dropout_keys(self, x, train, keys)
     h, skips = self._downward_path(x, image, embedding, keys)
     h = self._middle(h, embedding, keys)
     for level in reversed(range(len(self.multipliers))):
@@ -380,7 +369,7 @@ class Classifier(Backbone):
       ValueError: if the sides cannot be halved often enough, or `keys` have the wrong shape.
     """
     self._check_call(x)
-    embedding, keys = self._embed(time, None, None, None), self._dropout_keys(x, train, keys)
+    embedding, keys = self._embed(time, None, None, None), layers.dropout_keys(self, x, train, keys)
     h, _ = self._downward_path(x, None, embedding, keys)
     h = nn.swish(self._block_options.norm("norm_out")(self._middle(h, embedding, keys)))
     pool = layers.AttentionPool(self.out_channels, self.num_heads(h.shape[-1]), self._block_options, name="pool")

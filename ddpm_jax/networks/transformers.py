@@ -1,0 +1,167 @@
+"""Define the transformers inside the U-Net of latent diffusion (Rombach et al. 2022, appendix E.2.1)."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.floats import widest, with_promotion
+from ddpm_jax.networks import layers
+from ddpm_jax.networks.kernels.attention import attend
+from ddpm_jax.networks.kernels.sums import repeat_positions, trace_once
+
+Array = jax.Array
+
+# The constants added to the variance in the group normalization before a transformer, and in the layer normalizations
+# inside it. The residual blocks of the same networks have another one.
+_GROUP_EPSILON, _LAYER_EPSILON = 1e-6, 1e-5
+# What is added to the scores of masked tokens, as in diffusers. It is finite, so that samples with masked tokens only
+# stay finite.
+_MASKED = -1e4
+
+
+class Transformer(nn.Module):
+  """Apply transformer layers to all positions of an image, with a residual connection around them.
+
+  Attributes:
+    heads: the number of attention heads.
+    depth: the number of layers.
+    linear_projections: whether the projections before and after the layers are linear layers, not 1x1 convolutions.
+      They compute the same, and their parameters have other shapes.
+    remat: see `networks.UNet`. A block is one layer.
+    options: the options of all blocks. The epsilon is that of residual blocks only.
+  """
+
+  heads: int
+  depth: int
+  linear_projections: bool
+  remat: str
+  options: layers.BlockOptions
+
+  @nn.compact
+  def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
+    """Map x [B, *space, C] to [B, *space, C].
+
+    Args:
+      x: the data.
+      tokens: the tokens [B, L, C'] that every position attends to.
+      mask: booleans [B, L], False where a token must be ignored. None for no mask.
+    """
+    h = self.options._replace(epsilon=_GROUP_EPSILON).norm("norm")(x)
+    h = self._project(h, "proj_in").reshape(x.shape[0], -1, x.shape[-1])
+    layer = layers.rematerialize(TransformerLayer, self.remat)
+    for index in range(self.depth):
+      h = layer(self.heads, self.options, name=f"layer_{index}")(h, tokens, mask)
+    # The residual branch starts at zero, like those of residual blocks.
+    return x + self._project(h.reshape(x.shape), "proj_out", layers.ZEROS)
+
+  def _project(self, x: Array, name: str, kernel_init: Any = layers.INIT) -> Array:
+    o, features = self.options, x.shape[-1]
+    if self.linear_projections:
+      return layers.Dense(features, o.dtype, kernel_init, kernels=o.kernels, name=name)(x)
+    return layers.conv(x, features, name, o.dtype, size=1, kernel_init=kernel_init, kernels=o.kernels)
+
+
+class TransformerLayer(nn.Module):
+  """Apply attention to all positions, attention to tokens, and a gated feed-forward network.
+
+  Each has layer normalization before it and a residual connection around it.
+  """
+
+  heads: int
+  options: layers.BlockOptions
+
+  @nn.compact
+  def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
+    """Map x [B, N, C] to [B, N, C], with tokens [B, L, C'] and booleans [B, L] or None."""
+    h = self._norm("norm1")(x)
+    x = x + Attention(self.heads, self.options, name="self_attention")(h, h)
+    x = x + Attention(self.heads, self.options, name="cross_attention")(self._norm("norm2")(x), tokens, mask)
+    return x + FeedForward(self.options, name="feed_forward")(self._norm("norm3")(x))
+
+  def _norm(self, name: str) -> "LayerNorm":
+    return LayerNorm(_LAYER_EPSILON, self.options.dtype, self.options.kernels, name=name)
+
+
+class Attention(nn.Module):
+  """Apply attention of several heads (Vaswani et al. 2017, section 3.2), without biases before it."""
+
+  heads: int
+  options: layers.BlockOptions
+
+  @nn.compact
+  def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
+    """Map x [B, N, C] to [B, N, C]; every position attends to tokens [B, L, C'] where the mask [B, L] is True."""
+    features, o = x.shape[-1], self.options
+
+    def project(x: Array, name: str) -> Array:
+      y = layers.Dense(features, o.dtype, use_bias=False, kernels=o.kernels, name=name)(x)
+      return y.reshape(*x.shape[:-1], self.heads, -1)
+
+    q, k, v = project(x, "to_q"), project(tokens, "to_k"), project(tokens, "to_v")
+    h = _attend(q, k, v, mask, o).reshape(x.shape)
+    return layers.Dense(features, o.dtype, kernels=o.kernels, name="to_out")(h)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, options: layers.BlockOptions) -> Array:
+  """Compute attention of queries [B, N, heads, C] to keys and values [B, L, heads, C], with a mask [B, L] or None."""
+  if mask is None:
+    return attend(q, k, v, options.attention, options.kernels)
+  bias = jnp.where(mask, 0.0, _MASKED).astype(q.dtype)[:, None, None, :]
+  return with_promotion(jax.nn.dot_product_attention)(q, k, v, bias=bias, implementation=options.attention)
+
+
+class FeedForward(nn.Module):
+  """Apply a linear layer with gated units, GEGLU (Shazeer 2020, equation 6), and a linear layer."""
+
+  options: layers.BlockOptions
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Map x [B, N, C] to [B, N, C], with 4 C units between the layers."""
+    features, o = x.shape[-1], self.options
+    value, gate = jnp.split(layers.Dense(8 * features, o.dtype, kernels=o.kernels, name="dense_1")(x), 2, axis=-1)
+    return layers.Dense(features, o.dtype, kernels=o.kernels, name="dense_2")(value * _gelu(gate))
+
+
+@trace_once
+def _gelu(x: Array) -> Array:
+  """Compute the Gaussian error linear unit in its exact form (Hendrycks and Gimpel 2016).
+
+  `jax.nn.gelu` computes it from the complement of the error function, which takes more time.
+  """
+  return x * (1 + jax.lax.erf(x * 0.5**0.5)) * 0.5
+
+
+class LayerNorm(nn.Module):
+  """Apply layer normalization over the last axis (Ba et al. 2016).
+
+  Attributes:
+    epsilon: the constant added to the variance.
+    dtype: the type of the result. Statistics are computed in float32 or wider.
+    kernels: the allowed forms of operations.
+  """
+
+  epsilon: float
+  dtype: Any
+  kernels: str = "tuned"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Normalize x [B, ..., C]."""
+    scale = layers.parameter(self, "scale", nn.initializers.ones, x.shape[-1:])
+    bias = layers.parameter(self, "bias", layers.ZEROS, x.shape[-1:])
+    return _normalize(x, scale, bias, self.epsilon, self.dtype, self.kernels)
+
+
+@partial(trace_once, static_argnums=(3, 4, 5))
+def _normalize(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any, kernels: str) -> Array:
+  """Apply `LayerNorm` with the parameters scale and bias [C]."""
+  exact = widest(x)
+  wide = x.astype(exact)
+  centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  factor = jax.lax.rsqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + epsilon)
+  scale, bias = (repeat_positions(value.astype(exact), x.shape, kernels) for value in (scale, bias))
+  return (centered * factor * scale + bias).astype(dtype)
