@@ -51,6 +51,7 @@ def read_codec(
   posterior: str = "sample",
   dtype: str = "float32",
   tile: int = 0,
+  variant: str = "",
 ) -> Codec:
   """Read the codec of an `AutoencoderKL` from its config.
 
@@ -62,6 +63,7 @@ def read_codec(
     posterior: see `load_codec`.
     dtype: see `load_codec`.
     tile: see `load_codec`.
+    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
 
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
@@ -85,8 +87,8 @@ def read_codec(
 
   def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
-    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS))
-    return {"autoencoder": _load_params(found, network, template, mesh), **arrays}
+    found = folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant)
+    return {"autoencoder": _load_params(folders.autoencoder_folder(found), network, template, mesh, variant), **arrays}
 
   def shapes() -> PyTree:
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
@@ -101,8 +103,10 @@ def _template(network: Autoencoder) -> PyTree:
   return tensors.abstract_params(network, (side, side, network.out_channels))
 
 
-def _load_params(folder: Path, network: Autoencoder, template: PyTree, mesh: jax.sharding.Mesh | None = None) -> PyTree:
-  path = folders.weights_path(folder)
+def _load_params(
+  folder: Path, network: Autoencoder, template: PyTree, mesh: jax.sharding.Mesh | None = None, variant: str = ""
+) -> PyTree:
+  path = folders.weights_path(folder, variant=variant)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
     path, "encoder.conv_in.weight", "AutoencoderKL of diffusers"
   )

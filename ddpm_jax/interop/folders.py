@@ -19,6 +19,8 @@ AUTOENCODERS = ("vae", "vqvae")
 # The name of a weights file by suffix.
 Names = Mapping[str, str]
 DIFFUSERS: Names = {"safetensors": WEIGHTS, "bin": WEIGHTS}
+# Patterns of the files of tokenizers that are not JSON.
+TOKENIZER = ("*merges.txt", "*vocab.txt", "*spiece.model")
 TRANSFORMERS: Names = {"safetensors": "model", "bin": "pytorch_model"}
 
 
@@ -101,15 +103,26 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   return sorted(parts)
 
 
-def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] = (), names: Names = DIFFUSERS) -> Path:
+def find_folder(
+  path: str | Path,
+  *,
+  weights: bool = True,
+  parts: Sequence[str] = (),
+  names: Names = DIFFUSERS,
+  files: Sequence[str] = (),
+  variant: str = "",
+) -> Path:
   """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
 
   Args:
-    path: a folder, or a name on the hub.
+    path: a folder, or a name on the hub. "@" and the name of a branch, a tag or a commit may follow, such as
+      "google/ddpm-cifar10-32@main".
     weights: whether to download the weights too, or only the configs.
     parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights that belong to no part are
       always downloaded.
     names: the names of weights files.
+    files: patterns of further files to download.
+    variant: the variant of the weights to download, such as "fp16". Empty for the plain weights if there are any.
 
   Raises:
     ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
@@ -118,7 +131,7 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
   folder = user_path(path)
   if folder.is_dir():
     return folder
-  name = str(path)
+  name, _, revision = str(path).partition("@")
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
     raise ValueError(
       f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
@@ -131,15 +144,18 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
       " 'ddpm_jax[hub]'."
     ) from error
 
+  options = {"revision": revision} if revision else {}
+  small = ["*.json", *files]
+
   def download(*patterns):
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, *patterns], **options))
 
   try:
     if not weights:
-      return download("*.json")
+      return download()
     # A repository can contain the same weights in several forms. Download only the first form that exists.
-    for form in _forms(names):
-      downloaded = download("*.json", *([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
+    for form in _forms(names, variant):
+      downloaded = download(*([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
       if any(downloaded.rglob(form)):
         break
     return downloaded
@@ -149,9 +165,10 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
     ) from error
 
 
-def _forms(names: Names) -> list[str]:
+def _forms(names: Names, variant: str = "") -> list[str]:
   """Return patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16."""
-  return [f"{name}{form}.{suffix}" for suffix, name in names.items() for form in ("", "-*-of-*", ".*")]
+  forms = (f".{variant}", f".{variant}-*-of-*") if variant else ("", "-*-of-*", ".*")
+  return [f"{name}{form}.{suffix}" for suffix, name in names.items() for form in forms]
 
 
 def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> Path:
@@ -197,9 +214,9 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> P
   )
 
 
-def weight_files(folder: Path, names: Names = DIFFUSERS) -> list[Path]:
+def weight_files(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> list[Path]:
   """Return the paths of the files that `weights_path` selects: one file, or an index and its shards."""
-  path = weights_path(folder, names)
+  path = weights_path(folder, names, variant)
   if path.suffix != ".json":
     return [path]
   shards = jsonfiles.read(path).get("weight_map", {})

@@ -37,17 +37,20 @@ def load_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32
     ValueError: if the encoder does not exist, has an unsupported class or option, or an argument is invalid; or if the
       weights cannot be read or do not match the config. The message names the cause.
   """
-  encoder, loader = _read(path, part, dtype, weights=True)
+  encoder, loader = _read(path, part, dtype, "", weights=True)
   return encoder, loader()
 
 
-def read_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32") -> tuple[TextEncoder, codecs.Loader]:
+def read_text_encoder(
+  path: str | Path, *, part: str = "", dtype: str = "float32", variant: str = ""
+) -> tuple[TextEncoder, codecs.Loader]:
   """Read a text encoder from its config.
 
   Args:
     path: see `load_text_encoder`.
     part: see `load_text_encoder`.
     dtype: see `load_text_encoder`.
+    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
 
   Returns:
     The encoder, and a loader of its parameters. Only `loader()` reads the weights.
@@ -55,10 +58,10 @@ def read_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32
   Raises:
     ValueError: see `load_text_encoder`. The loader raises the errors about weights.
   """
-  return _read(path, part, dtype, weights=False)
+  return _read(path, part, dtype, variant, weights=False)
 
 
-def _read(path: str | Path, part: str, dtype: str, *, weights: bool) -> tuple[TextEncoder, codecs.Loader]:
+def _read(path: str | Path, part: str, dtype: str, variant: str, *, weights: bool) -> tuple[TextEncoder, codecs.Loader]:
   if dtype not in DTYPES:
     raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
   config_path = _find(path, part, weights=weights) / "config.json"
@@ -67,20 +70,21 @@ def _read(path: str | Path, part: str, dtype: str, *, weights: bool) -> tuple[Te
     encoder = text_configs.from_config(config).clone(dtype=DTYPES[dtype])
   template = _template(encoder)
 
-  def load() -> PyTree:
+  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
     # A name on the hub, of which only the configs were downloaded so far.
-    return _load_params(_find(path, part, weights=True), encoder, template)
+    return _load_params(_find(path, part, weights=True, variant=variant), encoder, template, variant, mesh)
 
   def shapes() -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, encoder.dtype), template)
 
-  return encoder, codecs.Loader(load, shapes)
+  return encoder, codecs.Loader(load, shapes, load)
 
 
-def _find(path: str | Path, part: str, *, weights: bool) -> Path:
+def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> Path:
   """Return the folder of a text encoder, downloaded if necessary."""
   # Weights of other parts are large. Without a part, the weights are at the top.
-  found = folders.find_folder(path, weights=weights, parts=(part or ".",), names=folders.TRANSFORMERS)
+  names = folders.TRANSFORMERS
+  found = folders.find_folder(path, weights=weights, parts=(part or ".",), names=names, variant=variant)
   folder = found / part
   if not (folder / "config.json").is_file():
     parts = sorted(file.parent.name for file in found.glob("text_encoder*/config.json"))
@@ -96,11 +100,13 @@ def _template(encoder: TextEncoder) -> PyTree:
   return jax.eval_shape(encoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
 
 
-def _load_params(folder: Path, encoder: TextEncoder, template: PyTree) -> PyTree:
-  path = folders.weights_path(folder, folders.TRANSFORMERS)
+def _load_params(
+  folder: Path, encoder: TextEncoder, template: PyTree, variant: str, mesh: jax.sharding.Mesh | None
+) -> PyTree:
+  path = folders.weights_path(folder, folders.TRANSFORMERS, variant)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(path)
   names = text_names.modern_names(encoder, file.shapes)
-  return tensors.load(file, template, text_names.layout(encoder), names, dtype=encoder.dtype)
+  return tensors.load(file, template, text_names.layout(encoder), names, dtype=encoder.dtype, mesh=mesh)
 
 
 def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:

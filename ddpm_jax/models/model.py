@@ -1,5 +1,6 @@
 """Define `Model`, which holds all parts of a diffusion model except its parameters."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class SamplingDefaults(NamedTuple):
       no length.
     steps: the number of steps.
     clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
+    guidance_scale: the scale of classifier-free guidance.
     scheduler: the scheduler config of the folder that the model was read from, for a folder of the same kind that the
       model is saved to. None for a model of another origin.
   """
@@ -39,6 +41,7 @@ class SamplingDefaults(NamedTuple):
   times: Callable[[int], np.ndarray]
   steps: int
   clip: Callable[[Denoise], Denoise] | None = None
+  guidance_scale: float = 1.0
   scheduler: Mapping[str, Any] | None = None
 
 
@@ -55,6 +58,7 @@ class Model(NamedTuple):
     shape: the shape of one sample of x.
     time_input: A function from times to the network's time input. None uses the process's function.
     defaults: the default sampler and its settings. None if the model has no defaults.
+    origin: what the model was read from, for `interop` to save it in the same form. None for a model of another origin.
   """
 
   network: Network
@@ -66,6 +70,7 @@ class Model(NamedTuple):
   shape: tuple[int, ...]
   time_input: Callable[[Array], Array] | None = None
   defaults: SamplingDefaults | None = None
+  origin: Any = None
 
   def init(self, key: Array) -> PyTree:
     """Initialize the parameters of the network."""
@@ -88,6 +93,8 @@ class Model(NamedTuple):
     return self._read_frozen(frozen_shapes)
 
   def _read_frozen(self, read: Callable[[Callable[[], PyTree]], PyTree]) -> dict[str, PyTree]:
+    # A condition that uses the codec has its loader. They share the parameters.
+    read = functools.cache(read)
     frozen = {} if self.codec.load is None else {"codec": read(self.codec.load)}
     by_name = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}
     return frozen | ({"conditions": by_name} if by_name else {})

@@ -1,0 +1,388 @@
+"""Read the text pipelines of diffusers (Stable Diffusion 1, 2 and XL, inpainting, InstructPix2Pix, refiner) as models.
+
+The conditions of such a model are
+
+- "text": prompts. Both branches of guidance receive states of the text encoders, the unconditional branch those of the
+  empty prompt, or zeros if the pipeline says so (`force_zeros_for_empty_prompt`);
+- "sizes", for XL: the height and width of the original image, the top and left of its crop, and the height and width
+  of the target, or an aesthetic score in their place in the refiner. By default, these describe an image that was not
+  cropped;
+- "masked", for inpainting: images with a mask, see `masked_image`;
+- "source", for InstructPix2Pix: the images to edit, see `source_image`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import gaussian, predictions
+from ddpm_jax.data import tokenizers
+from ddpm_jax.data.tokens import Tokenizer, Tokens
+from ddpm_jax.interop import folders, pipeline_index, schedulers, text_configs, transformers, unet_folders
+from ddpm_jax.interop.codec_folders import DTYPES, read_codec
+from ddpm_jax.interop.pipeline_index import Index
+from ddpm_jax.interop.schedulers import Schedule
+from ddpm_jax.models import Codec, Condition, Model, conditions, networks, texts
+from ddpm_jax.models.codecs import Loader, frozen_shapes, load_frozen
+from ddpm_jax.networks import ConditionalUNet
+from ddpm_jax.storage import jsonfiles
+
+Array = jax.Array
+PyTree = Any
+# The aesthetic scores of the refiner's two branches of guidance (Podell et al. 2023, and diffusers' defaults).
+_SCORE, _NULL_SCORE = 6.0, 2.5
+
+
+class Encoder(NamedTuple):
+  """Hold a text encoder with its tokenizer.
+
+  Attributes:
+    module: the network, a module of `networks.text`.
+    load: reads its parameters.
+    tokenizer: its tokenizer.
+    folder: the folder of the tokenizer, to copy it.
+  """
+
+  module: text_configs.TextEncoder
+  load: Loader
+  tokenizer: Tokenizer
+  folder: Path
+
+
+class Parts(NamedTuple):
+  """Hold the parts of a text pipeline.
+
+  Attributes:
+    index: the class and the options of the pipeline.
+    network: the network.
+    in_channels: the number of its input channels.
+    size: the height and width of x that the network was trained with. None if unknown.
+    codec: the codec of the autoencoder.
+    schedule: the content of the scheduler's config.
+    encoders: the text encoders by the name of their part.
+  """
+
+  index: Index
+  network: ConditionalUNet
+  in_channels: int
+  size: tuple[int, int] | None
+  codec: Codec
+  schedule: Schedule
+  encoders: Mapping[str, Encoder]
+
+
+def read(
+  path: str | Path,
+  *,
+  shape: tuple[int, int, int] | None = None,
+  text_dropout: float = 0.1,
+  dropout: float = 0.0,
+  dtype: str = "float32",
+  remat: str = "none",
+  attention: str = "",
+  variant: str = "",
+  posterior: str = "sample",
+) -> Model:
+  """Read the model of a text pipeline from its config files and tokenizers, without parameters.
+
+  Args:
+    path: the folder, or a name on the Hugging Face hub.
+    shape: the shape [H, W, 3] of the images, with sides divisible by the autoencoder's factor (8). None takes it from
+      the config.
+    text_dropout: the share of samples that training gives the null text, in [0, 1). Guidance needs a share above 0. The
+      published models were trained with about 0.1.
+    dropout: the dropout rate of the U-Net in training.
+    dtype: the dtype of the computation, and of the parameters of the autoencoder and the text encoders: "float32" or
+      "bfloat16".
+    remat: what the backward pass recomputes, see `networks.UNet`.
+    attention: see `networks.UNet`.
+    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
+    posterior: how images are encoded, see `codecs.latent`.
+
+  Raises:
+    ValueError: if the folder does not exist, a part is missing or not supported, the parts belong to different models,
+      or an argument is invalid. The message names the cause.
+  """
+  folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
+  index = pipeline_index.read(folder)
+  network, in_channels = unet_folders.read_unet(folder, dtype=dtype)
+  if not isinstance(network, ConditionalUNet):
+    raise ValueError(f"Got {folder / 'unet'}, a UNet2DModel; expected a UNet2DConditionModel in a {index.name}.")
+  encoders = {}
+  for part, tokenizer in zip(index.encoders, index.tokenizers, strict=True):
+    module, load = transformers.read_text_encoder(path, part=part, dtype=dtype, variant=variant)
+    with jsonfiles.named_errors(folder / tokenizer):
+      words = tokenizers.load(folder / tokenizer, embeddings=module.vocabulary)
+    encoders[part] = Encoder(module, load, words, folder / tokenizer)
+  scheduler = folder / "scheduler" / "scheduler_config.json"
+  config = jsonfiles.read(scheduler)
+  with jsonfiles.named_errors(scheduler):
+    schedule = schedulers.from_config(config)
+  parts = Parts(
+    index=index,
+    network=network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention),
+    in_channels=in_channels,
+    size=_trained_size(jsonfiles.read(folder / "unet" / "config.json")),
+    codec=read_codec(path, posterior=posterior, dtype=dtype, variant=variant),
+    schedule=schedule,
+    encoders=encoders,
+  )
+  with jsonfiles.named_errors(folder):
+    return assemble(parts, shape=shape, text_dropout=text_dropout)
+
+
+def load(
+  path: str | Path,
+  *,
+  params_dtype: str = "float32",
+  mesh: jax.sharding.Mesh | None = None,
+  variant: str = "",
+  **options: Any,
+) -> tuple[Model, PyTree]:
+  """Load a text pipeline.
+
+  Args:
+    path: see `read`.
+    params_dtype: the dtype of the network's parameters, "float32" or "bfloat16".
+    mesh: the devices to shard the parameters over; None for the default device.
+    variant: see `read`.
+    **options: other arguments of `read`.
+
+  Returns:
+    The model, and the parameters of its network. `model.load_frozen()` reads the parameters of its other parts.
+
+  Raises:
+    ValueError: see `read`; or if the weights cannot be read or do not match the config.
+  """
+  if params_dtype not in DTYPES:
+    raise ValueError(f"Got params_dtype={params_dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  model = read(path, variant=variant, **options)
+  folder = folders.find_folder(path, parts=("unet",), variant=variant) / "unet"
+  network, channels = model.network.module, model.origin.in_channels
+  return model, unet_folders.load_params(folder, network, channels, DTYPES[params_dtype], variant, mesh)
+
+
+def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = 0.1) -> Model:
+  """Return the model of a pipeline's parts.
+
+  Args:
+    parts: the parts.
+    shape: see `read`.
+    text_dropout: see `read`.
+
+  Raises:
+    ValueError: if the parts belong to different models, or the shape is invalid.
+  """
+  process, prediction = parts.schedule.make_process(), parts.schedule.make_prediction()
+  predictions.check_prediction(process, prediction)
+  if prediction.learned_variance:
+    raise ValueError(
+      f"Got a {parts.index.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
+      " scheduler_config.json."
+    )
+  x_shape, data_shape = _shapes(parts, shape)
+  by_name = {"text": text(parts.encoders, parts.index, text_dropout)}
+  _check_text(parts, by_name["text"])
+  if parts.network.size_features:
+    by_name["sizes"] = sizes(_number_of_sizes(parts), data_shape)
+  by_name |= _image_condition(parts, x_shape, data_shape)
+  parts.network.check_input(x_shape)
+  defaults = parts.schedule.defaults(process)._replace(guidance_scale=parts.index.pipeline.guidance_scale)
+  return Model(
+    network=networks.from_linen(parts.network, by_name),
+    process=process,
+    prediction=prediction,
+    conditions=by_name,
+    codec=parts.codec,
+    data_shape=data_shape,
+    shape=x_shape,
+    defaults=defaults,
+    origin=parts,
+  )
+
+
+def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condition:
+  """Return the condition of the prompts of a pipeline.
+
+  Stable Diffusion 1 and 2 take the states of the last layer of one encoder, normalized. XL takes the states of the
+  second to last layer of all encoders, not normalized, and the pooled vector of the last encoder. No pipeline masks
+  padding.
+
+  Args:
+    encoders: the encoders by the name of their part.
+    index: the class and the options of the pipeline.
+    dropout: see `texts.text`.
+  """
+  is_xl = index.pipeline.is_xl
+  options: dict[str, Any] = {"layer": -2, "normed": False} if is_xl else {}
+
+  def encode(params: PyTree, tokens: Mapping[str, Tokens]) -> PyTree:
+    found = [one.module.apply({"params": params[part]}, tokens[part].ids, **options) for part, one in encoders.items()]
+    states = jnp.concatenate([one.tokens for one in found], axis=-1)
+    return {"tokens": states, "vector": found[-1].pooled} if is_xl else states
+
+  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+    return {part: load_frozen(one.load, mesh) for part, one in encoders.items()}
+
+  def shapes() -> PyTree:
+    return {part: frozen_shapes(one.load) for part, one in encoders.items()}
+
+  words = {part: one.tokenizer for part, one in encoders.items()}
+  kind = {"tokens": "tokens", "vector": "vector"} if is_xl else "tokens"
+  null_text = None if index.options.get("force_zeros_for_empty_prompt") else ""
+  return texts.text("text", words, encode, Loader(load, shapes, load), kind=kind, dropout=dropout, null_text=null_text)
+
+
+def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
+  """Return the condition of the sizes of Stable Diffusion XL (Podell et al. 2023, section 2.2).
+
+  Args:
+    number: 6 for the height and width of the original image, the top and left of its crop, and the height and width of
+      the target. 5 for the refiner, with an aesthetic score in place of the last two. Its unconditional branch of
+      guidance has the score 2.5, and the other one 6.
+    data_shape: the shape [H, W, C] of the images.
+  """
+  height, width, _ = data_shape
+  base = (height, width, 0, 0)
+  values = (*base, height, width) if number == 6 else (*base, _SCORE)
+
+  def repeat(count: int, row: Sequence[float] = values) -> np.ndarray:
+    return np.tile(np.float32(row), (count, 1))
+
+  def from_data(batch: Mapping[str, Any]) -> Array:
+    return jnp.asarray(repeat(jax.tree.leaves(batch)[0].shape[0]))
+
+  vector = conditions.vector("sizes", number)
+  null = None if number == 6 else lambda frozen: jnp.asarray(repeat(1, (*base, _NULL_SCORE))[0])
+  return vector._replace(default=repeat, from_data=from_data, null=null)
+
+
+def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:
+  """Return the condition of an inpainting model: the mask and the latents of the masked image.
+
+  An item is an image [H, W, C + 1] in [-1, 1] whose last channel is the mask: 1 where new content is painted, 0
+  elsewhere. The network receives the mask at every f-th pixel, and the codec's x of the image with 0 (gray) under the
+  mask.
+  """
+  factor = data_shape[0] // x_shape[0]
+
+  def encode(frozen, keys, batch, train):
+    items = jnp.asarray(batch[name])
+    _check_items(name, items, (*data_shape[:-1], data_shape[-1] + 1))
+    mask = items[..., -1:] >= 0.5
+    x = codec.encode(frozen, keys, jnp.where(mask, 0, items[..., :-1]))
+    return jnp.concatenate([mask[:, ::factor, ::factor].astype(x.dtype), x], axis=-1)
+
+  shape = jax.ShapeDtypeStruct((*x_shape[:-1], x_shape[-1] + 1), jnp.float32)
+  return Condition(kind="image", shape=shape, encode=encode, load=codec.load)
+
+
+def source_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:
+  """Return the condition of InstructPix2Pix: the image to edit (Brooks et al. 2023, section 3.2).
+
+  An item is an image [H, W, C] in [-1, 1]. The network receives the mean of its latents, which are not scaled. The
+  null value is zeros.
+  """
+  assert codec.compress is not None
+  compress = codec.compress
+
+  def encode(frozen, keys, batch, train):
+    items = jnp.asarray(batch[name])
+    _check_items(name, items, data_shape)
+    return gaussian.from_moments(compress(frozen, items).astype(jnp.float32)).mode()
+
+  condition = conditions.image(name, data_shape)
+  shape = jax.ShapeDtypeStruct(x_shape, jnp.float32)
+  return condition._replace(shape=shape, encode=encode, null=lambda frozen: jnp.zeros(x_shape), load=codec.load)
+
+
+def _check_items(name: str, items: Array, shape: tuple[int, ...]) -> None:
+  if items.shape[1:] != shape:
+    raise ValueError(f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images.")
+
+
+def _trained_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+  """Return the height and width in the config of a U-Net, whose types were checked before."""
+  size = config.get("sample_size")
+  if size is None or isinstance(size, int):
+    return None if size is None else (size, size)
+  if len(size) != 2:
+    raise ValueError(f"Got sample_size={size}; expected one number, or the height and the width.")
+  return size[0], size[1]
+
+
+def _shapes(parts: Parts, shape: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+  """Return the shapes of x and of the images."""
+  module, channels = parts.codec.module, parts.network.out_channels
+  factor, image_channels = module.downsampling, module.out_channels
+  if module.latent_channels != channels:
+    raise ValueError(
+      f"Got a U-Net with out_channels={channels} and an autoencoder with latent_channels={module.latent_channels}; expected"
+      " the same number. The two parts belong to different models."
+    )
+  if shape is None:
+    if parts.size is None:
+      raise ValueError(
+        f"Got a U-Net with sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
+      )
+    height, width = parts.size
+    return (height, width, channels), (height * factor, width * factor, image_channels)
+  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
+    raise ValueError(
+      f"Got images of shape {tuple(shape)}; expected (height, width, {image_channels}) with sides divisible by {factor}, the"
+      f" factor of the autoencoder. Use {_nearest(shape, factor)}, for example."
+    )
+  height, width, _ = shape
+  return (height // factor, width // factor, channels), (height, width, image_channels)
+
+
+def _nearest(shape: Sequence[int], factor: int) -> str:
+  return "x".join(str(max(1, round(side / factor)) * factor) for side in shape[:2])
+
+
+def _check_text(parts: Parts, condition: Condition) -> None:
+  """Check that the network takes what the text encoders return."""
+  shapes = condition.shape
+  tokens = shapes["tokens"] if parts.index.pipeline.is_xl else shapes
+  expected = parts.network.context_features
+  if tokens.shape[-1] != expected:
+    raise ValueError(
+      f"Got text encoders with {tokens.shape[-1]} features and a U-Net with cross_attention_dim={expected}; expected the same"
+      " number. The parts belong to different models."
+    )
+  if parts.index.pipeline.is_xl != bool(parts.network.size_features):
+    raise ValueError(
+      f"Got a {parts.index.name} whose U-Net has {'no ' if parts.index.pipeline.is_xl else 'an '}addition_embed_type; expected"
+      f" {'text_time' if parts.index.pipeline.is_xl else 'null'}. The parts belong to different models."
+    )
+
+
+def _number_of_sizes(parts: Parts) -> int:
+  network = parts.network
+  pooled = list(parts.encoders.values())[-1].module.projection
+  number = 5 if parts.index.options.get("requires_aesthetics_score") else 6
+  if pooled + number * network.size_features != network.vector_features:
+    raise ValueError(
+      f"Got a U-Net with projection_class_embeddings_input_dim={network.vector_features} for a pooled text of {pooled}"
+      f" features and {number} sizes of {network.size_features} features each; expected"
+      f" {pooled + number * network.size_features}. The parts belong to different models."
+    )
+  return number
+
+
+def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...]) -> dict[str, Condition]:
+  """Return the image condition of the additional input channels by name."""
+  extra, edits = parts.in_channels - x_shape[-1], parts.index.pipeline.edits
+  if edits and extra == x_shape[-1]:
+    return {"source": source_image("source", parts.codec, data_shape, x_shape)}
+  if not edits and extra == x_shape[-1] + 1:
+    return {"masked": masked_image("masked", parts.codec, data_shape, x_shape)}
+  if extra or edits:
+    latent = x_shape[-1]
+    expected = str(2 * latent) if edits else f"{latent}, or {2 * latent + 1} for inpainting"
+    raise ValueError(f"Got a {parts.index.name} whose U-Net has in_channels={parts.in_channels}; expected {expected}.")
+  return {}
