@@ -1,4 +1,6 @@
-"""Load models of diffusers' unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline), and save them.
+"""Load models of diffusers' pipelines, and save them.
+
+The pipelines are the unconditional ones (DDPMPipeline, DDIMPipeline, LDMPipeline) and those of Stable Diffusion.
 
 For example::
 
@@ -18,7 +20,7 @@ from typing import Annotated, Any
 import jax
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import saving, schedulers, unet2d
+from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, unet2d
 from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
 from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
@@ -59,6 +61,8 @@ def load(
   dtype: str = "float32",
   remat: str = "none",
   attention: str = "",
+  variant: str = "",
+  params_dtype: str = "float32",
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Model, PyTree]:
   """Load a model that diffusers or `save` wrote.
@@ -67,7 +71,7 @@ def load(
   "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
   channels. The sampling defaults come from the scheduler. A latent model also has the codec of its autoencoder, and
   `model.load_frozen()` reads the codec's parameters. To set other options of the codec, replace it with the result of
-  `read_codec`.
+  `read_codec`. Models of text pipelines are described in `stable_diffusion`.
 
   Args:
     path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
@@ -80,25 +84,25 @@ def load(
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
+    variant: for text pipelines, the variant of the weights, such as "fp16". Empty for the plain weights, or for the only
+      variant.
+    params_dtype: for text pipelines, the dtype of the network's parameters, "float32" or "bfloat16".
     mesh: the devices to shard the parameters over (see `tensors.load`); None for the default device.
 
   Returns:
-    The model, and the parameters of its network in float32.
+    The model, and the parameters of its network, in float32 if `params_dtype` does not differ.
 
   Raises:
     ValueError: if the model does not exist or has an unsupported option, if an argument does not fit the model, or if
       the weights cannot be read or do not match the config. The message names the cause.
   """
+  options: dict[str, Any] = {"shape": shape, "dropout": dropout, "dtype": dtype, "remat": remat, "attention": attention}
+  if _is_text_pipeline(path):
+    _check_no_classes(class_dropout)
+    return stable_diffusion.load(path, variant=variant, params_dtype=params_dtype, mesh=mesh, **options)
+  _check_pixel_options(path, variant, params_dtype)
   folder = find_folder(path)
-  model = read(
-    folder,
-    shape=shape,
-    class_dropout=class_dropout,
-    dropout=dropout,
-    dtype=dtype,
-    remat=remat,
-    attention=attention,
-  )
+  model = read(folder, class_dropout=class_dropout, **options)
   channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in saving.image_conditions(model))
   return model, load_params(pipeline_files(folder).unet.parent, model.network.module, channels, mesh=mesh)
 
@@ -112,6 +116,7 @@ def read(
   dtype: str = "float32",
   remat: Annotated[str, "speed"] = "none",
   attention: Annotated[str, "speed"] = "",
+  variant: str = "",
 ) -> Model:
   """Read a model from its config files, without the parameters.
 
@@ -123,6 +128,7 @@ def read(
     dtype: see `load`.
     remat: see `load`.
     attention: see `load`.
+    variant: see `load`.
 
   Returns:
     The model.
@@ -130,6 +136,11 @@ def read(
   Raises:
     ValueError: see `load`.
   """
+  if _is_text_pipeline(path):
+    _check_no_classes(class_dropout)
+    options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
+    return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
+  _check_pixel_options(path, variant)
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path, autoencoder = pipeline_files(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
@@ -194,6 +205,23 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
     with files.named_errors(target):
       target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, jsonfiles.read_text(source))
+
+
+def _is_text_pipeline(path: str | Path) -> bool:
+  return pipeline_index.is_text_pipeline(find_folder(path, weights=False))
+
+
+def _check_no_classes(class_dropout: float) -> None:
+  if class_dropout:
+    raise ValueError(
+      f"Got class_dropout={class_dropout} for a text pipeline, which has no classes; expected 0. Leave it out."
+    )
+
+
+def _check_pixel_options(path: str | Path, variant: str, params_dtype: str = "float32") -> None:
+  if variant or params_dtype != "float32":
+    option = f"variant={variant!r}" if variant else f"params_dtype={params_dtype!r}"
+    raise ValueError(f"Got {option} for {path}, which is no text pipeline; expected the default. Leave it out.")
 
 
 def has_size(path: str | Path) -> bool:
