@@ -340,8 +340,10 @@ def keywords(
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
   """Return the kinds of a condition, each with its value: a leaf of `values`, or a part with several leaves."""
-  kinds, structure = jax.tree.flatten(condition.kind)
-  return list(zip(kinds, structure.flatten_up_to(values), strict=True))
+  pairs: list[tuple[str, PyTree]] = []
+  # The tree of kinds has a leaf where the tree of values has a part.
+  jax.tree.map(lambda kind, value: pairs.append((kind, value)), condition.kind, values)
+  return pairs
 
 
 def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
