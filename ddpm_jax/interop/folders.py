@@ -19,6 +19,8 @@ AUTOENCODERS = ("vae", "vqvae")
 # The name of a weights file by suffix.
 Names = Mapping[str, str]
 DIFFUSERS: Names = {"safetensors": WEIGHTS, "bin": WEIGHTS}
+# Patterns of the files of tokenizers that are not JSON.
+TOKENIZER = ("*merges.txt", "*vocab.txt", "*spiece.model")
 TRANSFORMERS: Names = {"safetensors": "model", "bin": "pytorch_model"}
 
 
@@ -101,7 +103,14 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   return sorted(parts)
 
 
-def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] = (), names: Names = DIFFUSERS) -> Path:
+def find_folder(
+  path: str | Path,
+  *,
+  weights: bool = True,
+  parts: Sequence[str] = (),
+  names: Names = DIFFUSERS,
+  files: Sequence[str] = (),
+) -> Path:
   """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
 
   Args:
@@ -110,6 +119,7 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
     parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights that belong to no part are
       always downloaded.
     names: the names of weights files.
+    files: patterns of further files to download.
 
   Raises:
     ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
@@ -136,10 +146,12 @@ def find_folder(path: str | Path, *, weights: bool = True, parts: Sequence[str] 
 
   try:
     if not weights:
-      return download("*.json")
+      return download("*.json", *files)
     # A repository can contain the same weights in several forms. Download only the first form that exists.
     for form in _forms(names):
-      downloaded = download("*.json", *([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
+      downloaded = download(
+        "*.json", *files, *([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"])
+      )
       if any(downloaded.rglob(form)):
         break
     return downloaded

@@ -9,10 +9,22 @@ from ddpm_jax.storage import digests, sealed, workdir
 
 PyTree = Any
 
+# The entry of frozen parameters with values that are computed from the others when these are loaded. They have no
+# digest, because their last bits may differ between devices.
+COMPUTED = "computed"
+
 
 def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array."""
-  return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
+  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array.
+
+  Arrays in entries `COMPUTED` are left out.
+  """
+
+  def arrays(part: PyTree) -> list[Any]:
+    computed = jax.tree_util.DictKey(COMPUTED)
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part) if computed not in path]
+
+  return {name: digests.compute(arrays(part)) for name, part in (frozen or {}).items()}
 
 
 def check(folder: Path, frozen: PyTree | None) -> None:
