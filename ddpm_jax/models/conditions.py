@@ -36,7 +36,8 @@ class Condition(NamedTuple):
   Attributes:
     kind: how the network receives the condition, a pytree of strings with the structure of `shape`: "classes" (an
       integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
-      (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask" and "states" or "ids".
+      (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask", and "states"
+      or "ids".
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in

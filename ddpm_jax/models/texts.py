@@ -140,6 +140,44 @@ def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Conditio
   )
 
 
+def is_storable(condition: Condition) -> bool:
+  """Return whether the values of a condition can be stored, so that training needs no encoder (see `text`)."""
+  if condition.host is None or condition.load is None:
+    return False
+  shapes = frozen_shapes(condition.load)
+  return isinstance(shapes, Mapping) and ENCODERS in shapes
+
+
+def stored(name: str, condition: Condition) -> Condition:
+  """Return a condition whose values are in the batch already, under the names of `stored_items`.
+
+  Its frozen parameters are those of the condition without the encoders (see `without_encoders`).
+  """
+  load = condition.load
+  assert load is not None
+  names = jax.tree_util.tree_map_with_path(lambda path, _: _item_name(name, path), condition.shape)
+  return condition._replace(
+    host=None,
+    from_data=lambda batch: jax.tree.map(lambda item: batch[item], names),
+    encode=lambda frozen, keys, batch, train: batch[name],
+    load=Loader(lambda: without_encoders(load()), lambda: without_encoders(frozen_shapes(load))),
+  )
+
+
+def stored_items(name: str, values: PyTree) -> dict[str, Any]:
+  """Return the arrays of a condition's values by names such as "text.states"."""
+  return {_item_name(name, path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(values)}
+
+
+def without_encoders(frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Return the frozen parameters of a condition without those of its encoders."""
+  return {part: leaves for part, leaves in frozen.items() if part != ENCODERS}
+
+
+def _item_name(name: str, path: Any) -> str:
+  return f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.') or 'value'}"
+
+
 def shorten(text: Any) -> str:
   """Return the start of a text that is too long for a report."""
   shown = str(text)

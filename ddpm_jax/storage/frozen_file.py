@@ -14,7 +14,7 @@ PyTree = Any
 COMPUTED = "computed"
 
 
-def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
+def compute(frozen: PyTree | None) -> dict[str, list[str]]:
   """Map the name of each part, such as "codec", to the digests of its arrays, one for each array.
 
   Arrays in entries `COMPUTED` are left out.
@@ -42,7 +42,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
     recorded = sealed.read_json(path)
   except sealed.DamagedFileError as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
-  for name, current in _digests(frozen).items():
+  for name, current in compute(frozen).items():
     if name in recorded and recorded[name] != current:
       raise ValueError(
         f"Got frozen parameters ({name}) that differ from those of earlier training in {folder}; expected the same parameters."
@@ -50,8 +50,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
       )
 
 
-def write(folder: Path, frozen: PyTree | None) -> None:
-  """Write the digests of a run's frozen parameters, unless there are none."""
-  current = _digests(frozen)
+def write(folder: Path, current: dict[str, list[str]]) -> None:
+  """Write the digests of a run's frozen parameters, as `compute` returns them, unless there are none."""
   if current and jax.process_index() == 0:
     sealed.write_json(workdir.frozen_path(folder), current)
