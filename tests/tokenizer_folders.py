@@ -165,3 +165,27 @@ def awkward_prompts(count=300):
     separator = draw.choice(["", " ", " ", ", ", "\n"])
     prompts.append(separator.join(draw.choices(PARTS, k=draw.randint(2, 8))))
   return prompts[:count]
+
+
+# The words of `write_bert`.
+WORDS = ("a", "red", "fox", "bear", "left", "of", "and")
+
+
+def write_bert(folder):
+  """Write a tiny BERT of random weights with its tokenizer, whose words are `WORDS`."""
+  import jax
+  import jax.numpy as jnp
+
+  from ddpm_jax import interop
+  from ddpm_jax.networks.text import BERT
+
+  tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+  encoder = BERT(len(tokens), channels=16, layers=2, heads=2, hidden_channels=32, positions=16)
+  params = encoder.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+  # Large weights, so that texts differ in more than rounding.
+  params = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, params)
+  folder.mkdir(exist_ok=True)
+  interop.transformers.save_text_encoder(folder, encoder, params)
+  (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+  write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": 16})
+  return folder

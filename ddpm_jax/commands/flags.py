@@ -29,6 +29,8 @@ SHORT_FORMS = {
   "inception_weights": "evaluation.inception_weights",
   "fsdp": "parallel.fsdp",
 }
+# The size of the largest file of prompts.
+_MAX_PROMPT_BYTES = 2**24
 # The mesh of a run's config suits the devices that trained it. Sampling uses this one unless flags set another.
 _SAMPLING_MESH = {"parallel.data": "0", "parallel.fsdp": "1"}
 
@@ -95,6 +97,14 @@ STEERING = Group(
       is_repeatable=True,
     ),
     Flag(
+      "prompt",
+      text,
+      "A text; short for --given text=... Repeat the flag for several texts.",
+      metavar="TEXT",
+      is_repeatable=True,
+    ),
+    Flag("prompts", path, "A file with one text in each line, in place of --prompt.", metavar="FILE"),
+    Flag(
       "negative_classes", words, "Classes to guide away from (default: guide away from no class).", metavar="CLASS,..."
     ),
     Flag(
@@ -102,6 +112,13 @@ STEERING = Group(
       text,
       "A value to guide away from, with its condition. Repeat the flag for several values or conditions.",
       metavar="NAME=VALUE",
+      is_repeatable=True,
+    ),
+    Flag(
+      "negative_prompt",
+      text,
+      "A text to guide away from; short for --negative text=... Repeat the flag for several texts.",
+      metavar="TEXT",
       is_repeatable=True,
     ),
     GUIDANCE_SCALE,
@@ -287,20 +304,45 @@ def steering(args: Args) -> "Steering":
   if "@" in weak and not user_path(weak, "--weak=").is_dir():
     weak, _, step = weak.rpartition("@")
   return runs.Steering(
-    _by_condition("given", args.given, args.classes),
-    _by_condition("negative", args.negative, args.negative_classes),
+    _by_condition("given", args.given, args.classes, prompts_of(args)),
+    _by_condition("negative", args.negative, args.negative_classes, args.negative_prompt),
     args.classifier,
     path(weak, "weak"),
     step,
   )
 
 
-def _by_condition(flag: str, texts: list[str] | None, classes: list[str] | None) -> dict[str, list[str]]:
-  """Return lists of values by condition, from a flag and from its short form `--classes`.
+def prompts_of(args: Args) -> list[str]:
+  """Return the texts of --prompt or of the lines of --prompts. Empty lines of the file are skipped.
+
+  Raises:
+    ValueError: if both are set, or the file cannot be read, is too large or has no text.
+  """
+  if args.prompts is None:
+    return list(args.prompt or ())
+  if args.prompt:
+    raise ValueError("Got --prompt and --prompts; expected only one of them. Add the text to the file.")
+  try:
+    content = args.prompts.read_bytes()[: _MAX_PROMPT_BYTES + 1]
+    lines = content.decode("utf-8-sig").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"Cannot read --prompts={args.prompts}: {error}. Pass a text file in UTF-8.") from error
+  texts = [line.strip() for line in lines if line.strip()]
+  if not texts or len(content) > _MAX_PROMPT_BYTES:
+    problem = "no text" if not texts else f"more than {_MAX_PROMPT_BYTES:,} bytes"
+    raise ValueError(f"Got --prompts={args.prompts} with {problem}; expected a file with one text in each line.")
+  return texts
+
+
+def _by_condition(
+  flag: str, texts: list[str] | None, classes: list[str] | None, prompts: list[str] | None
+) -> dict[str, list[str]]:
+  """Return lists of values by condition, from a flag and from its short forms for classes and texts.
 
   Only values of `classes` are split at commas.
   """
   values: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
+  values |= {"text": list(prompts)} if prompts else {}
   for one in texts or ():
     name, equals, value = one.partition("=")
     if not equals or not name:

@@ -18,8 +18,8 @@ EXAMPLES = (
 _TASKS = ("train", "sample")
 # The flags of sampling that are not short forms of config keys.
 _SAMPLING = (
-  *("pretrained", "num_samples", "classes", "given", "negative_classes", "negative"),
-  *("guidance_scale", "classifier", "weak"),
+  *("pretrained", "num_samples", "classes", "given", "prompt", "prompts", "negative_classes", "negative"),
+  *("negative_prompt", "guidance_scale", "classifier", "weak"),
 )
 
 

@@ -1,7 +1,8 @@
 """Generate samples from a trained model.
 
 Samples are written to samples/ in the run folder, as an array (.npz, uint8) and as a picture
-(.png). For the same model, settings and conditions, sample i depends only on the seed and i.
+(.png). Samples of texts are also written to one .png file each, with the text and the settings.
+For the same model, settings and conditions, sample i depends only on the seed and i.
 """
 
 from ddpm_jax.commands import flags, jax_setup
@@ -10,16 +11,19 @@ from ddpm_jax.commands.parser import Flag, Group, count, paths, seed
 EXAMPLES = (
   "--mode=sample --workdir=/tmp/digits_vp --num_samples=64 --sampler=ddim --num_steps=50 --seed=1",
   "--mode=sample --workdir=/tmp/samples --pretrained=google/ddpm-cifar10-32 --sampler=dpmpp_2m --num_steps=20",
+  "--mode=sample --workdir=/tmp/digits_text --prompt='a seven left of a three' --guidance_scale=3 --num_samples=4",
   "--mode=sample --workdir=/tmp/samples --pretrained=/tmp/large_model --fsdp=8",
 )
 
+# The number of samples without --num_samples and --prompt.
+_NUM_SAMPLES = 64
 
 FLAGS = (
   flags.MODEL,
   Group(
     "samples",
     (
-      Flag("num_samples", count, "The number of samples (default 64).", 64),
+      Flag("num_samples", count, "The number of samples (default: one for each --prompt, otherwise 64)."),
       Flag("seed", seed, "The random seed of sampling (default 0).", 0),
       Flag("upsampler", paths, "Folders of super-resolution runs that enlarge the samples, in this order.", []),
     ),
@@ -33,6 +37,7 @@ def run(args: flags.Args) -> None:
   from ddpm_jax import runs
 
   # Check all flags before devices are initialized.
+  prompts = flags.prompts_of(args)
   folder, steering, keys = flags.run_folder(args), flags.steering(args), flags.sampling_keys(args)
   jax_setup.join_processes(args)
   jax_setup.start_devices(args)
@@ -40,7 +45,7 @@ def run(args: flags.Args) -> None:
   runs.run_sample(
     experiment,
     folder,
-    num_samples=args.num_samples,
+    num_samples=args.num_samples or len(prompts) or _NUM_SAMPLES,
     seed=args.seed,
     choice=flags.weights_choice(args),
     steering=steering,

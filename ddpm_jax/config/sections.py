@@ -51,7 +51,16 @@ _NETWORK = Slot(
   (models.Network,),
   "networks",
   "UNet(channels=64)",
-  supplied=("out_channels", "dimensions", "num_classes", "vector_embedding", "shape", "conditions"),
+  supplied=(
+    "out_channels",
+    "dimensions",
+    "num_classes",
+    "vector_embedding",
+    "context_features",
+    "vocabulary",
+    "shape",
+    "conditions",
+  ),
 )
 _MODEL = Slot("a model", (models.Model,), "diffusers", "my_file.py:my_model")
 _OBJECTIVE = Slot(

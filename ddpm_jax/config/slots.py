@@ -16,7 +16,7 @@ from ddpm_jax.config.values import CALLABLE, MISSING, SEQUENCE, is_literal, memb
 # The modules that hold components: their names in configs and in the package.
 MODULES = {
   "codecs": "runs.codecs",
-  "conditions": "models.conditions",
+  "conditions": "runs.conditions",
   "data": "data.choices",
   "diffusers": "interop.diffusers",
   "editing": "editing",

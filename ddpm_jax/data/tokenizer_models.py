@@ -6,9 +6,9 @@ package aborts with a stack trace on some malformed content.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ddpm_jax.data import tokenizer_settings
 from ddpm_jax.data.tokenizer_settings import Settings, check_size
@@ -88,7 +88,7 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
   """
   if (folder / JSON).is_file():
     return _read_json(folder / JSON), settings
-  readers = {
+  readers: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "clip": ((VOCABULARY, MERGES), _read_clip),
     "t5": ((SENTENCEPIECE,), _read_sentencepiece),
     "bert": ((WORDPIECE,), _read_wordpiece),
@@ -198,7 +198,8 @@ def _parse_sentencepiece(path: Path) -> Any:
       f"Got {path}, which needs the packages sentencepiece and protobuf, which are not installed. Install them: pip"
       " install 'ddpm_jax[text]'."
     ) from error
-  model = sentencepiece_model_pb2.ModelProto()
+  # The module makes its classes when it is imported, so type checkers do not see them.
+  model = cast(Any, sentencepiece_model_pb2).ModelProto()
   try:
     model.ParseFromString(path.read_bytes())
   except Exception as error:  # google.protobuf.message.DecodeError, or an error of text that is not UTF-8

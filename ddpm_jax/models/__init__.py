@@ -1,6 +1,6 @@
 """Define `Model`, a network with its process, prediction, conditions and codec."""
 
-from ddpm_jax.models import codecs, conditions, inputs, networks
+from ddpm_jax.models import codecs, conditions, inputs, networks, texts
 from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.emphasis import encode_weighted
@@ -18,4 +18,5 @@ __all__ = [
   "encode_weighted",
   "inputs",
   "networks",
+  "texts",
 ]

@@ -36,7 +36,8 @@ class Condition(NamedTuple):
   Attributes:
     kind: how the network receives the condition, a pytree of strings with the structure of `shape`: "classes" (an
       integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
-      (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "states" and "mask".
+      (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask", and "states"
+      or "ids".
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
@@ -46,6 +47,7 @@ class Condition(NamedTuple):
     dropout: the share of samples in which the condition gets its null value in training. Classifier-free guidance needs
       a share above 0.
     num_values: for the kind "classes", the number of values, including the null value.
+    vocabulary: for the kind "tokens" with token ids, the number of ids. 0 for states.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, used if the user gives no items of this condition. None if the
       user must give them.
@@ -66,6 +68,7 @@ class Condition(NamedTuple):
   null: Callable[[PyTree], PyTree] | None = None
   dropout: float = 0.0
   num_values: int = 0
+  vocabulary: int = 0
   parse: Callable[[str], Any] | None = None
   default: Callable[[int], np.ndarray] | None = None
   from_data: Callable[[Mapping[str, Array]], Array] | None = None

@@ -340,8 +340,10 @@ def keywords(
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
   """Return the kinds of a condition, each with its value: a leaf of `values`, or a part with several leaves."""
-  kinds, structure = jax.tree.flatten(condition.kind)
-  return list(zip(kinds, structure.flatten_up_to(values), strict=True))
+  pairs: list[tuple[str, PyTree]] = []
+  # The tree of kinds has a leaf where the tree of values has a part.
+  jax.tree.map(lambda kind, value: pairs.append((kind, value)), condition.kind, values)
+  return pairs
 
 
 def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
@@ -475,6 +477,8 @@ def derived_arguments(
   - `dimensions`: the number of spatial axes of x.
   - `num_classes`: the number of classes, including the null value; 0 for a model without classes.
   - `vector_embedding`: "time" if there is a level, "dense" if there is a vector, otherwise "".
+  - `context_features`: the number of features of tokens; 0 for a model without tokens or with token ids.
+  - `vocabulary`: the number of token ids that the network embeds; 0 for none.
   - `shape`: the shape of x.
   - `conditions`: the conditions by name.
 
@@ -498,6 +502,18 @@ def derived_arguments(
     "dimensions": len(x_shape) - 1,
     "num_classes": sum(condition.num_values for condition in conditions.values()),
     "vector_embedding": "time" if "level" in kinds else "dense" if "vector" in kinds else "",
+    "context_features": _context_features(conditions),
+    "vocabulary": max((condition.vocabulary for condition in conditions.values()), default=0),
     "shape": x_shape,
     "conditions": conditions,
   }
+
+
+def _context_features(conditions: Mapping[str, Condition]) -> int:
+  """Return the number of features of the tokens, or 0 if no condition has states as tokens."""
+  for condition in conditions.values():
+    for kind, part in _values_by_kind(condition, condition.shape):
+      leaf = part.get("states") if isinstance(part, Mapping) else part
+      if kind == "tokens" and leaf is not None:
+        return int(leaf.shape[-1])
+  return 0

@@ -11,7 +11,7 @@ from ddpm_jax.networks import layers, options
 from ddpm_jax.networks.transformers import Transformer
 
 Array = jax.Array
-# Tokens [B, L, C'], or a dict of "states" [B, L, C'] and "mask", booleans [B, L].
+# Tokens [B, L, C'], or a dict of "states" [B, L, C'] or "ids" [B, L], and "mask", booleans [B, L].
 Tokens = Array | Mapping[str, Array]
 
 
@@ -38,6 +38,8 @@ class ConditionalUNet(nn.Module):
     linear_projections: whether the projections around transformer layers are linear layers (Stable Diffusion 2 and
       XL), not 1x1 convolutions.
     context_features: the number of features of the tokens. 0 accepts any number.
+    vocabulary: the number of token ids that the network embeds, together with their positions. 0 for a network whose
+      tokens are states. If `context_features` is 0, the embeddings have `embedding_width` features.
     dropout: the dropout rate inside residual blocks during training.
     groups: the number of groups in every group normalization. 0 selects `layers.default_groups`.
     epsilon: the constant added to the variance in residual blocks and at the output. Before transformers it is 1e-6,
@@ -70,6 +72,7 @@ class ConditionalUNet(nn.Module):
   heads: int | Sequence[int] = 8
   linear_projections: bool = False
   context_features: int = 0
+  vocabulary: int = 0
   dropout: float = 0.0
   groups: int = 32
   epsilon: float = 1e-5
@@ -128,7 +131,8 @@ class ConditionalUNet(nn.Module):
       x: the data [B, H, W, C].
       time: the time input [B], such as the step 0..999.
       tokens: the tokens [B, L, C'] that the transformers attend to, such as the states of a text encoder. Or a dict:
-        "states" are the tokens, and "mask" are booleans [B, L], False where a token must be ignored.
+        "states" are the tokens, and "mask" are booleans [B, L], False where a token must be ignored. For a network with
+        a vocabulary, the dict has "ids", integers [B, L], in place of states.
       classes: integers [B] in [0, num_classes), for a network with classes.
       vector: a continuous condition [B, D], such as a pooled text. [B] if `vector_embedding` is "time".
       sizes: numbers [B, K] that are embedded beside the vector. For Stable Diffusion XL these are the height and width
@@ -149,7 +153,7 @@ class ConditionalUNet(nn.Module):
       ValueError: if an option is invalid, a condition or `keys` have the wrong shape, or a condition is missing or
         given to a network without it.
     """
-    states, mask = _split_tokens(tokens)
+    states, mask = self._embed_ids(tokens) if self.vocabulary else _split_tokens(tokens)
     self._check_call(x, states, mask, image)
     self._check_vectors(x, classes, vector, sizes, guidance)
     embedding = self._embed(time, classes, vector, sizes, guidance)
@@ -285,6 +289,18 @@ class ConditionalUNet(nn.Module):
         values = jnp.concatenate([values.astype(waves.dtype), waves], axis=-1)
       embedding += two_layers(values, "vector")
     return embedding
+
+  def _embed_ids(self, tokens: Tokens | None) -> tuple[Array, Array]:
+    """Return the embeddings [B, L, C'] of token ids with their positions, and the mask."""
+    if not isinstance(tokens, Mapping) or set(tokens) != {"ids", "mask"}:
+      raise ValueError(
+        f"Got tokens without ids for a network with vocabulary={self.vocabulary}; expected a dict of ids and mask, such as"
+        " the condition 'words' makes."
+      )
+    ids, features = tokens["ids"], self.context_features or self.embedding_width
+    states = nn.Embed(self.vocabulary, features, name="tokens")(ids)
+    positions = nn.Embed(ids.shape[1], features, name="token_positions")(jnp.arange(ids.shape[1]))
+    return states + positions[None], tokens["mask"]
 
   def _residual(self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str) -> Array:
     block = layers.rematerialize(layers.ResidualBlock, self.remat)

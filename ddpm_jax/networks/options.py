@@ -75,7 +75,7 @@ def check_conditional(network: Any) -> None:
     ValueError: if an option is invalid or conflicts with another one, or the network is too large.
   """
   n, levels = network, len(network.multipliers)
-  counts = ("context_features", "embedding_features", "num_classes", "vector_features", "size_features")
+  counts = ("context_features", "vocabulary", "embedding_features", "num_classes", "vector_features", "size_features")
   _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), (*counts, "guidance_features"))
   _check_ranges(n)
   _check_attention_levels(n)
@@ -112,7 +112,7 @@ def check_conditional(network: Any) -> None:
   # A lower bound on the number of parameters: convolutions, and the dense layers of transformers and embeddings.
   count = n.blocks * sum(9 * width**2 for width in widths) + n.embedding_width * (n.embedding_width + n.channels)
   count += sum(16 * n.blocks * layers[level] * widths[level] ** 2 for level in n.attention_levels)
-  count += n.num_classes * n.embedding_width + n.guidance_features * n.channels
+  count += (n.num_classes + n.vocabulary) * n.embedding_width + n.guidance_features * n.channels
   _check_blocks(n, n.blocks * levels + sum(n.blocks * layers[level] for level in n.attention_levels), count)
   memory.check(f"a network of channels={n.channels}", 4 * count, None, "Set fewer channels or transformer_layers.")
 

@@ -1,7 +1,7 @@
 """Generate samples with a trained model, and save them as arrays and pictures."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import ddpm_jax
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
@@ -25,6 +26,8 @@ Inputs = dict[str, np.ndarray]
 # The maximum batch size per device of a pretrained model on a CPU. The model may be slow, and small batches show
 # progress.
 _CPU_BATCH = 16
+# The names of texts in the metadata of pictures.
+_NOTES = {"text": "prompt", f"{NEGATIVE_PREFIX}text": "negative_prompt"}
 
 
 def run_sample(
@@ -41,7 +44,8 @@ def run_sample(
 ) -> None:
   """Generate samples with a run's weights or a pretrained model, and save them in the folder's samples/.
 
-  The samples are saved as an .npz file (uint8, NHWC) and as a picture.
+  The samples are saved as an .npz file (uint8, NHWC) and as a picture. Samples of texts are also saved as one picture
+  each, whose metadata hold the text and the settings.
 
   Args:
     experiment: the experiment with the model.
@@ -86,6 +90,9 @@ def run_sample(
     samples = stage.enlarge(samples, mesh, seed, guided.inputs)
   if parallel.is_main():
     _write(path, {"samples": samples, **arrays})
+    settings = {"sampler": experiment.sampler_name, "num_steps": experiment.sampling.num_steps, "seed": seed}
+    settings |= {"guidance_scale": guidance_scale} if isinstance(guidance_scale, float) else {}
+    _write_pictures(path, samples, guided.inputs, settings)
   parallel.wait_for_all("done")
 
 
@@ -98,6 +105,19 @@ def _write(path: Path, arrays: Inputs) -> None:
       picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
       images.save_samples(picture, array, arrays.get("classes"))
       print_line(f"picture      {picture}")
+
+
+def _write_pictures(path: Path, samples: np.ndarray, inputs: Inputs, settings: Mapping[str, Any]) -> None:
+  """Save a picture of each sample in a folder, with its texts and the settings, if samples have texts."""
+  texts = {name: value for name, value in inputs.items() if data.is_text(np.asarray(value))}
+  if not texts:
+    return
+  settings = {**settings, "software": f"ddpm_jax {ddpm_jax.__version__}"}
+  for index, sample in enumerate(samples):
+    own = {name: value[index] for name, value in texts.items()} | settings | {"index": index}
+    notes = {_NOTES.get(name, name): str(value) for name, value in own.items()}
+    images.save_with_text(path / f"{index:05d}.png", sample, notes)
+  print_line(f"pictures     {path}/ (one for each sample, with its text)")
 
 
 def saved_inputs(inputs: Inputs) -> Inputs:

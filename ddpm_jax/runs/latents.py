@@ -1,21 +1,27 @@
 """Read encoded training data, and check that they fit the experiment."""
 
 import hashlib
+import json
 from typing import Any
 
 import jax
 import numpy as np
 
-from ddpm_jax import data
+from ddpm_jax import data, models
 from ddpm_jax.config import Experiment
+from ddpm_jax.models import Condition
 from ddpm_jax.runs import reading
-from ddpm_jax.storage import digests
+from ddpm_jax.storage import frozen_file
 from ddpm_jax.storage.places import user_path
 
 PyTree = Any
 
 # The number of images whose classes and texts are compared.
 _COMPARED = 64
+# The prefix of the settings of texts.
+_TEXT = "text."
+# Texts whose token ids show that tokenizers are equal.
+_PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
 _AGAIN = "Encode the data again with --mode=prepare, or train without config.data.latents."
 
 
@@ -47,7 +53,10 @@ def open_latents(experiment: Experiment, source: data.Source) -> data.Source | N
   settings = latents.settings
   if not latents.is_encoded:
     raise ValueError(f"Got config.data.latents={path!r}, a folder of packed images; expected encoded images. {_AGAIN}")
-  expected = {name: value for name, value in settings_of(experiment, None).items() if name not in ("codec", "flip")}
+  expected = settings_of(experiment, None)
+  expected = {name: value for name, value in expected.items() if name not in ("codec", "flip", "encoders")}
+  # A folder may lack the states of texts. Training computes them then.
+  expected = {name: value for name, value in expected.items() if name in settings or not name.startswith(_TEXT)}
   changed = [name for name, value in expected.items() if settings.get(name) != value]
   if changed:
     name = changed[0]
@@ -83,8 +92,16 @@ def _compare_items(path: str, source: data.Source, latents: data.Source) -> None
 
 
 def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> None:
-  """Raise a ValueError if latents were encoded by another autoencoder than the frozen one."""
-  if isinstance(latents, data.PackedSource) and latents.settings["codec"] != settings_of(experiment, frozen)["codec"]:
+  """Raise a ValueError if latents were encoded by another autoencoder or text encoder than the frozen one."""
+  if not isinstance(latents, data.PackedSource):
+    return
+  settings, expected = latents.settings, settings_of(experiment, frozen)
+  if has_stored_texts(latents) and settings["encoders"] != expected["encoders"]:
+    raise ValueError(
+      f"Got config.data.latents={experiment.data.latents!r}, with texts encoded by another encoder than the one in config.model.conditions;"
+      f" expected the same encoder. {_AGAIN}"
+    )
+  if settings["codec"] != expected["codec"]:
     raise ValueError(
       f"Got config.data.latents={experiment.data.latents!r}, encoded by another autoencoder than the one in config.model.codec; expected the same"
       f" autoencoder. {_AGAIN}"
@@ -101,6 +118,11 @@ def check_conditions(experiment: Experiment) -> None:
       )
 
 
+def _digest(part: PyTree) -> str:
+  """Return one digest of a part's parameters, as `frozen_file` records them."""
+  return hashlib.sha256(" ".join(frozen_file.compute({"": part})[""]).encode()).hexdigest()
+
+
 def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]:
   """Return the values that encoded data depend on.
 
@@ -111,7 +133,52 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
   if isinstance(codec, dict):
     # These are applied when the data are read.
     codec = {name: part for name, part in codec.items() if name not in ("scale", "shift")}
-  digest = hashlib.sha256(" ".join(digests.compute(jax.tree.leaves(codec))).encode()).hexdigest()
+  digest = _digest(codec)
   component = experiment.tree.values["model"].get("codec") or {}
   fit = data.fit_settings(reading.fit_of(experiment), c.fields) | {"size": list(c.shape)}
-  return {"codec": digest if frozen else "", "flip": c.flip, "tile": component.get("tile", 0), **fit}
+  settings = {"codec": digest if frozen else "", "flip": c.flip, "tile": component.get("tile", 0), **fit}
+  texts = storable_texts(experiment)
+  encoders = {name: _digest((frozen or {})["conditions"][name]) if frozen else "" for name in texts}
+  return settings | {_TEXT + name: _text_settings(experiment, name) for name in texts} | {"encoders": encoders}
+
+
+def storable_texts(experiment: Experiment) -> dict[str, Condition]:
+  """Return the conditions of text whose states encoded data hold, by name."""
+  return {name: one for name, one in experiment.model.conditions.items() if models.texts.is_storable(one)}
+
+
+def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
+  """Return the values that the states of a text depend on, except the parameters of the encoders."""
+  path, condition = f"model.conditions.{name}", experiment.model.conditions[name]
+  # A model that has no config has no arguments of its conditions.
+  node = experiment.tree.values["model"].get("conditions", {}).get(name, {})
+  arguments = {
+    key: value for key, value in node.items() if key != "dropout" and experiment.tree.role(f"{path}.{key}") != "place"
+  }
+  assert condition.host is not None
+  ids = jax.tree.leaves(condition.host(np.array(_PROBES)))
+  return json.loads(json.dumps(arguments | {"tokens": _digest(ids)}))
+
+
+def has_stored_texts(latents: data.Source | None) -> bool:
+  """Return whether encoded data hold states of texts."""
+  return isinstance(latents, data.PackedSource) and bool(latents.settings.get("encoders"))
+
+
+def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
+  """Return the experiment whose train step reads states of texts from encoded data, if these hold them."""
+  if not has_stored_texts(latents):
+    return experiment
+  stored = {name: models.texts.stored(name, one) for name, one in storable_texts(experiment).items()}
+  return experiment._replace(model=experiment.model._replace(conditions={**experiment.model.conditions, **stored}))
+
+
+def without_encoders(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> PyTree:
+  """Return the frozen parameters that the train step of `with_stored_texts` needs."""
+  if not has_stored_texts(latents):
+    return frozen
+  texts = storable_texts(experiment)
+  rest = {
+    name: models.texts.without_encoders(part) if name in texts else part for name, part in frozen["conditions"].items()
+  }
+  return {**frozen, "conditions": rest}

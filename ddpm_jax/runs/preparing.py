@@ -14,6 +14,9 @@ from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
+from ddpm_jax.models import conditions
+from ddpm_jax.models.inputs import host_items
+from ddpm_jax.models.texts import stored_items
 from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import latents, limits, reading
 from ddpm_jax.storage import files
@@ -28,7 +31,8 @@ _BATCH = 16
 def run_prepare(experiment: Experiment, output: Path | None) -> None:
   """Prepare the data of an experiment (see `data.prepare`).
 
-  If the model has an autoencoder as its codec, the training images are encoded.
+  If the model has an autoencoder as its codec, the training images and their texts are encoded. The images of other
+  models are packed with their texts.
 
   Args:
     experiment: the experiment with the data.
@@ -56,7 +60,7 @@ def _encode(experiment: Experiment, output: Path) -> None:
   """Encode the training images of an experiment into a new folder, for `config.data.latents`.
 
   The folder holds the moments or codes of each image and, if images are flipped in training, of its mirror image. It
-  also holds the other items of the data, such as classes.
+  also holds the other items of the data, such as classes, and the states of texts that frozen encoders return.
 
   Args:
     experiment: the experiment with the data and the codec.
@@ -89,7 +93,7 @@ def _encode(experiment: Experiment, output: Path) -> None:
 def _encoded(
   experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source, frozen: PyTree, statistics: "_Statistics"
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the items of a source with `latent` in place of `image`."""
+  """Yield the items of a source with `latent` in place of `image`, and with the states of texts."""
   codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
   assert codec.compress is not None
   assert codec.expand is not None
@@ -102,7 +106,14 @@ def _encoded(
     compact = [compress(frozen.get("codec"), view) for view in views]
     return jnp.stack(compact, 1), expand(frozen.get("codec"), jax.random.key(0), compact[0])
 
-  compiled = jax.jit(encode, out_shardings=replicated, compiler_options=parallel.compiler_options(mesh))
+  texts = latents.storable_texts(experiment)
+
+  def encode_texts(frozen: PyTree, items: data.Batch) -> dict[str, PyTree]:
+    return conditions.encode(texts, frozen.get("conditions", {}), jax.random.key(0), items, train=False)
+
+  options: dict[str, Any] = {"out_shardings": replicated, "compiler_options": parallel.compiler_options(mesh)}
+  compiled_texts = jax.jit(encode_texts, **options)
+  compiled = jax.jit(encode, **options)
   for first, batch in _read_ahead(source, size, experiment.data.num_threads):
     compact, x = jax.device_get(compiled(frozen, as_floats(batch.pop("image"))))
     count = min(size, len(source) - first)
@@ -112,8 +123,13 @@ def _encoded(
         " The autoencoder's weights are broken, or its dtype is too narrow: use dtype=float32."
       )
     statistics.add(x[:count])
+    states: dict[str, np.ndarray] = {}
+    if texts:
+      items = host_items(texts, {name: batch[name] for name in texts})
+      for name, values in jax.device_get(compiled_texts(frozen, items)).items():
+        states |= stored_items(name, values)
     for row in range(count):
-      yield {name: value[row] for name, value in batch.items()} | {data.LATENT: compact[row]}
+      yield {name: value[row] for name, value in (batch | states).items()} | {data.LATENT: compact[row]}
 
 
 def _read_ahead(source: data.Source, size: int, num_threads: int) -> Iterator[tuple[int, data.Batch]]:

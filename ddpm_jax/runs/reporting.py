@@ -98,6 +98,7 @@ def content(
     ("weights", f"{report['weights']}, step {report['step']:,}"),
     ("sampler", f"{report['sampling']['sampler']}, {report['sampling']['nfe']:,} network evaluations"),
     ("samples", f"{report['num_samples']:,}"),
+    *report.get("texts", {}).items(),
   ]
   return page.Content(
     title=run.folder.name,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax import metrics
+from ddpm_jax import data, metrics
 from ddpm_jax import report as page
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
@@ -168,7 +168,7 @@ class Scorer:
     picture = run.folder / "samples" / "final.png"
     images.save_samples(picture, samples, classes)
     print_line(f"picture      {picture}")
-    report = self._report(sample_sets, classes is not None, likelihood, weights)
+    report = self._report(sample_sets, inputs, likelihood, weights)
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     report = scores.write(run.folder, report, time.perf_counter() - start)
     self._print(report, likelihood)
@@ -215,7 +215,7 @@ class Scorer:
     return SampleSet(experiment, samples, rows.notes["nfe"])
 
   def _report(
-    self, sample_sets: list[SampleSet], has_classes: bool, likelihood: dict[str, Any], weights: Weights
+    self, sample_sets: list[SampleSet], inputs: Inputs, likelihood: dict[str, Any], weights: Weights
   ) -> dict[str, Any]:
     """Return the part of eval.json about the samples and their scores."""
     experiment, last, reference = self._run.experiment, sample_sets[-1], self._reference
@@ -224,11 +224,13 @@ class Scorer:
       "num_samples": self._count,
       "sampling": {**last.sampler, **values["sampling"], "batch_size": c.batch_size, "nfe": last.nfe},
       "guidance": values["guidance"],
-      "classes": "as common as in the data" if has_classes else None,
+      "classes": "as common as in the data" if "classes" in inputs else None,
       "data": describe_data(experiment),
       "dtype": dtype_of(experiment),
       "weights_sha256": weights.sha256,
     }
+    if texts := self._describe_texts(inputs):
+      report["texts"] = texts
     if likelihood:
       report["likelihood"] = {
         kind: {key: value for key, value in summary.items() if key != "terms"} for kind, summary in likelihood.items()
@@ -262,8 +264,19 @@ class Scorer:
       report["curve"] = curve
     return report
 
+  def _describe_texts(self, inputs: Inputs) -> dict[str, str]:
+    """Describe in words which texts the samples were generated from, by the name of the condition."""
+    split, count = ("training" if self._run.held_out is None else "held-out"), self._count
+    return {
+      name: f"captions of {count:,} {split} images chosen at random, {len(np.unique(texts)):,} of them different"
+      for name, texts in inputs.items()
+      if data.is_text(np.asarray(texts))
+    }
+
   def _print(self, report: dict[str, Any], likelihood: dict[str, Any]) -> None:
     """Print the scores as tables."""
+    for name, description in report.get("texts", {}).items():
+      print_line(f"{name:<13}{description}")
     if self._reference is None:
       print_line("no scores: there are no held-out images (see config.data.source.eval_split and config.data.hold_out)")
     else:

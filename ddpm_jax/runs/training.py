@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import config, data, training
-from ddpm_jax.config import Tree
+from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import hardware, memory, parallel, plan, progress, startup, watching
 from ddpm_jax.devices.progress import print_line, warn
 from ddpm_jax.models.guided import Parameters
@@ -114,23 +114,28 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   devices = list(mesh.devices.flat)
   limits.check_training(experiment, devices)
   limits.check_evaluation(experiment, devices, folder)
-  step, task = stepping.step(experiment, mesh), experiment.task
+  task = experiment.task
   task.check(experiment, mesh)
   run = Run(experiment, folder, mesh, *reading.read_data(experiment))
   run = run._replace(latents=latents.open_latents(experiment, run.source))
+  trained = latents.with_stored_texts(experiment, run.latents)
+  step = stepping.step(trained, mesh)
   preview = task.preview(experiment, mesh, run.held_out or run.source)
   scorer = task.scorer(run)
   frozen_params = frozen.load(experiment, mesh)
   latents.check_codec(experiment, run.latents, frozen_params)
   if resuming:
     frozen_file.check(folder, frozen_params)
+  digests = frozen_file.compute(frozen_params)
+  # Previews and scores load the text encoders again.
+  frozen_params = latents.without_encoders(experiment, run.latents, frozen_params)
   init, template = model.make_state(experiment, mesh, frozen_params, None if start is None else start.params)
   # The devices must hold the state, the gradients (as large as the parameters) and the frozen parameters.
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, frozen_params)))
   advice = "Make the network smaller, or shard the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
-  batch = stepping.batch_shapes(experiment, c.batch_size, run.training_source)
-  trainer = _Trainer(run, scorer, preview, step, init, template, batch, frozen_params)
+  batch = stepping.batch_shapes(trained, c.batch_size, run.training_source)
+  trainer = _Trainer(run, trained, scorer, preview, step, init, template, batch, frozen_params, digests)
   trainer.check_best_metric()
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -143,17 +148,20 @@ class _Trainer:
 
   Attributes:
     run: the run.
+    trained: the run's experiment as the train step uses it: encoded data may hold the states of texts.
     scorer: the scorer of the run's task.
     preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.
     init: the function that makes the first state.
     template: the shapes and shardings of the state.
     batch: the shapes of a batch.
-    frozen: the frozen parameters, or None.
+    frozen: the frozen parameters of the train step, or None.
+    digests: the digests of all frozen parameters of the run.
     damaged: messages to the user about damaged files.
   """
 
   run: Run
+  trained: Experiment
   scorer: Any
   preview: Callable[[Parameters], np.ndarray] | None
   step: Callable
@@ -161,6 +169,7 @@ class _Trainer:
   template: training.TrainState
   batch: PyTree
   frozen: PyTree | None
+  digests: dict[str, list[str]]
   damaged: list[str] = dataclasses.field(default_factory=list)
 
   def check_best_metric(self) -> None:
@@ -215,7 +224,7 @@ class _Trainer:
       num_threads=options.num_threads,
       num_workers=options.num_workers,
       rows=parallel.local_rows(mesh, size),
-      hosts=hosts_of(experiment.model.conditions),
+      hosts=hosts_of(self.trained.model.conditions),
     )
     stack.callback(self.batches.close)
     if resuming:
@@ -233,7 +242,7 @@ class _Trainer:
     if parallel.is_main():
       config.write(folder, pretrained.copy_config(experiment.tree, folder))
     if not resuming:
-      frozen_file.write(folder, self.frozen)
+      frozen_file.write(folder, self.digests)
     return state
 
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
@@ -270,6 +279,9 @@ class _Trainer:
 
   def parameters(self, state: training.TrainState) -> Parameters:
     """Return the parameters for sampling, without the objective's parameters, such as a teacher's."""
+    if self.trained is not self.run.experiment:
+      experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
+      return Parameters(ema.ema_params(state.opt_state), frozen.load_for_model(experiment, folder, mesh))
     model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
     return Parameters(ema.ema_params(state.opt_state), model_frozen)
 
@@ -326,7 +338,7 @@ class _Work:
     experiment = self._run.experiment
     self._rate, self._chip = stepping.schedule(experiment), hardware.chip_of(self._run.mesh.devices.flat[0].device_kind)
     single = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
-    self._flops = stepping.flops_per_image(experiment, single) if self._chip else 0.0
+    self._flops = stepping.flops_per_image(trainer.trained, single) if self._chip else 0.0
 
   def callbacks(self) -> list[training.Callback]:
     """Return the callbacks of the training loop.

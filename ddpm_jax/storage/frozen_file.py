@@ -9,10 +9,22 @@ from ddpm_jax.storage import digests, sealed, workdir
 
 PyTree = Any
 
+# The entry of frozen parameters with values that are computed from the others when these are loaded. They have no
+# digest, because their last bits may differ between devices.
+COMPUTED = "computed"
 
-def _digests(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array."""
-  return {name: digests.compute(jax.tree.leaves(part)) for name, part in (frozen or {}).items()}
+
+def compute(frozen: PyTree | None) -> dict[str, list[str]]:
+  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array.
+
+  Arrays in entries `COMPUTED` are left out.
+  """
+
+  def arrays(part: PyTree) -> list[Any]:
+    computed = jax.tree_util.DictKey(COMPUTED)
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part) if computed not in path]
+
+  return {name: digests.compute(arrays(part)) for name, part in (frozen or {}).items()}
 
 
 def check(folder: Path, frozen: PyTree | None) -> None:
@@ -30,7 +42,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
     recorded = sealed.read_json(path)
   except sealed.DamagedFileError as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
-  for name, current in _digests(frozen).items():
+  for name, current in compute(frozen).items():
     if name in recorded and recorded[name] != current:
       raise ValueError(
         f"Got frozen parameters ({name}) that differ from those of earlier training in {folder}; expected the same parameters."
@@ -38,8 +50,7 @@ def check(folder: Path, frozen: PyTree | None) -> None:
       )
 
 
-def write(folder: Path, frozen: PyTree | None) -> None:
-  """Write the digests of a run's frozen parameters, unless there are none."""
-  current = _digests(frozen)
+def write(folder: Path, current: dict[str, list[str]]) -> None:
+  """Write the digests of a run's frozen parameters, as `compute` returns them, unless there are none."""
   if current and jax.process_index() == 0:
     sealed.write_json(workdir.frozen_path(folder), current)

@@ -1,6 +1,7 @@
 """Convert images between [-1, 1] and uint8, and arrange many images in one picture."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,21 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
   picture = grid(images, columns)
   with files.atomic_file(path) as temporary:
     Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
+
+
+def save_with_text(path: str | Path, image: np.ndarray, notes: Mapping[str, str]) -> None:
+  """Write an image, uint8 [h, w, C], to a PNG file with texts as its metadata. The write is atomic.
+
+  Texts in Latin-1 become chunks of type tEXt, and others of type iTXt.
+  """
+  from PIL import Image, PngImagePlugin
+
+  info = PngImagePlugin.PngInfo()
+  for name, text in notes.items():
+    info.add_text(name, text)
+  picture = displayable(image)
+  with files.atomic_file(path) as temporary:
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary, "PNG", pnginfo=info)
 
 
 def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:

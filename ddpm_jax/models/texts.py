@@ -1,0 +1,204 @@
+"""Define conditions of text: states of frozen text encoders, and token ids that a network embeds itself."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.data import Tokenizer, Tokens
+from ddpm_jax.data.tokens import check_texts
+from ddpm_jax.devices.progress import warn
+from ddpm_jax.models.codecs import Loader, frozen_shapes, load_frozen
+from ddpm_jax.models.conditions import Condition, check_dropout
+from ddpm_jax.storage.frozen_file import COMPUTED
+
+Array = jax.Array
+PyTree = Any
+# `encode(params, tokens) -> values` [B, ...] for the tokens [B, L] of each tokenizer by name.
+Encode = Callable[[PyTree, Mapping[str, Tokens]], PyTree]
+
+# The entry of frozen parameters with those of the encoders.
+ENCODERS = "encoders"
+# The name of the only tokenizer of a condition.
+ONLY = "text"
+# The number of characters of a text in reports.
+_SHOWN = 80
+
+
+def text(
+  name: str,
+  tokenizers: Mapping[str, Tokenizer],
+  encode: Encode,
+  load: Callable[[], PyTree],
+  *,
+  kind: PyTree = "tokens",
+  dropout: float = 0.0,
+  null_text: str | None = "",
+) -> Condition:
+  """Return the condition of a text that frozen encoders turn into states.
+
+  The items are strings. With dropout, the null value is the value of `null_text`. It is computed when the encoders'
+  parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders" are those of
+  the encoders, and "computed" holds the null value.
+
+  Args:
+    name: the condition's name.
+    tokenizers: the tokenizers by names that `encode` knows.
+    encode: `encode(params, tokens) -> values` [B, ...], for a dict of `data.Tokens` with the names of `tokenizers`.
+    load: reads the parameters of the encoders (see `codecs.Loader`).
+    kind: how the network receives the values, a pytree with the structure of the values or a part of it. The default is
+      tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
+    dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
+      model that was trained elsewhere, the share of its training, such as 0.1. Guidance needs a share above 0.
+    null_text: the text of the null value. None for zeros (Stable Diffusion XL).
+
+  Raises:
+    ValueError: if there is no tokenizer, or `dropout` is outside [0, 1).
+  """
+  check_dropout(dropout, name)
+  if not tokenizers:
+    raise ValueError(f"Got no tokenizer of {name}; expected one or more. Pass tokenizers={{{ONLY!r}: ...}}.")
+  host = functools.partial(_tokenize, dict(tokenizers))
+  null_tokens = host([null_text or ""])
+
+  def values(params: PyTree, arrays: Mapping[str, Mapping[str, Array]]) -> PyTree:
+    return encode(params, {part: Tokens(**one) for part, one in arrays.items()})
+
+  def null_value(params: PyTree) -> PyTree:
+    encoded = values(params, null_tokens)
+    return jax.tree.map(lambda leaf: leaf[0] if null_text is not None else jnp.zeros_like(leaf[0]), encoded)
+
+  def with_null(params: PyTree) -> PyTree:
+    return {ENCODERS: params} | ({COMPUTED: jax.jit(null_value)(params)} if dropout else {})
+
+  def shapes() -> PyTree:
+    params = frozen_shapes(load)
+    return {ENCODERS: params} | ({COMPUTED: jax.eval_shape(null_value, params)} if dropout else {})
+
+  return Condition(
+    kind=kind,
+    shape=jax.eval_shape(null_value, frozen_shapes(load)),
+    encode=lambda frozen, keys, batch, train: values(frozen[ENCODERS], batch[name]),
+    null=(lambda frozen: frozen[COMPUTED]) if dropout else None,
+    dropout=dropout,
+    parse=functools.partial(_parse, name, tuple(tokenizers.values())),
+    show=shorten,
+    load=Loader(lambda: with_null(load()), shapes, lambda mesh: with_null(load_frozen(load, mesh))),
+    host=host,
+  )
+
+
+def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool = True) -> Encode:
+  """Return `encode` of `text` for one encoder of `networks.text`, with a state for each token.
+
+  Args:
+    encoder: the encoder. Its frozen parameters are the params of this module.
+    layer: the number of layers after which to take the states. -1 is the last layer.
+    normed: whether the encoder's final normalization is applied to them.
+    masked: whether neither the encoder nor the network attends to padding. CLIP's models attend to it. The values are
+      then an array [B, L, C], otherwise a dict of "states" [B, L, C] and "mask", booleans [B, L].
+  """
+
+  def encode(params: PyTree, tokens: Mapping[str, Tokens]) -> PyTree:
+    ids, mask = tokens[ONLY]
+    found = encoder.apply({"params": params}, ids, mask if masked else None, layer=layer, normed=normed).tokens
+    return {"states": found, "mask": mask} if masked else found
+
+  return encode
+
+
+def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Condition:
+  """Return the condition of a text for a network that embeds token ids itself, and trains the embedding.
+
+  The network receives tokens, a dict of "ids" [B, L] and "mask", booleans [B, L]. Its option `vocabulary` is the number
+  of ids. With dropout, the null value is the ids of the empty text. See `networks.ConditionalUNet`.
+
+  Args:
+    name: the condition's name.
+    tokenizer: the tokenizer, such as `data.tokenizers.words(...)`.
+    dropout: the share of samples trained without their text, in [0, 1).
+
+  Raises:
+    ValueError: if `dropout` is outside [0, 1).
+  """
+  check_dropout(dropout, name)
+  host = functools.partial(_tokenize, {ONLY: tokenizer})
+  null = {part: array[0] for part, array in host([""])[ONLY].items()}
+  return Condition(
+    kind="tokens",
+    shape={part: jax.ShapeDtypeStruct(array.shape, array.dtype) for part, array in null.items()},
+    encode=lambda frozen, keys, batch, train: dict(batch[name][ONLY]),
+    null=(lambda frozen: null) if dropout else None,
+    dropout=dropout,
+    vocabulary=tokenizer.vocabulary,
+    parse=functools.partial(_parse, name, (tokenizer,)),
+    show=shorten,
+    host=host,
+  )
+
+
+def is_storable(condition: Condition) -> bool:
+  """Return whether the values of a condition can be stored, so that training needs no encoder (see `text`)."""
+  if condition.host is None or condition.load is None:
+    return False
+  shapes = frozen_shapes(condition.load)
+  return isinstance(shapes, Mapping) and ENCODERS in shapes
+
+
+def stored(name: str, condition: Condition) -> Condition:
+  """Return a condition whose values are in the batch already, under the names of `stored_items`.
+
+  Its frozen parameters are those of the condition without the encoders (see `without_encoders`).
+  """
+  load = condition.load
+  assert load is not None
+  names = jax.tree_util.tree_map_with_path(lambda path, _: _item_name(name, path), condition.shape)
+  return condition._replace(
+    host=None,
+    from_data=lambda batch: jax.tree.map(lambda item: batch[item], names),
+    encode=lambda frozen, keys, batch, train: batch[name],
+    load=Loader(lambda: without_encoders(load()), lambda: without_encoders(frozen_shapes(load))),
+  )
+
+
+def stored_items(name: str, values: PyTree) -> dict[str, Any]:
+  """Return the arrays of a condition's values by names such as "text.states"."""
+  return {_item_name(name, path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(values)}
+
+
+def without_encoders(frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Return the frozen parameters of a condition without those of its encoders."""
+  return {part: leaves for part, leaves in frozen.items() if part != ENCODERS}
+
+
+def _item_name(name: str, path: Any) -> str:
+  return f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.') or 'value'}"
+
+
+def shorten(text: Any) -> str:
+  """Return the start of a text that is too long for a report."""
+  shown = str(text)
+  return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+
+
+def _tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
+  items = [str(text) for text in texts]
+  return {part: tokenizer(items)._asdict() for part, tokenizer in tokenizers.items()}
+
+
+def _parse(name: str, tokenizers: Sequence[Tokenizer], text: str) -> str:
+  check_texts([text])
+  dropped = max((tokenizer.dropped([text])[0] for tokenizer in tokenizers), key=len)
+  if dropped:
+    _warn_once(
+      f"the {name} {shorten(text)!r} has more tokens than fit, so the model does not read its end, {shorten(dropped)!r}"
+    )
+  return text
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+  warn(message)
