@@ -6,6 +6,8 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 
 from ddpm_jax import guidance, interop, sampling
 from ddpm_jax.interop import schedulers
@@ -27,28 +29,29 @@ SAMPLERS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """Return a function that makes a pipeline once, and returns it, its folder, our model and its parameters."""
+  """Return a function that writes a pipeline once, and returns it, its folder, our model and its parameters."""
 
   @functools.cache
   def write(name):
     root = tmp_path_factory.mktemp(name)
     pipeline = text_pipelines.make(name, root)
     pipeline.save_pretrained(root / "pipeline")
-    model, params = interop.diffusers.load(root / "pipeline")
+    # Encode images by the mean of the posterior, which draws no random numbers.
+    model, params = interop.stable_diffusion.load(root / "pipeline", posterior="mode")
     return pipeline, root / "pipeline", model, Parameters(params, model.load_frozen())
 
   return write
 
 
 @functools.cache
-def compiled(model, scheduler_name, steps, names):
-  """Return a compiled function that samples from noise by the scheduler of a name in `SAMPLERS`."""
-  scheduler = SAMPLERS[scheduler_name]
+def sampling_program(model_id, scheduler, steps, skipped):
+  """Return a compiled function that samples from noise by a scheduler in `SAMPLERS`."""
+  model = MODELS[model_id]
   defaults = model.defaults
-  if scheduler is not None:
-    schedule = schedulers.from_config(dict(scheduler.config) | {"_class_name": type(scheduler).__name__})
-    defaults = schedule.defaults(model.process)
-  times = defaults.times(steps)
+  if SAMPLERS[scheduler] is not None:
+    config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
+    defaults = schedulers.from_config(config).defaults(model.process)
+  times = defaults.times(steps)[skipped:]
 
   @functools.partial(jax.jit, static_argnames="rule")
   def run(parameters, batch, x, rule):
@@ -59,35 +62,28 @@ def compiled(model, scheduler_name, steps, names):
   return run
 
 
-def sample_ours(written, name, scheduler, scale, steps=4, **batch):
-  pipeline, _, model, parameters = written
-  batch = inputs.host_items(model.conditions, batch)
-  rule = _rule(scale)
-  run = _run_of(name, model, scheduler, steps)
-  return images.to_uint8(run(parameters, batch, noise(), rule))
-
-
-RUNS = {}
-
-
-def _run_of(name, model, scheduler, steps):
-  key = name, scheduler, steps
-  if key not in RUNS:
-    RUNS[key] = compiled.__wrapped__(model, scheduler, steps, None)
-  return RUNS[key]
+MODELS = {}
 
 
 @functools.cache
-def _rule(scale):
+def rule_of(scale):
   return functools.partial(guidance.classifier_free, scale=scale)
 
 
-def sample_peer(pipeline, scheduler, scale, steps=4, **options):
+def sample_ours(one, scheduler, scale, x=None, steps=4, skipped=0, **items):
+  _, folder, model, parameters = one
+  MODELS[folder] = model
+  batch = inputs.host_items(model.conditions, items)
+  run = sampling_program(folder, scheduler, steps, skipped)
+  return images.to_uint8(run(parameters, batch, noise() if x is None else x, rule_of(scale)))
+
+
+def sample_peer(pipeline, scheduler, scale, steps=4, latents=None, **options):
   own = pipeline.scheduler
   try:
     pipeline.scheduler = SAMPLERS[scheduler] or own
     call = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np", **options}
-    pictures = pipeline(latents=as_torch(noise()), **call).images
+    pictures = pipeline(latents=as_torch(noise() if latents is None else latents), **call).images
   finally:
     pipeline.scheduler = own
   return np.round(pictures * 255).astype(np.uint8)
@@ -97,18 +93,58 @@ def sample_peer(pipeline, scheduler, scale, steps=4, **options):
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_samples_match_the_pipeline(scheduler, scale, written):
   one = written("sd1")
-  ours = sample_ours(one, "sd1", scheduler, scale, text=PROMPTS)
+  ours = sample_ours(one, scheduler, scale, text=PROMPTS)
   assert_one_gray_level(ours, sample_peer(one[0], scheduler, scale, prompt=PROMPTS))
 
 
 def test_negative_prompts_match_the_pipeline(written):
   one, negative = written("sd1"), ["blurry", ""]
-  ours = sample_ours(one, "sd1", "own", 7.5, text=PROMPTS, negative_text=negative)
-  theirs = sample_peer(one[0], "own", 7.5, prompt=PROMPTS, negative_prompt=negative)
+  ours = sample_ours(one, "own", 7.5, text=PROMPTS, negative_text=negative)
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS, negative_prompt=negative))
+
+
+@pytest.mark.parametrize("name", ["sd2", "xl"])
+def test_other_versions_match_the_pipeline(name, written):
+  """Stable Diffusion 2 predicts v. XL has two encoders, and zeros stand for the empty prompt."""
+  one = written(name)
+  ours = sample_ours(one, "own", 7.5, text=PROMPTS)
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
+
+
+def test_the_refiner_matches_the_pipeline(written):
+  """The state of diffusers' Euler is x / alpha."""
+  one = written("refiner")
+  model, x = one[2], noise()
+  sizes = model.conditions["sizes"].default(2)
+  ours = sample_ours(one, "own", 5.0, x, skipped=2, text=PROMPTS, sizes=sizes)
+  options = {"image": torch.zeros(2, 3, *model.data_shape[:2]), "strength": 0.5}
+  latents = x / float(model.process.alpha(model.times(4)[2]))
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 5.0, latents=latents, prompt=PROMPTS, **options))
+
+
+def pictures_and_mask():
+  rng = np.random.default_rng(5)
+  size = text_pipelines.SIZE * text_pipelines.FACTOR
+  mask = np.zeros((2, size, size, 1), np.float32)
+  mask[0, 5:20, 3:30], mask[1, :, 15:] = 1, 1
+  return rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32), mask
+
+
+def use_mode(monkeypatch, module):
+  monkeypatch.setattr(module, "retrieve_latents", lambda output, *args, **options: output.latent_dist.mode())
+
+
+def test_inpainting_matches_the_pipeline(written, monkeypatch):
+  one, (pictures, mask) = written("inpaint"), pictures_and_mask()
+  use_mode(monkeypatch, pipeline_stable_diffusion_inpaint)
+  ours = sample_ours(one, "own", 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
+  options = {"image": as_torch(pictures), "mask_image": as_torch(mask), "strength": 1.0}
+  side = pictures.shape[1]
+  theirs = sample_peer(one[0], "own", 7.5, prompt=PROMPTS, height=side, width=side, **options)
   assert_one_gray_level(ours, theirs)
 
 
-def test_predictions_of_v_match_the_pipeline(written):
-  one = written("sd2")
-  ours = sample_ours(one, "sd2", "own", 7.5, text=PROMPTS)
-  assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
+def test_editing_by_instructions_matches_the_pipeline(written):
+  one, (pictures, _) = written("instruct"), pictures_and_mask()
+  ours = sample_ours(one, "own", 1.0, text=PROMPTS, source=pictures)
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 1.0, prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5)))

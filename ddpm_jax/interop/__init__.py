@@ -1,6 +1,7 @@
 """Load models that other libraries wrote, and save models for them.
 
-`diffusers` reads and writes diffusers' folders, and `unet_folders` those of its networks alone. `guided_diffusion`
+`diffusers` reads and writes diffusers' folders, `stable_diffusion` those of text pipelines, and `unet_folders` those of
+networks alone. `guided_diffusion`
 reads guided-diffusion's checkpoints, `ldm` reads single-file checkpoints of Stable Diffusion, `inception` reads the
 weights of the FID network, `features` reads networks for perceptual losses, `transformers` reads and writes text
 encoders, and `tensors` reads and writes files of weights.
@@ -8,7 +9,17 @@ encoders, and `tensors` reads and writes files of weights.
 
 import importlib
 
-__all__ = ["diffusers", "features", "guided_diffusion", "inception", "ldm", "tensors", "transformers", "unet_folders"]
+__all__ = [
+  "diffusers",
+  "features",
+  "guided_diffusion",
+  "inception",
+  "ldm",
+  "stable_diffusion",
+  "tensors",
+  "transformers",
+  "unet_folders",
+]
 
 
 def __getattr__(name: str):
