@@ -138,7 +138,7 @@ def test_inpainting_matches_the_pipeline(written, monkeypatch):
   one, (pictures, mask) = written("inpaint"), pictures_and_mask()
   use_mode(monkeypatch, pipeline_stable_diffusion_inpaint)
   ours = sample_ours(one, "own", 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
-  options = {"image": as_torch(pictures), "mask_image": as_torch(mask), "strength": 1.0}
+  options = {"image": as_torch(pictures / 2 + 0.5), "mask_image": as_torch(mask), "strength": 1.0}
   side = pictures.shape[1]
   theirs = sample_peer(one[0], "own", 7.5, prompt=PROMPTS, height=side, width=side, **options)
   assert_one_gray_level(ours, theirs)
@@ -148,3 +148,28 @@ def test_editing_by_instructions_matches_the_pipeline(written):
   one, (pictures, _) = written("instruct"), pictures_and_mask()
   ours = sample_ours(one, "own", 1.0, text=PROMPTS, source=pictures)
   assert_one_gray_level(ours, sample_peer(one[0], "own", 1.0, prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5)))
+
+
+def assert_same(tree, other):
+  jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), tree, other)
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl", "refiner", "inpaint"])
+def test_round_trips_are_exact(name, written, tmp_path):
+  peer, _, model, parameters = written(name)
+  interop.diffusers.save(tmp_path / "saved", model, parameters.params, frozen=parameters.frozen)
+  again, params = interop.diffusers.load(tmp_path / "saved")
+  assert_same(params, parameters.params)
+  assert_same(again.load_frozen(), parameters.frozen)
+  assert (again.origin.index, again.shape) == (model.origin.index, model.shape)
+  opened = type(peer).from_pretrained(tmp_path / "saved")
+  assert {key: value for key, value in opened.config.items() if key in model.origin.index.options} == (
+    model.origin.index.options
+  )
+  assert type(opened.scheduler) is type(peer.scheduler)
+  assert dict(opened.scheduler.config) == dict(peer.scheduler.config)
+  for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    theirs, ours = getattr(peer, part, None), getattr(opened, part, None)
+    assert (theirs is None) == (ours is None)
+    if theirs is not None:
+      assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())

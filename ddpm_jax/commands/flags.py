@@ -50,7 +50,22 @@ PRETRAINED = Flag(
   "Use a pretrained model instead of the run's: a diffusers folder, or a name on the Hugging Face hub.",
   metavar="MODEL",
 )
-MODEL = Group("config, folder and model", (CONFIG, WORKDIR, PRETRAINED))
+MODEL = Group(
+  "config, folder and model",
+  (
+    CONFIG,
+    WORKDIR,
+    PRETRAINED,
+    Flag(
+      "size", text, "The size of the images of --pretrained (default: that of its config).", metavar="HEIGHTxWIDTH"
+    ),
+    Flag("dtype", text, "The type in which --pretrained computes: float32 (the default) or bfloat16."),
+    Flag("variant", text, "The variant of the weights of a text pipeline in --pretrained, such as fp16."),
+    Flag("revision", text, "The branch, tag or commit of --pretrained on the Hugging Face hub."),
+  ),
+)
+# The flags that need --pretrained.
+_OF_PRETRAINED = ("size", "dtype", "variant", "revision")
 SAMPLER = Group(
   "sampler",
   (
@@ -277,7 +292,7 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
   """
   from ddpm_jax import config, runs
 
-  folder = run_folder(args)
+  folder, (path, choices) = run_folder(args), pretrained_choices(args)
   if args.pretrained is None:
     return runs.load_experiment(read_config(args, keys), folder), None
   if not args.ema is args.ema_length is args.step is None:
@@ -285,8 +300,32 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
       "Got --ema, --ema_length or --step with --pretrained, which has only one set of weights; leave them out."
     )
   tree = config.read(args.config, keys, folder, default={})
-  tree, model = runs.pretrained.replace_model(args.pretrained, tree, recipe=args.config is not None, keys=keys)
+  tree, model = runs.pretrained.replace_model(
+    path, tree, recipe=args.config is not None, keys=keys, choices=choices
+  )
   return config.build(tree, model.model), model
+
+
+def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
+  """Return the path of the pretrained model, with its revision, and the options of its model that flags set.
+
+  Raises:
+    ValueError: if such a flag is set without --pretrained, or the size is invalid.
+  """
+  given = [name for name in _OF_PRETRAINED if getattr(args, name)]
+  if args.pretrained is None:
+    if given:
+      raise ValueError(f"Got --{given[0]} without --pretrained; expected it with a pretrained model. Leave it out.")
+    return "", {}
+  choices: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "variant") if getattr(args, name)}
+  if args.size:
+    sides = args.size.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and 0 < int(side[:9]) and len(side) < 9 for side in sides):
+      raise ValueError(f"Got --size={args.size}; expected the height and the width in pixels, such as --size=512x768.")
+    choices["shape"] = (int(sides[0]), int(sides[1]), 3)
+  if args.revision and user_path(args.pretrained, "--pretrained=").is_dir():
+    raise ValueError(f"Got --revision for the folder {args.pretrained}; expected a name on the hub. Leave it out.")
+  return (f"{args.pretrained}@{args.revision}" if args.revision else args.pretrained), choices
 
 
 def weights_choice(args: Args) -> "WeightsChoice":

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import jax
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, unet2d
+from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, text_saving, unet2d
 from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
 from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
@@ -37,6 +37,7 @@ __all__ = [
   "copy_config",
   "find_folder",
   "has_size",
+  "is_text_pipeline",
   "load",
   "load_codec",
   "load_unet",
@@ -97,7 +98,7 @@ def load(
       the weights cannot be read or do not match the config. The message names the cause.
   """
   options: dict[str, Any] = {"shape": shape, "dropout": dropout, "dtype": dtype, "remat": remat, "attention": attention}
-  if _is_text_pipeline(path):
+  if is_text_pipeline(path):
     _check_no_classes(class_dropout)
     return stable_diffusion.load(path, variant=variant, params_dtype=params_dtype, mesh=mesh, **options)
   _check_pixel_options(path, variant, params_dtype)
@@ -136,7 +137,7 @@ def read(
   Raises:
     ValueError: see `load`.
   """
-  if _is_text_pipeline(path):
+  if is_text_pipeline(path):
     _check_no_classes(class_dropout)
     options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
     return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
@@ -177,20 +178,24 @@ def read(
   )
 
 
-def copy_config(path: str | Path, folder: str | Path) -> None:
+def copy_config(path: str | Path, folder: str | Path, variant: str = "") -> None:
   """Copy the config files of a model to a folder, as unet/config.json and scheduler/scheduler_config.json.
 
-  `read` needs only these two files. The folder of an autoencoder is copied too, with its weights, because training does
-  not change them.
+  `read` needs only these two files. The folders of an autoencoder and of text encoders are copied too, with their
+  weights, because training does not change them. So are the tokenizers.
 
   Args:
     path: the model, see `load`.
     folder: the destination. Existing config files are replaced.
+    variant: the variant of the weights to copy, see `load`.
 
   Raises:
     ValueError: if the model does not exist.
     WriteError: if the files cannot be written.
   """
+  if is_text_pipeline(path):
+    text_saving.copy_frozen(path, user_path(folder), variant)
+    return
   *configs, autoencoder = pipeline_files(find_folder(path, weights=False))
   if autoencoder is not None:
     source, target = find_folder(path, parts=AUTOENCODERS) / autoencoder.name, user_path(folder) / autoencoder.name
@@ -207,7 +212,8 @@ def copy_config(path: str | Path, folder: str | Path) -> None:
     files.write_text(target, jsonfiles.read_text(source))
 
 
-def _is_text_pipeline(path: str | Path) -> bool:
+def is_text_pipeline(path: str | Path) -> bool:
+  """Return whether a model on disk or on the hub is a text pipeline."""
   return pipeline_index.is_text_pipeline(find_folder(path, weights=False))
 
 
@@ -229,8 +235,9 @@ def has_size(path: str | Path) -> bool:
 
   Without the size, `load` needs `shape`.
   """
-  config = jsonfiles.read(pipeline_files(find_folder(path, weights=False)).unet)
-  return config.get("sample_size") is not None
+  folder = find_folder(path, weights=False)
+  unet = folder / "unet" / "config.json" if pipeline_index.is_text_pipeline(folder) else pipeline_files(folder).unet
+  return jsonfiles.read(unet).get("sample_size") is not None
 
 
 def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -> int:

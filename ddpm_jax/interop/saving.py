@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, unet2d
+from ddpm_jax.interop import autoencoder_kl, scheduler_classes, schedulers, stable_diffusion, text_saving, unet2d
 from ddpm_jax.interop.card import model_card
 from ddpm_jax.interop.codec_folders import write_codec
 from ddpm_jax.interop.folders import VERSION, check_output, write_config
@@ -40,6 +40,9 @@ def save(
   network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
   the same two limits.
 
+  A model that was read from a text pipeline becomes a folder of the same pipeline (see `text_saving.save`). Only the
+  argument `frozen` applies to it.
+
   Args:
     path: the folder, new or empty.
     model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
@@ -60,6 +63,9 @@ def save(
     ValueError: if the folder is not empty, or diffusers cannot represent the model.
     WriteError: if the folder cannot be written. A partial folder is removed.
   """
+  if _is_text_model(model):
+    text_saving.save(path, model, params, frozen=frozen)
+    return
   path = check_output(path)
   check_exportable(model)
   _check_channels(model)
@@ -140,6 +146,8 @@ def check_exportable(model: Model) -> None:
       `codecs.pixels` or the codec of a `networks.Autoencoder`, data other than images [H, W, C], or a custom
       `time_input`.
   """
+  if _is_text_model(model):
+    return
   image_names = image_conditions(model)
   if image_names:
     raise ValueError(
@@ -165,6 +173,10 @@ def check_exportable(model: Model) -> None:
       "Got a model with a custom time_input; expected time_input=None, so that the network gets the time input of the"
       " process, as in diffusers."
     )
+
+
+def _is_text_model(model: Model) -> bool:
+  return isinstance(model.origin, stable_diffusion.Parts)
 
 
 def image_conditions(model: Model) -> list[str]:

@@ -1,7 +1,8 @@
 """Load pretrained models to start a run from, or to sample from in place of a run's model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ddpm_jax import config, interop
@@ -30,7 +31,15 @@ class Pretrained(NamedTuple):
   params: PyTree
 
 
-def _read(tree: Tree, path: str, flag: str = "", *, weights: bool = True) -> tuple[Tree, Pretrained]:
+def _read(
+  tree: Tree,
+  path: str,
+  flag: str = "",
+  *,
+  weights: bool = True,
+  choices: Mapping[str, Any] = MappingProxyType({}),
+  params_dtype: str = "float32",
+) -> tuple[Tree, Pretrained]:
   """Replace the config's model by a diffusers model, and return the config and the model.
 
   Args:
@@ -39,24 +48,33 @@ def _read(tree: Tree, path: str, flag: str = "", *, weights: bool = True) -> tup
     flag: the setting that names the model, for the error if the config's conditions do not match the model's; "" to
       skip this check.
     weights: whether to read the parameters.
+    choices: options of `diffusers.read` that replace those of the config.
+    params_dtype: the type of the parameters, see `diffusers.load`.
   """
-  options = _options(tree, path)
+  options = _options(tree, path) | choices
   if weights:
-    model, params = interop.diffusers.load(path, mesh=parallel.make_mesh(**tree.values["parallel"]), **options)
+    mesh = parallel.make_mesh(**tree.values["parallel"])
+    model, params = interop.diffusers.load(path, mesh=mesh, params_dtype=params_dtype, **options)
   else:
     model, params = interop.diffusers.read(path, **options), None
   if flag:
     _check_conditions(tree, model, flag)
-  return _with_model(tree, path), Pretrained(model, params)
+  return _with_model(tree, path, choices), Pretrained(model, params)
 
 
-def _with_model(tree: Tree, path: str) -> Tree:
+def _with_model(tree: Tree, path: str, choices: Mapping[str, Any] = MappingProxyType({})) -> Tree:
   """Return the config with the diffusers model at a path."""
-  return config.replace(tree, "model", {"component": _COMPONENT, "path": path} | _options(tree, path))
+  return config.replace(tree, "model", {"component": _COMPONENT, "path": path} | _options(tree, path) | choices)
 
 
 def replace_model(
-  path: str, tree: Tree, *, recipe: bool, keys: Collection[str] = (), weights: bool = True
+  path: str,
+  tree: Tree,
+  *,
+  recipe: bool,
+  keys: Collection[str] = (),
+  weights: bool = True,
+  choices: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Tree, Pretrained]:
   """Replace the config's model by a pretrained model, and return the config and the model.
 
@@ -66,8 +84,13 @@ def replace_model(
     recipe: whether the user chose the config. If not, the sampler's settings come from the model's defaults.
     keys: the config keys that the user set. They are not changed.
     weights: whether to read the parameters. A plan needs only the config files.
+    choices: options of `diffusers.read` that replace those of the config: "dtype", "shape" or "variant".
   """
-  tree, pretrained = _read(tree, path, "--pretrained" if recipe else "", weights=weights)
+  # Sampling needs no float32 parameters. Other pipelines than those of text keep them.
+  is_text = interop.diffusers.is_text_pipeline(path)
+  params_dtype = str(choices.get("dtype", "float32")) if is_text else "float32"
+  flag = "--pretrained" if recipe else ""
+  tree, pretrained = _read(tree, path, flag, weights=weights, choices=choices, params_dtype=params_dtype)
   defaults = pretrained.model.defaults
   if recipe or defaults is None:
     return tree, pretrained
@@ -81,6 +104,8 @@ def replace_model(
   elif tree.short_name("sampler") != "ancestral":
     steps = min(defaults.steps, steps, 50)
   clip = None if defaults.clip is None else {"component": "guidance.clip", **getattr(defaults.clip, "keywords", {})}
+  if defaults.guidance_scale != 1 and not is_set("guidance"):
+    tree = config.replace(tree, "guidance.scale", defaults.guidance_scale)
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
     if not is_set(key):
       tree = config.replace(tree, key, value)

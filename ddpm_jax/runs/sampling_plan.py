@@ -29,12 +29,14 @@ class Model(NamedTuple):
       config's model.
     is_recipe: whether the user chose the config, see `pretrained.replace_model`.
     keys: the config keys that the user set.
+    choices: options of the pretrained model, see `pretrained.replace_model`.
   """
 
   tree: Tree
   pretrained: str = ""
   is_recipe: bool = True
   keys: Collection[str] = ()
+  choices: Mapping[str, Any] = MappingProxyType({})
 
 
 def run_sampling_plan(
@@ -97,7 +99,8 @@ def _build(model: Model, devices: list[Any]) -> Experiment:
   tree = with_plain_kernels(model.tree, devices)
   if not model.pretrained:
     return config.build(tree)
-  tree, read = pretrained.replace_model(model.pretrained, tree, recipe=model.is_recipe, keys=model.keys, weights=False)
+  options: dict[str, Any] = {"keys": model.keys, "choices": model.choices}
+  tree, read = pretrained.replace_model(model.pretrained, tree, recipe=model.is_recipe, weights=False, **options)
   return config.build(tree, read.model)
 
 

@@ -1,0 +1,111 @@
+"""Save models of text pipelines as folders of diffusers."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.interop import autoencoder_kl, folders, pipeline_index, schedulers, text_configs, unet2d_condition
+from ddpm_jax.interop.codec_folders import write_codec
+from ddpm_jax.interop.stable_diffusion import Parts
+from ddpm_jax.interop.transformers import write_text_encoder
+from ddpm_jax.interop.unet_folders import write_unet
+from ddpm_jax.models import Model
+from ddpm_jax.models.texts import ENCODERS
+from ddpm_jax.storage import files
+
+PyTree = Any
+
+
+def save(path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str, PyTree] | None = None) -> None:
+  """Save a text model to a folder that its pipeline's `from_pretrained` and `diffusers.load` can read.
+
+  The weights are written in float32. The files of tokenizers are copied from where the model was read.
+
+  Args:
+    path: the folder, new or empty.
+    model: a model that `stable_diffusion.read` returned.
+    params: the parameters of the network.
+    frozen: the frozen parameters. None calls `model.load_frozen`.
+
+  Raises:
+    ValueError: if the folder is not empty, the model has another origin, or a folder of a tokenizer does not exist any
+      more.
+    WriteError: if the folder cannot be written. A partial folder is removed.
+  """
+  path, parts = folders.check_output(path), model.origin
+  if not isinstance(parts, Parts):
+    raise ValueError(
+      "Got a model that was not read from a text pipeline; expected the result of interop.diffusers.load for the folder of"
+      " a Stable Diffusion pipeline."
+    )
+  missing = [one.folder for one in parts.encoders.values() if not one.folder.is_dir()]
+  if missing:
+    raise ValueError(f"Got a model whose tokenizer was read from {missing[0]}, which does not exist; restore the folder.")
+  values = model.load_frozen() if frozen is None else frozen
+  encoders = values["conditions"]["text"][ENCODERS]
+  scale = autoencoder_kl.Scale(*(np.asarray(values["codec"][name]) for name in autoencoder_kl.Scale._fields))
+  height, width, _ = model.shape
+  unet = unet2d_condition.to_config(model.network.module, params, (height, width))
+  autoencoder = autoencoder_kl.to_config(model.codec.module, scale, (model.data_shape[0], model.data_shape[1]))
+  source = None if model.defaults is None else model.defaults.scheduler
+  scheduler = schedulers.to_config(model.process, model.prediction, clip=parts.schedule.clip, source=source)
+  version = {"_diffusers_version": folders.VERSION}
+  classes = {
+    "unet": ["diffusers", unet2d_condition.NAME],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", scheduler["_class_name"]],
+  }
+  with files.atomic_folder(path) as folder:
+    write_unet(folder / "unet", model.network.module, unet, params)
+    write_codec(folder / "vae", autoencoder, values["codec"]["autoencoder"])
+    for (part, one), name in zip(parts.encoders.items(), parts.index.tokenizers, strict=True):
+      write_text_encoder(folder / part, one.module, encoders[part])
+      copy_tokenizer(one.folder, folder / name)
+      classes[part] = ["transformers", text_configs.to_config(one.module)["architectures"][0]]
+      classes[name] = ["transformers", "CLIPTokenizer"]
+    folders.write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler, **version})
+    # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
+    content = pipeline_index.to_content(parts.index, classes)
+    folders.write_config(folder / pipeline_index.NAME, {**content, **version})
+
+
+def copy_frozen(path: str | Path, target: Path, variant: str = "") -> None:
+  """Copy a text pipeline without the weights of its U-Net.
+
+  Args:
+    path: the folder of the pipeline, or a name on the Hugging Face hub.
+    target: the destination, which the copy replaces.
+    variant: the variant of the weights to copy. Empty for the plain weights, or for the only variant.
+
+  Raises:
+    ValueError: if the pipeline or a part does not exist.
+    WriteError: if the files cannot be written.
+  """
+  folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
+  index = pipeline_index.read(folder)
+  if folder.absolute() == target.absolute():
+    return
+  names = {"vae": folders.DIFFUSERS} | dict.fromkeys(index.encoders, folders.TRANSFORMERS)
+  shutil.rmtree(target, ignore_errors=True)
+  with files.atomic_folder(target) as copy:
+    for part in index.tokenizers:
+      copy_tokenizer(folder / part, copy / part)
+    for part, weights in names.items():
+      found = folders.find_folder(path, parts=(part,), names=weights, variant=variant) / part
+      (copy / part).mkdir()
+      for file in (found / "config.json", *folders.weight_files(found, weights, variant)):
+        shutil.copyfile(file, copy / part / file.name)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", pipeline_index.NAME):
+      (copy / name).parent.mkdir(exist_ok=True)
+      shutil.copyfile(folder / name, copy / name)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+  """Copy the files of a tokenizer: JSON, texts and sentencepiece models."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for file in sorted(source.iterdir()):
+    if file.suffix in (".json", ".txt", ".model") and file.is_file():
+      shutil.copyfile(file, folder / file.name)
