@@ -1,6 +1,9 @@
 """Compare models of text pipelines with diffusers' pipelines, live, from the same noise."""
 
 import functools
+import json
+import re
+import shutil
 
 import diffusers
 import jax
@@ -15,6 +18,7 @@ from ddpm_jax.models import guided, inputs
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.storage import images
 from tests import text_pipelines
+from tests.commands import assert_refused, call
 from tests.test_interop_pipelines import assert_one_gray_level
 from tests.text_pipelines import SD, as_torch, noise
 
@@ -173,3 +177,88 @@ def test_round_trips_are_exact(name, written, tmp_path):
     assert (theirs is None) == (ours is None)
     if theirs is not None:
       assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.state_dict().items())
+
+
+def set_index(**changes):
+  def change(folder):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return change
+
+
+def set_config(part, **changes):
+  def change(folder):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return change
+
+
+def write_index(text):
+  return lambda folder: (folder / "model_index.json").write_text(text)
+
+
+# Changes of a folder, and a part of the error message.
+BROKEN = {
+  "missing part": (lambda folder: shutil.rmtree(folder / "text_encoder"), "lacks the folder text_encoder/"),
+  "absent part": (set_index(tokenizer=[None, None]), "without tokenizer; expected the parts"),
+  "missing config": (lambda folder: (folder / "vae" / "config.json").unlink(), "no config.json of an autoencoder"),
+  "file of code": (set_index(unet=["my_unet", "UNet2DConditionModel"]), "names code"),
+  "class of code": (set_index(_class_name=["pipeline", "MyPipeline"]), "names code"),
+  "pipeline of code": (set_index(custom_pipeline="lpw"), "names code"),
+  "other pipeline": (set_index(_class_name="StableDiffusion3Pipeline"), "which is not supported"),
+  "other part": (set_index(controlnet=["diffusers", "ControlNetModel"]), "with the part controlnet"),
+  "other class": (set_index(vae=["diffusers", "VQModel"]), "whose vae is a 'VQModel'; expected AutoencoderKL"),
+  "malformed part": (set_index(vae=["diffusers"]), "expected the name of a library and the name of a class"),
+  "type of a part": (set_index(scheduler=7), "scheduler=7; expected a list of strings"),
+  "type of an option": (set_index(force_zeros_for_empty_prompt="yes"), "expected true or false"),
+  "nested JSON": (write_index("[" * 100_000), "Cannot read"),
+  "no object": (write_index("[1]"), "expected a JSON object"),
+  "vocabulary": (set_config("text_encoder", vocab_size=1000), "tokens for a text encoder of 1,000 embeddings"),
+  "features": (set_config("unet", cross_attention_dim=40), "with 24 features and a U-Net with cross_attention_dim=40"),
+  "channels": (set_config("unet", in_channels=6), "in_channels=6; expected 4, or 9 for inpainting"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_are_refused(name, written, tmp_path):
+  change, message = BROKEN[name]
+  ignore = shutil.ignore_patterns("*.safetensors")
+  folder = shutil.copytree(written("sd1")[1], tmp_path / "copy", ignore=ignore)
+  change(folder)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    interop.diffusers.read(folder)
+
+
+def test_sizes_that_the_model_cannot_take_are_refused(written):
+  folder = written("sd1")[1]
+  with pytest.raises(ValueError, match="sides divisible by 4, the factor of the autoencoder. Use 32x40, for example"):
+    interop.diffusers.read(folder, shape=(31, 40, 3))
+  model = interop.diffusers.read(folder, shape=(24, 40, 3))
+  assert (model.shape, model.data_shape) == ((6, 10, 4), (24, 40, 3))
+
+
+def test_variants_and_types_of_parameters(written, tmp_path):
+  pipeline, folder, model, _ = written("sd1")
+  pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+  copy = shutil.copytree(folder, tmp_path / "both")
+  shutil.copytree(tmp_path / "half", copy, dirs_exist_ok=True)
+  with pytest.raises(ValueError, match="no weights of the variant 'fp32'"):
+    interop.diffusers.load(copy, variant="fp32")
+  model, params = interop.diffusers.load(copy, variant="fp16", dtype="bfloat16", params_dtype="bfloat16")
+  leaves = jax.tree.leaves((params, model.load_frozen()["conditions"]["text"]["encoders"]))
+  assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+
+
+def test_the_command_line_samples_from_prompts(written, tmp_path):
+  folder = written("sd1")[1]
+  arguments = [f"--workdir={tmp_path}", f"--pretrained={folder}", "--prompt=a red fox", "--num_steps=2"]
+  options = ["--size=24x40", "--dtype=bfloat16", "--negative_prompt=blurry", "--guidance_scale=3"]
+  code, output = call("--mode=sample", *arguments, *options)
+  assert code == 0, output
+  (path,) = (tmp_path / "samples").glob("*.npz")
+  assert np.load(path)["samples"].shape == (1, 24, 40, 3)
+  for flag, message in (("--size=24", "such as --size=512x768"), ("--size=23x40", "divisible by 4")):
+    assert_refused(*call("--mode=sample", *arguments, flag), message)
+  assert_refused(*call("--mode=sample", f"--workdir={tmp_path}", "--variant=fp16"), "without --pretrained")

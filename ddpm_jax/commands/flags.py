@@ -56,9 +56,7 @@ MODEL = Group(
     CONFIG,
     WORKDIR,
     PRETRAINED,
-    Flag(
-      "size", text, "The size of the images of --pretrained (default: that of its config).", metavar="HEIGHTxWIDTH"
-    ),
+    Flag("size", text, "The size of the images of --pretrained (default: that of its config).", metavar="HEIGHTxWIDTH"),
     Flag("dtype", text, "The type in which --pretrained computes: float32 (the default) or bfloat16."),
     Flag("variant", text, "The variant of the weights of a text pipeline in --pretrained, such as fp16."),
     Flag("revision", text, "The branch, tag or commit of --pretrained on the Hugging Face hub."),
@@ -300,9 +298,7 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
       "Got --ema, --ema_length or --step with --pretrained, which has only one set of weights; leave them out."
     )
   tree = config.read(args.config, keys, folder, default={})
-  tree, model = runs.pretrained.replace_model(
-    path, tree, recipe=args.config is not None, keys=keys, choices=choices
-  )
+  tree, model = runs.pretrained.replace_model(path, tree, recipe=args.config is not None, keys=keys, choices=choices)
   return config.build(tree, model.model), model
 
 
@@ -320,7 +316,7 @@ def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
   choices: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "variant") if getattr(args, name)}
   if args.size:
     sides = args.size.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and 0 < int(side[:9]) and len(side) < 9 for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 9 and int(side) > 0 for side in sides):
       raise ValueError(f"Got --size={args.size}; expected the height and the width in pixels, such as --size=512x768.")
     choices["shape"] = (int(sides[0]), int(sides[1]), 3)
   if args.revision and user_path(args.pretrained, "--pretrained=").is_dir():

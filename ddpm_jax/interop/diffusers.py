@@ -85,8 +85,8 @@ def load(
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
-    variant: for text pipelines, the variant of the weights, such as "fp16". Empty for the plain weights, or for the only
-      variant.
+    variant: for text pipelines, the variant of the weights, such as "fp16". Empty for the plain weights, or for the
+      only variant.
     params_dtype: for text pipelines, the dtype of the network's parameters, "float32" or "bfloat16".
     mesh: the devices to shard the parameters over (see `tensors.load`); None for the default device.
 

@@ -1,4 +1,4 @@
-"""Read model_index.json, which lists the parts of a pipeline of diffusers, and describe the supported text pipelines."""
+"""Read and write model_index.json of text pipelines, the list of their parts."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -302,7 +302,9 @@ def source_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: 
 
 def _check_items(name: str, items: Array, shape: tuple[int, ...]) -> None:
   if items.shape[1:] != shape:
-    raise ValueError(f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images.")
+    raise ValueError(
+      f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images."
+    )
 
 
 def _trained_size(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -43,7 +43,9 @@ def save(path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str,
     )
   missing = [one.folder for one in parts.encoders.values() if not one.folder.is_dir()]
   if missing:
-    raise ValueError(f"Got a model whose tokenizer was read from {missing[0]}, which does not exist; restore the folder.")
+    raise ValueError(
+      f"Got a model whose tokenizer was read from {missing[0]}, which does not exist; restore the folder."
+    )
   values = model.load_frozen() if frozen is None else frozen
   encoders = values["conditions"]["text"][ENCODERS]
   scale = autoencoder_kl.Scale(*(np.asarray(values["codec"][name]) for name in autoencoder_kl.Scale._fields))

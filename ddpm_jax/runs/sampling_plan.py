@@ -1,6 +1,7 @@
 """Plan the memory and the cost of sampling on devices that need not be present."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
