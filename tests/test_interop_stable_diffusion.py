@@ -9,16 +9,19 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
 
 from ddpm_jax import guidance, interop, sampling
-from ddpm_jax.interop import schedulers
+from ddpm_jax.interop import ldm, schedulers
 from ddpm_jax.models import guided, inputs
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.storage import images
 from tests import text_pipelines
 from tests.commands import assert_refused, call
+from tests.test_interop_ldm import stored
 from tests.test_interop_pipelines import assert_one_gray_level
 from tests.text_pipelines import SD, as_torch, noise
 
@@ -262,3 +265,85 @@ def test_the_command_line_samples_from_prompts(written, tmp_path):
   for flag, message in (("--size=24", "such as --size=512x768"), ("--size=23x40", "divisible by 4")):
     assert_refused(*call("--mode=sample", *arguments, flag), message)
   assert_refused(*call("--mode=sample", f"--workdir={tmp_path}", "--variant=fp16"), "without --pretrained")
+
+
+def open_clip_names(state):
+  """Return the tensors of a text encoder of transformers as OpenCLIP stores them."""
+  names = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn": "attn",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+  }
+  result = {}
+  for name, value in state.items():
+    for old, new in names.items():
+      name = name.replace(old, new)
+    if name == "text_projection.weight":
+      result["text_projection"] = value.T.contiguous()
+    elif ".q_proj." in name:
+      prefix, kind = name.split(".q_proj.")
+      layer = prefix.split(".")[2]
+      parts = [state[f"text_model.encoder.layers.{layer}.self_attn.{one}_proj.{kind}"] for one in "qkv"]
+      result[f"{prefix}.in_proj_{kind}"] = torch.cat(parts)
+    elif not re.search(r"\.[kv]_proj\.", name):
+      result[name] = value
+  return result
+
+
+def single_file(folder, model, params, path, prefixes):
+  """Write the single-file checkpoint of a folder, with the prefixes of text encoders by the name of their part."""
+  state = stored(params, ldm.unet_layout(model.network.module), "model.diffusion_model.")
+  autoencoder = model.load_frozen()["codec"]["autoencoder"]
+  state |= stored(autoencoder, ldm.autoencoder_layout({}), "first_stage_model.")
+  for part, prefix in prefixes.items():
+    tensors = safetensors.torch.load_file(folder / part / "model.safetensors")
+    if prefix.endswith(".model."):
+      tensors = open_clip_names(tensors) | {"logit_scale": torch.ones(())}
+    state |= {prefix + name: value for name, value in tensors.items()}
+  safetensors.torch.save_file(state, path)
+
+
+def test_names_of_open_clip_match_the_converter(written):
+  pipeline, folder, _, _ = written("xl")
+  state = safetensors.torch.load_file(folder / "text_encoder_2" / "model.safetensors")
+  checkpoint = {f"x.{name}": value for name, value in open_clip_names(state).items()}
+  converted = single_file_utils.convert_open_clip_checkpoint(pipeline.text_encoder_2, checkpoint, "x.")
+  assert {name: tuple(value.shape) for name, value in converted.items()} == {
+    name: tuple(value.shape) for name, value in state.items()
+  }
+  assert all(torch.equal(value, state[name]) for name, value in converted.items())
+
+
+FILES = {
+  "sd1": ({"text_encoder": "cond_stage_model.transformer."}, {}),
+  "xl": (
+    {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
+    {"size_features": 8},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_single_files_hold_the_same_model(name, written, tmp_path):
+  _, folder, model, parameters = written(name)
+  prefixes, options = FILES[name]
+  path = tmp_path / "model.safetensors"
+  single_file(folder, model, parameters.params, path, prefixes)
+  with pytest.raises(ValueError, match="expected 'epsilon' or 'v_prediction'"):
+    interop.single_file.read(path, folder, heads=4, text_heads=4, prediction="flow", **options)
+  loaded, params = interop.single_file.load(path, folder, heads=4, text_heads=4, **options)
+  assert_same(params, parameters.params)
+  frozen = loaded.load_frozen()
+  assert_same(frozen["conditions"]["text"]["encoders"], parameters.frozen["conditions"]["text"]["encoders"])
+  assert_same(frozen["codec"]["autoencoder"], parameters.frozen["codec"]["autoencoder"])
+  assert loaded.defaults.scheduler["_class_name"] == model.defaults.scheduler["_class_name"]
+  assert (loaded.origin.index, list(loaded.conditions)) == (model.origin.index, list(model.conditions))
+  for part, one in loaded.origin.encoders.items():
+    theirs = model.origin.encoders[part].module
+    assert one.module.clone(end=theirs.end) == theirs

@@ -1,10 +1,10 @@
 """Load models that other libraries wrote, and save models for them.
 
-`diffusers` reads and writes diffusers' folders, `stable_diffusion` those of text pipelines, and `unet_folders` those of
-networks alone. `guided_diffusion`
-reads guided-diffusion's checkpoints, `ldm` reads single-file checkpoints of Stable Diffusion, `inception` reads the
-weights of the FID network, `features` reads networks for perceptual losses, `transformers` reads and writes text
-encoders, and `tensors` reads and writes files of weights.
+`diffusers` reads and writes diffusers' folders, `stable_diffusion` reads those of text pipelines, and `unet_folders`
+those of networks alone. `single_file` reads single-file checkpoints of Stable Diffusion, and `ldm` their networks
+alone. `guided_diffusion` reads guided-diffusion's checkpoints, `inception` reads the weights of the FID network,
+`features` reads networks for perceptual losses, `transformers` reads and writes text encoders, and `tensors` reads and
+writes files of weights.
 """
 
 import importlib
@@ -15,6 +15,7 @@ __all__ = [
   "guided_diffusion",
   "inception",
   "ldm",
+  "single_file",
   "stable_diffusion",
   "tensors",
   "transformers",
