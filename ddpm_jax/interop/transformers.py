@@ -100,7 +100,7 @@ def _load_params(folder: Path, encoder: TextEncoder, template: PyTree) -> PyTree
   path = folders.weights_path(folder, folders.TRANSFORMERS)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(path)
   names = text_names.modern_names(encoder, file.shapes)
-  return tensors.load(file, template, text_names.layout(encoder), names, dtype=encoder.dtype)
+  return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=encoder.dtype)
 
 
 def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:
