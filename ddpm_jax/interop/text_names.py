@@ -60,8 +60,13 @@ _DECODER = ("decoder.", "lm_head.")
 _TABLE, _SAME_TABLE = "shared.weight", "encoder.embed_tokens.weight"
 
 
-def layout(encoder: TextEncoder) -> tensors.Layout:
-  """Return the layout of the weight files of an encoder."""
+def layout(encoder: TextEncoder, names_in_file: Collection[str] = ()) -> tensors.Layout:
+  """Return the layout of the weight files of an encoder.
+
+  Args:
+    encoder: the encoder.
+    names_in_file: the names of the tensors in a file to read. Some files of T5 contain the table of tokens twice.
+  """
   if isinstance(encoder, CLIPText):
     names = _CLIP
   elif isinstance(encoder, T5Encoder):
@@ -75,7 +80,9 @@ def layout(encoder: TextEncoder) -> tensors.Layout:
     return f"{names[module].format(number and number[1])}.{tensors.leaf_name(path)}"
 
   def is_ignored(name: str) -> bool:
-    return name.startswith(_DECODER) if isinstance(encoder, T5Encoder) else name.endswith(_BUFFERS)
+    if not isinstance(encoder, T5Encoder):
+      return name.endswith(_BUFFERS)
+    return name.startswith(_DECODER) or (name == _SAME_TABLE and _TABLE in names_in_file)
 
   return tensors.Layout(name_of, is_ignored=is_ignored)
 
@@ -83,8 +90,8 @@ def layout(encoder: TextEncoder) -> tensors.Layout:
 def modern_names(encoder: TextEncoder, names: Collection[str]) -> dict[str, str]:
   """Map names of other versions of transformers to those of `layout`.
 
-  Some files of CLIP lack the prefix "text_model.", some files of T5 contain the table of tokens under another name or
-  twice, and very old files of BERT have other names of scales and shifts.
+  Some files of CLIP lack the prefix "text_model.", some files of T5 contain the table of tokens under another name, and
+  very old files of BERT have other names of scales and shifts.
   """
   if isinstance(encoder, CLIPText):
     parts = ("embeddings.", "encoder.", "final_layer_norm.")

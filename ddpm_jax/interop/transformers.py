@@ -106,7 +106,7 @@ def _load_params(
   path = folders.weights_path(folder, folders.TRANSFORMERS, variant)
   file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(path)
   names = text_names.modern_names(encoder, file.shapes)
-  return tensors.load(file, template, text_names.layout(encoder), names, dtype=encoder.dtype, mesh=mesh)
+  return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=encoder.dtype, mesh=mesh)
 
 
 def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:
