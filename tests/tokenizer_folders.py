@@ -165,3 +165,12 @@ def awkward_prompts(count=300):
     separator = draw.choice(["", " ", " ", ", ", "\n"])
     prompts.append(separator.join(draw.choices(PARTS, k=draw.randint(2, 8))))
   return prompts[:count]
+
+
+def tiny_clip(folder):
+  """Write a folder of CLIP's layout with few tokens, so that damaged copies are cheap."""
+  tokens = ["c", "a", "t", "c</w>", "a</w>", "t</w>", "ca", "cat</w>", START, END]
+  write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+  (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+  write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+  return folder
