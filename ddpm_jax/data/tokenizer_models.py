@@ -6,7 +6,7 @@ package aborts with a stack trace on some malformed content.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,16 +88,15 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
   """
   if (folder / JSON).is_file():
     return _read_json(folder / JSON), settings
-  readers = {
+  readers: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "clip": ((VOCABULARY, MERGES), _read_clip),
     "t5": ((SENTENCEPIECE,), _read_sentencepiece),
     "bert": ((WORDPIECE,), _read_wordpiece),
   }
   for kind, (names, reader) in readers.items():
-    if not all((folder / name).is_file() for name in names):
+    is_other = settings.class_name is not None and settings.kind != kind
+    if is_other or not all((folder / name).is_file() for name in names):
       continue
-    if settings.kind != kind and settings.class_name is not None:
-      break
     settings = settings if settings.kind else tokenizer_settings.with_kind(settings, kind)
     return Backend(reader(*(check_size(folder / name) for name in names), settings)), settings
   found = sorted(file.name for file in folder.iterdir())
@@ -192,13 +191,13 @@ def _read_sentencepiece(path: Path, settings: Settings) -> Any:
 
 def _parse_sentencepiece(path: Path) -> Any:
   try:
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
   except ImportError as error:
     raise ValueError(
       f"Got {path}, which needs the packages sentencepiece and protobuf, which are not installed. Install them: pip"
       " install 'ddpm_jax[text]'."
     ) from error
-  model = sentencepiece_model_pb2.ModelProto()
+  model = messages.ModelProto()  # type: ignore[attr-defined]  # created when the module is imported
   try:
     model.ParseFromString(path.read_bytes())
   except Exception as error:  # google.protobuf.message.DecodeError, or an error of text that is not UTF-8

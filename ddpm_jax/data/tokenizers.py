@@ -1,9 +1,10 @@
 """Read tokenizers of text encoders from their folders, and make small ones for models that train an embedding."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.data import tokenizer_models, tokenizer_settings
@@ -132,7 +133,8 @@ class LibrarySplit:
     return encoding.ids, [start for start, _ in encoding.offsets]
 
 
-class _Lookup(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
   """Split texts at the matches of a pattern, and look up the ids of the matches."""
 
   pattern: str
