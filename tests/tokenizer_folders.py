@@ -189,3 +189,12 @@ def write_bert(folder):
   (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
   write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": 16})
   return folder
+
+
+def tiny_clip(folder):
+  """Write a folder of CLIP's layout with few tokens, so that damaged copies are cheap."""
+  tokens = ["c", "a", "t", "c</w>", "a</w>", "t</w>", "ca", "cat</w>", START, END]
+  write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+  (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+  write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+  return folder

@@ -94,10 +94,9 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
     "bert": ((WORDPIECE,), _read_wordpiece),
   }
   for kind, (names, reader) in readers.items():
-    if not all((folder / name).is_file() for name in names):
+    is_other = settings.class_name is not None and settings.kind != kind
+    if is_other or not all((folder / name).is_file() for name in names):
       continue
-    if settings.kind != kind and settings.class_name is not None:
-      break
     settings = settings if settings.kind else tokenizer_settings.with_kind(settings, kind)
     return Backend(reader(*(check_size(folder / name) for name in names), settings)), settings
   found = sorted(file.name for file in folder.iterdir())
@@ -192,14 +191,14 @@ def _read_sentencepiece(path: Path, settings: Settings) -> Any:
 
 def _parse_sentencepiece(path: Path) -> Any:
   try:
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages
   except ImportError as error:
     raise ValueError(
       f"Got {path}, which needs the packages sentencepiece and protobuf, which are not installed. Install them: pip"
       " install 'ddpm_jax[text]'."
     ) from error
   # The module makes its classes when it is imported, so type checkers do not see them.
-  model = cast(Any, sentencepiece_model_pb2).ModelProto()
+  model = cast(Any, messages).ModelProto()
   try:
     model.ParseFromString(path.read_bytes())
   except Exception as error:  # google.protobuf.message.DecodeError, or an error of text that is not UTF-8
