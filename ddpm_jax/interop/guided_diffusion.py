@@ -394,8 +394,8 @@ def _names(network: UNet | Classifier) -> Callable[[str], str]:
   """Return a function `name_of(path)` that maps our paths to guided-diffusion's names."""
   attention = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out": "proj_out"}
   pool = {"to_q": "qkv_proj", "to_k": "qkv_proj", "to_v": "qkv_proj", "to_out": "c_proj"}
-  starts = {"classes": "label_emb", "pool": "out.2"}
-  name_of = numbered_blocks.names(len(network.multipliers), network.blocks, network.attention_levels, starts, attention)
+  levels, starts = len(network.multipliers), {"classes": "label_emb"}
+  name_of = numbered_blocks.names(levels, network.blocks, network.attention_levels, starts, attention)
 
   def name_of_any(path: str) -> str:
     if path == "pool/positions":

@@ -270,6 +270,10 @@ class Conv(nn.Module):
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2
     kernel = parameter(self, "kernel", self.kernel_init, (self.size,) * axes + (count_features(x), self.features))
+    # Joining the parts copies the data, and splitting the kernel copies the kernel. Near the middle of large networks,
+    # the kernels are much larger than the data.
+    if len(parts) > 1 and sum(part.size for part in parts) < kernel.size:
+      parts = [jnp.concatenate(parts, axis=-1)]
     bias = parameter(self, "bias", ZEROS, (self.features,)).astype(self.dtype)
 
     def convolve(x: Array, kernel: Array) -> Array:

@@ -96,25 +96,8 @@ def check_conditional(network: Any) -> None:
   for name, features in (("channels", n.channels), ("size_features", n.size_features or n.channels)):
     _check_sinusoids(name, features)
   _check_computation(n)
-  for level in range(-1, levels):
-    features, groups = n.channels * (1, *n.multipliers)[level + 1], n.groups
-    has_heads = level in n.attention_levels or level == levels - 1
-    heads = per_level(n.heads, levels)[level] if has_heads else 1
-    if (
-      features < 1 or not _divides(groups or default_groups(round(features)), features) or not _divides(heads, features)
-    ):
-      raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {features / n.channels:g}) with groups={groups},"
-        f" heads={heads}; expected an integer divisible by both. Change channels, multipliers, groups or heads."
-      )
-  widths = [n.num_features(level) for level in range(levels)]
-  layers = per_level(n.transformer_layers, levels)
-  # A lower bound on the number of parameters: convolutions, and the dense layers of transformers and embeddings.
-  count = n.blocks * sum(9 * width**2 for width in widths) + n.embedding_width * (n.embedding_width + n.channels)
-  count += sum(16 * n.blocks * layers[level] * widths[level] ** 2 for level in n.attention_levels)
-  count += (n.num_classes + n.vocabulary) * n.embedding_width + n.guidance_features * n.channels
-  _check_blocks(n, n.blocks * levels + sum(n.blocks * layers[level] for level in n.attention_levels), count)
-  memory.check(f"a network of channels={n.channels}", 4 * count, None, "Set fewer channels or transformer_layers.")
+  _check_conditional_features(n)
+  _check_conditional_size(n)
 
 
 def per_level(values: Any, count: int) -> tuple[Any, ...]:
@@ -125,8 +108,31 @@ def per_level(values: Any, count: int) -> tuple[Any, ...]:
   return (values,) * count if isinstance(values, int | str) else tuple(values)
 
 
-def _divides(divisor: int, features: float) -> bool:
-  return abs(features - round(features)) <= 1e-6 and round(features) % divisor == 0
+def _check_conditional_features(network: Any) -> None:
+  n, levels = network, len(network.multipliers)
+  # The first features are those of the first convolution, which are not split into heads.
+  heads = [1] + [
+    heads if level in n.attention_levels or level == levels - 1 else 1
+    for level, heads in enumerate(per_level(n.heads, levels))
+  ]
+  for multiplier, count in zip((1, *n.multipliers), heads, strict=True):
+    features, groups = n.channels * multiplier, n.groups or default_groups(round(n.channels * multiplier))
+    if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % groups or round(features) % count:
+      raise ValueError(
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, heads={count}; expected"
+        " an integer divisible by both. Change channels, multipliers, groups or heads."
+      )
+
+
+def _check_conditional_size(network: Any) -> None:
+  n, levels = network, len(network.multipliers)
+  widths, depths = [n.num_features(level) for level in range(levels)], per_level(n.transformer_layers, levels)
+  # A lower bound on the number of parameters: convolutions, and the dense layers of transformers and embeddings.
+  count = n.blocks * sum(9 * width**2 for width in widths) + n.embedding_width * (n.embedding_width + n.channels)
+  count += sum(16 * n.blocks * depths[level] * widths[level] ** 2 for level in n.attention_levels)
+  count += (n.num_classes + n.vocabulary) * n.embedding_width + n.guidance_features * n.channels
+  _check_blocks(n, n.blocks * levels + sum(n.blocks * depths[level] for level in n.attention_levels), count)
+  memory.check(f"a network of channels={n.channels}", 4 * count, None, "Set fewer channels or transformer_layers.")
 
 
 def _check_values(network: Any) -> None:
@@ -168,7 +174,7 @@ def _check_attention_levels(network: Any) -> None:
 
 def _check_sinusoids(name: str, features: int) -> None:
   if features % 2 or features < 4:
-    raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for the time embedding.")
+    raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for sines and cosines.")
 
 
 def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
