@@ -397,6 +397,7 @@ def test_values_and_components_can_be_replaced():
     "s_min": 0.0,
     "s_max": math.inf,
     "s_noise": 1.0,
+    "scaled": False,
   }
   assert configs.replace(other, "sampler.s_churn", 3).at("sampler.s_churn") == 3.0
   with pytest.raises(ValueError, match="Got 'sampler.eta' as a config key of sampling.heun"):

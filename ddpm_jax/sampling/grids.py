@@ -227,7 +227,7 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
 
 def _to_times(steps: np.ndarray, n: int, end_step: int) -> np.ndarray:
   """Return the times of falling steps and of the step at which the grid ends, without a last step of no length."""
-  if not 0 <= end_step <= steps[-1] or end_step == steps[0]:
+  if not 0 <= end_step <= steps[-1] or end_step == steps[0] or end_step % 1:
     raise ValueError(
       f"Got end_step={end_step} for a grid of the steps {steps[0]:g} to {steps[-1]:g}; expected a step from 0 to {steps[-1]:g}, below"
       " the first one, such as 0 or 1."
