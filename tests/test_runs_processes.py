@@ -13,8 +13,8 @@ import pytest
 from ddpm_jax.storage import checkpoint
 from tests import commands
 from tests.commands import DENSE, RECIPE
-from tests.parameters import use_dense
-from tests.recipes import newest_state
+from tests.parameters import use_dense, write_run
+from tests.recipes import newest_state, tiny_config
 
 STEPS = 10
 OPTIONS = [
@@ -72,6 +72,24 @@ def test_two_processes_train_the_same_parameters_as_one(config, tmp_path, monkey
 
 
 # The tests below use the dense network only, because they do not depend on the network.
+def test_two_processes_sample_with_one_copy_of_the_parameters(tmp_path, monkeypatch):
+  together, alone = tmp_path / "together", tmp_path / "alone"
+  use_dense(monkeypatch)
+  write_run(tiny_config(), alone, averages_seed=1)
+  shutil.copytree(alone, together)
+  sample = [DENSE, "--mode=sample", "--num_samples=4"]
+  code, output = commands.call(*sample, f"--workdir={alone}", devices=2)
+  assert code == 0, output
+  codes, outputs = finish(*start_two(*sample, f"--workdir={together}"))
+  assert codes == (0, 0), outputs
+  samples = []
+  for folder in (alone, together):
+    with np.load(next((folder / "samples").glob("*.npz"))) as file:
+      samples.append(file["samples"].astype(int))
+  assert np.ptp(samples[0]) > 20
+  assert np.max(np.abs(samples[0] - samples[1])) <= 1
+
+
 ENDLESS = "--config.training.steps=100000"
 
 

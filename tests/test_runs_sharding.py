@@ -1,6 +1,8 @@
 """Test sampling with parameters that are sharded over eight simulated devices."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +163,17 @@ def test_commands_give_the_same_images_with_fsdp(run, tmp_path):
     full, parts = (sample_with(run, name, *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
     assert np.ptp(full) > 20
     assert np.max(np.abs(full.astype(int) - parts.astype(int))) <= 1
-  code, output = call(DENSE, "--mode=eval", f"--workdir={run}", "--fsdp=4", devices=8)
-  assert code == 0, output
+  reports = []
+  for arguments in ((), ("--fsdp=4",)):
+    code, output = call(DENSE, "--mode=eval", f"--workdir={run}", *arguments, devices=8)
+    assert code == 0, output
+    reports.append(json.loads((run / "eval.json").read_text()))
+    # Otherwise the second command would find the samples of the first one.
+    shutil.rmtree(run / "samples")
+  full, parts = reports
+  assert full["weights_sha256"] == parts["weights_sha256"]
+  distances = [report["scores"]["generated"]["frechet_distance"] for report in reports]
+  assert distances[1] == pytest.approx(distances[0], rel=1e-3)
 
 
 def assert_sharded(parts, full):

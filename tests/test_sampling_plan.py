@@ -12,7 +12,7 @@ from ddpm_jax.config import spec
 from ddpm_jax.devices import costs, hardware, plan, sampling_plan
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import programs
-from ddpm_jax.runs.sampling_plan import Model, run_sampling_plan
+from ddpm_jax.runs.sampling_plan import ModelChoice, run_sampling_plan
 from tests.commands import RECIPE, assert_refused, call
 from tests.conftest import ROOT
 from tests.recipes import experiment_of, tiny_config, tree_of
@@ -35,7 +35,7 @@ def config_of(fsdp=1, scale=1.0, sampler="ddim"):
 
 def planned(num_samples=None, **options):
   """Plan on the eight simulated devices."""
-  model = Model(tree_of(config_of(**options)))
+  model = ModelChoice(tree_of(config_of(**options)))
   return run_sampling_plan(model, topology_name=None, num_devices=None, num_samples=num_samples)
 
 

@@ -72,10 +72,10 @@ def run(args: flags.Args) -> None:
   keys, steering = flags.sampling_keys(args), flags.steering(args)
   path, choices = flags.pretrained_choices(args)
   if args.pretrained is None:
-    model = runs.sampling_plan.Model(flags.read_config(args, keys))
+    model = runs.sampling_plan.ModelChoice(flags.read_config(args, keys))
   else:
     folder = args.workdir or Path.cwd()
     tree = config.read(args.config, keys, folder, default={})
-    model = runs.sampling_plan.Model(tree, path, args.config is not None, keys, choices)
+    model = runs.sampling_plan.ModelChoice(tree, path, args.config is not None, keys, choices)
   jax_setup.cache_compilations()
   runs.run_sampling_plan(model, num_samples=args.num_samples, steering=steering, scale=args.guidance_scale, **devices)

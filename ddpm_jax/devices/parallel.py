@@ -369,9 +369,13 @@ def peak_memory() -> int:
   return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def gather(mesh: Mesh, tree: PyTree) -> PyTree:
-  """Replicate arrays on every device, whatever their shardings are."""
-  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+def to_host(leaf: jax.Array) -> np.ndarray:
+  """Return a full copy of an array in the memory of the host. With several processes, call this on all of them."""
+  if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    return np.asarray(leaf)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(leaf, tiled=True)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ddpm_jax.models.guided import Parameters
 from ddpm_jax.runs import generation, scoring, spaces
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
-from ddpm_jax.storage import images, records, scores
+from ddpm_jax.storage import images, records, scores, sealed
 
 Array = jax.Array
 
@@ -285,10 +285,10 @@ class Scorer:
       print_line("no scores: there are no held-out images (see config.data.source.eval_split and config.data.hold_out)")
       return
     print_line(f"reconstructing {self._count:,} held-out images with the {weights.name} weights ...")
-    # All processes gather the parameters, because no process may hold all of them.
-    parameters = parallel.gather(run.mesh, weights.parameters)
-    leaves = jax.tree.leaves(jax.device_get(parameters.params))
-    weights = weights._replace(parameters=parameters, sha256=metrics.digest(*map(np.asarray, leaves)))
+    parameters = weights.parameters
+    # All processes gather each parameter, because no process may hold all of them.
+    sha256 = sealed.digest_all(map(parallel.to_host, jax.tree.leaves(parameters.params)))
+    weights = weights._replace(sha256=sha256)
     totals = self._totals()
 
     def images_of_batches() -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ from ddpm_jax.runs.steering import Guided, Steering, steer
 PyTree = Any
 
 
-class Model(NamedTuple):
+class ModelChoice(NamedTuple):
   """Describe a model to plan for.
 
   Attributes:
@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
 
 def run_sampling_plan(
-  model: Model,
+  model: ModelChoice,
   *,
   topology_name: str | None,
   num_devices: int | None,
@@ -95,7 +95,7 @@ def run_sampling_plan(
   return result
 
 
-def _build(model: Model, devices: list[Any]) -> Experiment:
+def _build(model: ModelChoice, devices: list[Any]) -> Experiment:
   """Build the experiment, without the parameters of a pretrained model."""
   tree = with_plain_kernels(model.tree, devices)
   if not model.pretrained:

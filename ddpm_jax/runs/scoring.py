@@ -25,7 +25,7 @@ from ddpm_jax.runs import generation, likelihoods, programs, reporting, spaces
 from ddpm_jax.runs.generation import Inputs
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
-from ddpm_jax.storage import images, scores
+from ddpm_jax.storage import images, scores, sealed
 
 # The number of samples in one call of the feature extractor.
 _CHUNK = 512
@@ -148,10 +148,9 @@ class Scorer:
     """
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]
-    parameters = parallel.gather(run.mesh, weights.parameters)
     # The digest covers the frozen parameters too, because samples depend on them.
-    sha256 = metrics.digest(*map(np.asarray, jax.tree.leaves(jax.device_get(parameters))))
-    weights = weights._replace(parameters=parameters, sha256=sha256)
+    sha256 = sealed.digest_all(map(parallel.to_host, jax.tree.leaves(weights.parameters)))
+    weights = weights._replace(sha256=sha256)
     inputs = self._inputs(self._count)
     names = zip(variants, _names(variants, seed), strict=True)
     generated = [self._generate(variant, weights, seed, name, inputs) for variant, name in names]

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class ChangedError(DamagedFileError):
 
 def digest(*arrays: np.ndarray) -> str:
   """Return the SHA-256 of the types, shapes and bytes of arrays."""
+  return digest_all(arrays)
+
+
+def digest_all(arrays: Iterable[np.ndarray]) -> str:
+  """Return the same digest as `digest`, of arrays that need not be in memory at the same time."""
   total = hashlib.sha256()
   for array in arrays:
     total.update(f"{array.dtype}{array.shape}".encode())
