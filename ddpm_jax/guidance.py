@@ -106,7 +106,7 @@ def classifier_free(
     raise ValueError(f"Got rescale={rescale}; expected a number in [0, 1], 0 for no rescaling.")
 
   def guide(x_t, t, w):
-    denoised, against = _both_branches(conditional, x_t, t, condition, negative)
+    denoised, against = _branches(conditional, x_t, t, condition, negative)
     c = x_0_of(denoised)
     x_0 = _interpolate(x_0_of(against), c, w)
     if rescale:
@@ -148,9 +148,47 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
     if scale == 0:
       u = x_0_of(conditional(x_t, t, negative))
       return Denoised(u, unguided=u)
-    denoised, against = _both_branches(conditional, x_t, t, condition, negative)
+    denoised, against = _branches(conditional, x_t, t, condition, negative)
     u = x_0_of(against)
     return Denoised(_interpolate(u, x_0_of(denoised), scale), unguided=u)
+
+  return denoise
+
+
+@check_types
+def two_conditions(
+  conditional: Conditional,
+  condition: PyTree,
+  partial: PyTree,
+  negative: PyTree,
+  scale: float = 7.5,
+  partial_scale: float = 1.5,
+) -> Denoise:
+  """Apply guidance with a scale for each of two conditions (Brooks et al. 2023, equation 3).
+
+  The estimate is u + partial_scale (p - u) + scale (c - p), for the estimates c, p and u with `condition`, `partial`
+  and `negative`. One call with a tripled batch computes all three. A learned variance comes from c.
+
+  Args:
+    conditional: the conditional model, as in `classifier_free`.
+    condition: both conditions, such as an instruction and the image to edit.
+    partial: the same, with the null value of the condition that `scale` strengthens, such as the instruction.
+    negative: the same, with the null values of both.
+    scale: the scale of the condition that `partial` lacks.
+    partial_scale: the scale of the other condition.
+
+  Raises:
+    ValueError: if a scale is negative or not finite. Errors for the conditions are the same as in `classifier_free`.
+  """
+  for one in (scale, partial_scale):
+    _check_scale(one)
+  for other in (partial, negative):
+    _check_conditions(condition, other)
+
+  def denoise(x_t, t):
+    c, p, u = _branches(conditional, x_t, t, condition, partial, negative)
+    x_0 = _interpolate(x_0_of(u), x_0_of(p), partial_scale) + scale * (x_0_of(c) - x_0_of(p))
+    return map_x_0(lambda _: x_0.astype(x_0_of(c).dtype), c)
 
   return denoise
 
@@ -294,25 +332,25 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
     )
 
 
-def _both_branches(conditional: Conditional, x_t: Array, t, condition: PyTree, negative: PyTree) -> tuple[Any, Any]:
-  """Compute the estimates with both conditions in one call.
+def _branches(conditional: Conditional, x_t: Array, t, *conditions: PyTree) -> list[Any]:
+  """Compute the estimates with several conditions in one call.
 
-  The two rows of a sample are adjacent in the doubled batch. If the batch is sharded over devices, each sample
+  The rows of a sample are adjacent in the larger batch. If the batch is sharded over devices, each sample
   therefore stays on its device.
   """
-  for leaf in jax.tree.leaves(condition):
+  for leaf in jax.tree.leaves(conditions):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:
       raise ValueError(
         f"Got a condition of shape {jnp.shape(leaf)} for {x_t.shape[0]} samples; expected one condition per sample."
       )
 
-  def pair(a, b):
-    return jnp.stack([a, b], axis=1).reshape(-1, *jnp.shape(a)[1:])
+  def join(*values):
+    return jnp.stack(values, axis=1).reshape(-1, *jnp.shape(values[0])[1:])
 
-  t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
-  denoised = conditional(pair(x_t, x_t), pair(t, t), jax.tree.map(pair, condition, negative))
-  parts = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), denoised)
-  return jax.tree.map(lambda leaf: leaf[:, 0], parts), jax.tree.map(lambda leaf: leaf[:, 1], parts)
+  t, count = jnp.broadcast_to(as_time(t), x_t.shape[:1]), len(conditions)
+  denoised = conditional(join(*[x_t] * count), join(*[t] * count), jax.tree.map(join, *conditions))
+  parts = jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), denoised)
+  return [jax.tree.map(lambda leaf, index=index: leaf[:, index], parts) for index in range(count)]
 
 
 def _interpolate(u: Array, c: Array, w) -> Array:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint
+from PIL import Image
 
 from ddpm_jax import guidance, interop, sampling
 from ddpm_jax.interop import ldm, schedulers
@@ -74,6 +75,8 @@ MODELS = {}
 
 @functools.cache
 def rule_of(scale):
+  if isinstance(scale, tuple):
+    return functools.partial(guidance.two_conditions, scale=scale[0], partial_scale=scale[1])
   return functools.partial(guidance.classifier_free, scale=scale)
 
 
@@ -153,8 +156,12 @@ def test_inpainting_matches_the_pipeline(written, monkeypatch):
 
 def test_editing_by_instructions_matches_the_pipeline(written):
   one, (pictures, _) = written("instruct"), pictures_and_mask()
+  image = as_torch(pictures / 2 + 0.5)
   ours = sample_ours(one, "own", 1.0, text=PROMPTS, source=pictures)
-  assert_one_gray_level(ours, sample_peer(one[0], "own", 1.0, prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5)))
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 1.0, prompt=PROMPTS, image=image))
+  ours = sample_ours(one, "own", (7.5, 1.5), text=PROMPTS, source=pictures, negative_text=["blurry", "red"])
+  options = {"prompt": PROMPTS, "negative_prompt": ["blurry", "red"], "image": image, "image_guidance_scale": 1.5}
+  assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, **options))
 
 
 def assert_same(tree, other):
@@ -347,3 +354,21 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   for part, one in loaded.origin.encoders.items():
     theirs = model.origin.encoders[part].module
     assert one.module.clone(end=theirs.end) == theirs
+
+
+def test_the_command_line_edits_with_prompts(written, tmp_path):
+  side = text_pipelines.SIZE * text_pipelines.FACTOR
+  picture = np.random.default_rng(6).integers(0, 256, (side, side, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / "picture.png")
+  common = ["--mode=edit", f"--workdir={tmp_path}", f"--input={tmp_path / 'picture.png'}", "--num_steps=2"]
+  for name, task in (("inpaint", ["--task=inpaint", "--mask=left"]), ("instruct", ["--task=instruct"])):
+    code, output = call(*common, f"--pretrained={written(name)[1]}", *task, "--prompt=a red fox")
+    assert code == 0, output
+    (path,) = (tmp_path / "edits").glob(f"{name}*.npz")
+    edited = np.load(path)["output"][0, 0]
+    kept = np.all(edited == picture, axis=(0, 2))
+    assert kept[side // 2 :].all() == (name == "inpaint")
+    assert not kept[: side // 2].any()
+  assert_refused(
+    *call(*common, f"--pretrained={written('sd1')[1]}", "--task=instruct", "--prompt=a"), "InstructPix2Pix"
+  )

@@ -1,6 +1,6 @@
 """Edit images with a trained model.
 
-The tasks are inpaint, img2img, colorize, superres, restore, interpolate and invert. Inputs and
+The tasks are inpaint, img2img, instruct, colorize, superres, restore, interpolate and invert. Inputs and
 results are written to edits/ in the run folder, as an array (.npz) and as a picture (.png).
 """
 
@@ -24,7 +24,7 @@ FLAGS = (
   Group(
     "edits",
     (
-      Flag("task", text, "The task: inpaint, img2img, colorize, superres, restore, interpolate or invert."),
+      Flag("task", text, "The task: inpaint, img2img, instruct, colorize, superres, restore, interpolate or invert."),
       Flag("input", path, "The images to edit: an image file, a folder of images or an .npz file."),
       Flag(
         "mask",

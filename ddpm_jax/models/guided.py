@@ -82,7 +82,7 @@ def has_two_estimates(model: Model, rule: Callable) -> bool:
     return jnp.zeros(x_t.shape[:1])
 
   arguments: dict[str, Any] = {"denoise": identity, "conditional": identity, "weak": identity, "log_prob": log_prob}
-  arguments |= {"condition": given, "negative": given}
+  arguments |= {"condition": given, "partial": given, "negative": given}
   names = argument_names(rule)
   guided = rule(**{name: value for name, value in arguments.items() if name in names})
   estimate = jax.eval_shape(guided, jnp.zeros((1, *model.shape)), jnp.ones((1,)))
@@ -128,6 +128,10 @@ def denoise(
       arguments["negative"] = _encode_batch(model, keys, {**batch, **negative}, parameters.frozen)
     else:
       arguments["negative"] = model.drop_conditions(given, parameters.frozen)
+    if "partial" in names:
+      kept = _droppable_images(model)
+      arguments["partial"] = arguments["negative"] | {name: given[name] for name in kept}
+      arguments["negative"] = model.drop_conditions(arguments["negative"], parameters.frozen, names=kept)
   if "weak" in names:
     assert guides.weak is not None
     params, frozen = parameters.guides["weak"]
@@ -204,6 +208,11 @@ def check(
         " by; expected a conditional model, such as a run of configs/digits_cond.py. Or guide with another model: set"
         " --classifier=<run folder> or --weak=<run folder>."
       )
+    if "partial" in names and not _droppable_images(model):
+      raise ValueError(
+        f"Got guidance by {_name(rule)} for a model without an image condition that has a null value; expected such a"
+        " model, such as InstructPix2Pix. Set --config.guidance=classifier_free."
+      )
     if not negative:
       given = conditions.example(model.conditions)
       jax.eval_shape(lambda frozen: model.drop_conditions(given, frozen), model.frozen_shapes())
@@ -250,6 +259,12 @@ def check_sampler(model: Model, sampler: sampling.Sampler, times: Any) -> None:
     return sampling.solve(key[None], sampler, denoise, jnp.zeros((1, *model.shape)), times)
 
   jax.eval_shape(sample, jax.random.key(0))
+
+
+def _droppable_images(model: Model) -> list[str]:
+  """Return the names of image conditions that have a null value."""
+  by_name = model.conditions.items()
+  return [name for name, condition in by_name if condition.kind == "image" and condition.null is not None]
 
 
 def _is_shared(condition: Any) -> bool:

@@ -26,13 +26,15 @@ _MEASURED = {"posterior": "posterior(noise_std=0.02, iterations=3)", "dps": "dps
 TASKS: dict[str, dict[str, str]] = {
   "inpaint": {"repaint": "repaint", "replace": "replace"} | _MEASURED | {"replace_decoded": "replace_decoded"},
   "img2img": {},
+  "instruct": {},
   "colorize": _MEASURED,
   "superres": _MEASURED,
   "restore": _MEASURED,
   "interpolate": {},
   "invert": {},
 }
-
+# The condition of models that were trained for a task, with the images to edit.
+CONDITIONS = {"inpaint": "masked", "instruct": "source"}
 
 _LATENT_METHODS = (
   "--method=repaint or --method=replace, which keep the known positions of x, or --method=replace_decoded, which keeps the"
@@ -70,7 +72,13 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
       f"Got --task={task} for a super-resolution model; expected --task=superres, or a model of another kind."
     )
   model = experiment.model
+  if task == "instruct" and CONDITIONS[task] not in model.conditions:
+    raise ValueError(
+      "Got --task=instruct for a model without the condition 'source'; expected an InstructPix2Pix model in --pretrained."
+    )
   if c.method is None:
+    if generates_from_condition(experiment, task):
+      return experiment, ""
     if task == "inpaint" and model.codec.is_latent:
       raise ValueError(f"Got --task=inpaint without --method for a model of latents; expected {_LATENT_METHODS}.")
     default = next(iter(methods), "")
@@ -81,6 +89,11 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
       f"Got --method={name} with --task={task}; expected {'one of ' + ', '.join(methods) if methods else 'no --method, because this task has none'}."
     )
   return experiment, name
+
+
+def generates_from_condition(experiment: Experiment, task: str) -> bool:
+  """Return whether the model has a condition for the task's images, so that no method is needed."""
+  return experiment.editing.method is None and CONDITIONS.get(task) in experiment.model.conditions
 
 
 def compile_edit(
@@ -118,6 +131,8 @@ def compile_edit(
   if task == "superres" and generation.low_res_name(experiment) is not None:
     generate = programs.generate(experiment, mesh, guides, negative=guided.is_negative)
     return lambda *arguments: {"output": generate(*arguments)[0]}
+  if generates_from_condition(experiment, task):
+    return programs.compile_sampler(experiment, mesh, guides, _edit_by_condition(experiment, task))
   make = _edit_by_encoding if task in ("img2img", "invert", "interpolate") else _edit_by_measurement
   return programs.compile_sampler(experiment, mesh, guides, make(experiment, task, factor))
 
@@ -127,6 +142,18 @@ def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.nd
   if experiment.sampling.grid is not None and sampler.spacing != "ends":
     return experiment.times
   return sampling.grids.for_sampler(with_many_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
+
+
+def _edit_by_condition(experiment: Experiment, task: str) -> Callable:
+  """Return a function that generates new samples of a model that takes the images as a condition."""
+  sampler, times = experiment.sampler, experiment.times
+
+  def edit(keys, denoise, batch, coder):
+    denoise, x = programs.clip_estimates(experiment, denoise), programs.initial_noise(experiment, keys)
+    output = coder.decode(sampling.sample(randomness.fold_in(keys, 1), sampler, denoise, x, times))
+    return {"output": jnp.where(batch["keep"], batch["image"], output) if task == "inpaint" else output}
+
+  return edit
 
 
 def _edit_by_encoding(experiment: Experiment, task: str, factor: int) -> Callable:

@@ -89,7 +89,7 @@ def run_edit(
   total = rows * edit.num_results
   # Results stay in memory in float32: 4 bytes per value.
   limits.check_images(experiment.model.data_shape, 4 * total * frames, what)
-  guided = _steer(experiment, mesh, steering, rows, edit.num_results, scale)
+  guided = _steer(experiment, mesh, steering, rows, edit.num_results, scale, inputs)
   experiment = generation.limit_batch(guided.experiment, mesh, total, slow=model is not None)
   guided = guided._replace(experiment=experiment)
   factor = experiment.model.data_shape[0] // user_images.images.shape[1]
@@ -155,7 +155,12 @@ def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> gen
   if edit.task == "inpaint":
     height, width = experiment.model.data_shape[:2]
     mask = data.read_mask(edit.mask, (height, width))
-    return {"image": x, "keep": np.broadcast_to(~mask, (len(x), *mask.shape))}
+    inputs = {"image": x, "keep": np.broadcast_to(~mask, (len(x), *mask.shape))}
+    if "masked" in experiment.model.conditions:
+      inputs["masked"] = np.concatenate([x, ~inputs["keep"]], axis=-1, dtype=np.float32)
+    return inputs
+  if edit.task == "instruct":
+    return {"image": x, "source": x}
   if edit.task == "interpolate":
     return {"image": x[:-1], "other": x[1:]}
   if edit.task == "colorize":
@@ -164,9 +169,18 @@ def _inputs(experiment: Experiment, edit: Edit, user_images: data.Inputs) -> gen
 
 
 def _steer(
-  experiment: Experiment, mesh: jax.sharding.Mesh, steering: Steering, rows: int, results: int, scale: float | None
+  experiment: Experiment,
+  mesh: jax.sharding.Mesh,
+  steering: Steering,
+  rows: int,
+  results: int,
+  scale: float | None,
+  inputs: generation.Inputs,
 ) -> Guided:
-  """Return the edit's guides and inputs. Conditions that the user did not give are not among the inputs."""
+  """Return the edit's guides and inputs. Conditions that the user did not give are not among the inputs.
+
+  `inputs` come from the images, and are not missing.
+  """
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}
     for name, values in getattr(steering, field).items():
@@ -178,7 +192,9 @@ def _steer(
     steering = steering._replace(given=repeated) if field == "given" else steering._replace(negative=repeated)
   conditions = experiment.model.conditions
   missing = [
-    name for name, condition in conditions.items() if not condition.is_source_image and name not in steering.given
+    name
+    for name, condition in conditions.items()
+    if not condition.is_source_image and name not in (*steering.given, *inputs) and condition.from_data is None
   ]
   if steering.classifier is not None and "classes" not in steering.given:
     raise ValueError(
@@ -193,7 +209,8 @@ def _steer(
         f"Got no {condition_flag(name)} for a model that always takes {name}; expected one value, or one for each image,"
         f" such as {condition_flag(name)}=3."
       )
-  return steer(experiment, mesh, steering, rows * results, scale, only=bool(missing))
+  is_complete = not missing and not any(name in inputs for name in conditions)
+  return steer(experiment, mesh, steering, rows * results, scale, only=not is_complete)
 
 
 def _write(

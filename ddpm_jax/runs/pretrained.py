@@ -105,7 +105,8 @@ def replace_model(
     steps = min(defaults.steps, steps, 50)
   clip = None if defaults.clip is None else {"component": "guidance.clip", **getattr(defaults.clip, "keywords", {})}
   if defaults.guidance_scale != 1 and not is_set("guidance"):
-    tree = config.replace(tree, "guidance.scale", defaults.guidance_scale)
+    rule = "two_conditions" if "source" in pretrained.model.conditions else "classifier_free"
+    tree = config.replace(tree, "guidance", {"component": f"guidance.{rule}", "scale": defaults.guidance_scale})
   for key, value in (("sampler", None), ("sampling.num_steps", steps), ("sampling.clip", clip)):
     if not is_set(key):
       tree = config.replace(tree, key, value)
