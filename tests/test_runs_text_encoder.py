@@ -49,7 +49,7 @@ def tree_for(root, **keys):
   config.data.fields.text = "text"
   config.model.network = spec("networks.ConditionalUNet", **NETWORK)
   config.model.conditions.text = spec("conditions.text", path=str(root / "bert"), length=8, dropout=0.3)
-  config.training.update({"batch_size": 8, "steps": 2, "checkpoint_every": 2, "sample_every": 0, "log_every": 1})
+  config.training.update({"batch_size": 8, "steps": 2, "checkpoint_every": 2, "sample_every": 10, "log_every": 1})
   config.sampling.update({"num_steps": 2, "batch_size": 4})
   config.evaluation.update({"num_samples": 4, "k": 2})
   tree = tree_of(config)

@@ -54,15 +54,15 @@ def test_states_equal_those_of_transformers(folder, condition, frozen):
 def test_the_null_value_is_that_of_the_empty_text(condition, frozen):
   values = encode(condition, frozen, TEXTS)
   jax.tree.map(
-    lambda null, value: np.testing.assert_allclose(null, value[1], atol=1e-6), condition.null(frozen), values
+    lambda null, value: np.testing.assert_allclose(null, value[1], atol=3e-5), condition.null(frozen), values
   )
   dropped = conditions.drop({"text": condition}, {"text": frozen}, {"text": values})["text"]
-  np.testing.assert_allclose(dropped["states"][2], values["states"][1], atol=1e-6)
+  np.testing.assert_allclose(dropped["states"][2], values["states"][1], atol=3e-5)
   # A share of samples gets it in training.
   trained = np.asarray(encode(condition, frozen, [TEXTS[0]] * 64, train=True)["states"])
-  is_null = (np.abs(trained - np.asarray(values["states"][1])) < 1e-6).all((1, 2))
+  is_null = (np.abs(trained - np.asarray(values["states"][1])) < 3e-5).all((1, 2))
   np.testing.assert_allclose(
-    trained[~is_null], np.broadcast_to(values["states"][0], trained[~is_null].shape), atol=1e-6
+    trained[~is_null], np.broadcast_to(values["states"][0], trained[~is_null].shape), atol=3e-5
   )
   assert 16 < is_null.sum() < 48
 
@@ -102,7 +102,7 @@ def test_several_encoders_give_tokens_and_a_vector():
     arguments = models.networks.keywords({"text": condition}, {"text": found}, frozenset({"tokens", "vector"}))
     np.testing.assert_array_equal(arguments["vector"], found["vector"])
     expected = found["vector"][1] if null_text == "" else np.zeros(5)
-    np.testing.assert_allclose(condition.null(frozen)["vector"], expected, atol=1e-6)
+    np.testing.assert_allclose(condition.null(frozen)["vector"], expected, atol=3e-5)
 
 
 def test_any_text_is_an_item_and_its_lost_end_is_a_warning(condition, capsys):
@@ -133,15 +133,16 @@ def test_a_network_embeds_token_ids_itself():
   network = ConditionalUNet(1, vocabulary=derived["vocabulary"], context_features=12, **options)
   given = {"text": encode(condition, None, TEXTS)}
   wrapped = models.networks.from_linen(network, {"text": condition})
+  apply = jax.jit(wrapped.apply)
   x, time = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full((4,), 3.0)
-  params = jax.tree.map(lambda leaf: leaf + 0.1, wrapped.init(jax.random.key(0), x, time, given))
-  found = wrapped.apply(params, x, time, given)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(wrapped.init)(jax.random.key(0), x, time, given))
+  found = apply(params, x, time, given)
   # The same network with the embeddings as its states.
   embedded = params["tokens"]["embedding"][given["text"]["ids"]] + params["token_positions"]["embedding"][None]
   plain = ConditionalUNet(1, context_features=12, **options)
   rest = {name: leaf for name, leaf in params.items() if name not in ("tokens", "token_positions")}
   tokens = {"states": embedded, "mask": given["text"]["mask"]}
-  np.testing.assert_allclose(found, plain.apply({"params": rest}, x, time, tokens), atol=1e-5)
+  np.testing.assert_allclose(found, jax.jit(plain.apply)({"params": rest}, x, time, tokens), atol=1e-5)
   with pytest.raises(ValueError, match="Got tokens without ids for a network with vocabulary"):
     network.apply({"params": params}, x, time, tokens)
 
@@ -152,7 +153,7 @@ def test_a_network_embeds_token_ids_itself():
     ({"path": ""}, r"Got an empty path of text; .* Set --config\.model\.conditions\.text\.path=<folder>"),
     ({"length": 99}, "Got length=99 for a text encoder of 16 positions; expected 16 or less"),
     ({"length": 2}, "Got length=2 of a tokenizer with 2 special tokens"),
-    ({"dtype": "float16"}, "Got config.model.conditions.text.dtype='float16'; expected"),
+    ({"dtype": "float16"}, "Got 'float16' as config.model.conditions.text.dtype; expected"),
     ({"dropout": 1.0}, "Got dropout=1.0 of text; expected a share"),
     ({"layer": 7}, "Got layer=7 for a text encoder with 2 layers"),
     ({"part": "text_encoder"}, "which has no config.json of a text encoder"),
