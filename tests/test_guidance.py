@@ -390,3 +390,21 @@ def test_a_classifier_guides_inside_its_interval_only_and_is_not_called_outside(
   t = jnp.array([0.1, 1.0, 6.0, 0.3, 0.1, 1.0, 6.0, 0.3])
   expected = jnp.where(((t > 0.2) & (t < 5))[:, None], always(x, t), plain(x, t))
   np.testing.assert_allclose(denoise(x, t), expected, rtol=1e-5)
+
+
+def test_two_conditions_have_a_scale_each():
+  """The estimate is linear in both scales, and one scale alone is classifier-free guidance."""
+  process = PROCESSES["vp"]
+  model, (x, t) = conditional(process), (np.float32([[0.3, -1.0], [1.2, 0.4]]), np.float32([0.4, 0.7]))
+  classes, partial, none = (np.full(2, value, np.int32) for value in (0, 1, NONE))
+
+  def estimate(rule, *conditions, **scales):
+    return np.asarray(rule(model, *conditions, **scales)(x, t))
+
+  c, p, u = (np.asarray(model(x, t, value)) for value in (classes, partial, none))
+  guided = estimate(guidance.two_conditions, classes, partial, none, scale=3.0, partial_scale=1.5)
+  np.testing.assert_allclose(guided, u + 1.5 * (p - u) + 3 * (c - p), rtol=1e-5, atol=1e-5)
+  alone = estimate(guidance.two_conditions, classes, none, none, scale=3.0, partial_scale=0.7)
+  np.testing.assert_allclose(alone, estimate(guidance.classifier_free, classes, none, scale=3.0), rtol=1e-5, atol=1e-5)
+  with pytest.raises(ValueError, match="Got a guidance scale of -1"):
+    guidance.two_conditions(model, classes, partial, none, partial_scale=-1.0)
