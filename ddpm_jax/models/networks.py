@@ -340,8 +340,8 @@ def keywords(
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
   """Return the kinds of a condition, each with its value: a leaf of `values`, or a part with several leaves."""
-  kinds, structure = jax.tree.flatten(condition.kind)
-  return list(zip(kinds, structure.flatten_up_to(values), strict=True))
+  structure: Any = jax.tree.structure(condition.kind)
+  return list(zip(jax.tree.leaves(condition.kind), structure.flatten_up_to(values), strict=True))
 
 
 def _argument(name: str, kind: str, accepted: frozenset[str] | None) -> str:
