@@ -93,7 +93,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
-    """Map x [B, N, C] to [B, N, C]; every position attends to tokens [B, L, C'] where the mask [B, L] is True."""
+    """Map x [B, N, C] to [B, N, C].
+
+    Every position attends to the tokens [B, L, C'] where the mask [B, L] is True, or to all tokens without a mask.
+    """
     features, o = x.shape[-1], self.options
 
     def project(x: Array, name: str) -> Array:
