@@ -77,7 +77,10 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
 
 
 WRONG = {
-  "another mode's": ("--mode=stats --sampler=heun", "Got --sampler in mode stats; expected it in mode train, sample, "),
+  "another mode's": (
+    "--mode=stats --sampler=heun",
+    "Got --sampler in mode stats; expected it in mode train, plan, sample, ",
+  ),
   "the default mode's": ("--seed=3", "Got --seed in mode train; expected it in mode sample, edit or eval only"),
   "one mode's": ("--mode=eval --task=inpaint", "Got --task in mode eval; expected it in mode plan or edit only"),
   "no run": ("--mode=prepare --workdir=/tmp/x", "Got --workdir in mode prepare; expected it in mode train, plan, "),

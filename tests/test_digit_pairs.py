@@ -7,8 +7,7 @@ import pytest
 
 from ddpm_jax import config as configs
 from ddpm_jax import data, runs
-from ddpm_jax.data import digit_pairs as pairs
-from ddpm_jax.data import tokenizers
+from ddpm_jax.data import pairs, tokenizers
 from tests.conftest import ROOT
 from tests.test_configs import load
 

@@ -206,10 +206,10 @@ def test_round_trips_are_exact(name, written, tmp_path):
   again, params = interop.diffusers.load(tmp_path / "saved")
   assert_same(params, parameters.params)
   assert_same(again.load_frozen(), parameters.frozen)
-  assert (again.origin.index, again.shape) == (model.origin.index, model.shape)
+  assert (again.origin.contents, again.shape) == (model.origin.contents, model.shape)
   opened = type(peer).from_pretrained(tmp_path / "saved")
-  assert {key: value for key, value in opened.config.items() if key in model.origin.index.options} == (
-    model.origin.index.options
+  assert {key: value for key, value in opened.config.items() if key in model.origin.contents.options} == (
+    model.origin.contents.options
   )
   assert type(opened.scheduler) is type(peer.scheduler)
   assert public(opened.scheduler.config) == public(peer.scheduler.config)
@@ -381,7 +381,7 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   assert_same(frozen["conditions"]["text"]["encoders"], parameters.frozen["conditions"]["text"]["encoders"])
   assert_same(frozen["codec"]["autoencoder"], parameters.frozen["codec"]["autoencoder"])
   assert loaded.defaults.scheduler["_class_name"] == model.defaults.scheduler["_class_name"]
-  assert (loaded.origin.index, list(loaded.conditions)) == (model.origin.index, list(model.conditions))
+  assert (loaded.origin.contents, list(loaded.conditions)) == (model.origin.contents, list(model.conditions))
   for part, one in loaded.origin.encoders.items():
     theirs = model.origin.encoders[part].module
     assert one.module.clone(end=theirs.end) == theirs

@@ -153,7 +153,7 @@ def test_wrong_features_are_errors():
   with pytest.raises(ValueError, match="Got features of 5 dimensions after features of 6"):
     total.add(good[:, 1:])
   for wrong in (good[0], good[:, :0], good[None], 3.0):
-    with pytest.raises(ValueError, match=r"expected \[N, D\]"):
+    with pytest.raises(ValueError, match=r"expected a two-dimensional array \[N, D\]"):
       metrics.moments(wrong)
   with pytest.raises(ValueError, match="expected real numbers"):
     metrics.moments(good * 1j)

@@ -2,7 +2,6 @@
 
 from ddpm_jax.data import prompts, tokenizers
 from ddpm_jax.data.choices import Place, Splits, arrays, digit_pairs, digits, fit_settings, folder, mnist, packed, tfds
-from ddpm_jax.data.digit_pairs import read_digit_pairs
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.hosts import Host, run_hosts
@@ -10,6 +9,7 @@ from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
 from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
 from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import INDEX, PackedSource, pack, pack_items
+from ddpm_jax.data.pairs import read_digit_pairs
 from ddpm_jax.data.pipeline import Batches, WorkerDied, batches, finish_batch
 from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.readers import read_arrays, read_digits, read_mnist

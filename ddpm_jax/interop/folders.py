@@ -144,7 +144,7 @@ def find_folder(
       " 'ddpm_jax[hub]'."
     ) from error
 
-  options = {"revision": revision} if revision else {}
+  options: dict[str, Any] = {"revision": revision} if revision else {}
   small = ["*.json", *files]
 
   def download(*patterns):

@@ -84,7 +84,7 @@ def read(
   encoders = _encoders(file, file_path, version, with_options)
   index = _index(version, tuple(encoders), in_channels, network.out_channels)
   parts = Parts(
-    index=index,
+    contents=index,
     network=network,
     in_channels=in_channels,
     size=_size(version, prediction_type),

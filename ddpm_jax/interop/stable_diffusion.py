@@ -57,7 +57,7 @@ class Parts(NamedTuple):
   """Hold the parts of a text pipeline.
 
   Attributes:
-    index: the class and the options of the pipeline.
+    contents: the class and the options of the pipeline.
     network: the network.
     in_channels: the number of its input channels.
     size: the height and width of x that the network was trained with. None if unknown.
@@ -66,7 +66,7 @@ class Parts(NamedTuple):
     encoders: the text encoders by the name of their part.
   """
 
-  index: Index
+  contents: Index
   network: ConditionalUNet
   in_channels: int
   size: tuple[int, int] | None
@@ -123,7 +123,7 @@ def read(
   with jsonfiles.named_errors(scheduler):
     schedule = schedulers.from_config(config)
   parts = Parts(
-    index=index,
+    contents=index,
     network=network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention),
     in_channels=in_channels,
     size=_trained_size(jsonfiles.read(folder / "unet" / "config.json")),
@@ -181,17 +181,17 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
   predictions.check_prediction(process, prediction)
   if prediction.learned_variance:
     raise ValueError(
-      f"Got a {parts.index.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
+      f"Got a {parts.contents.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
       " scheduler_config.json."
     )
   x_shape, data_shape = _shapes(parts, shape)
-  by_name = {"text": text(parts.encoders, parts.index, text_dropout)}
+  by_name = {"text": text(parts.encoders, parts.contents, text_dropout)}
   _check_text(parts, by_name["text"])
   if parts.network.size_features:
     by_name["sizes"] = sizes(_number_of_sizes(parts), data_shape)
   by_name |= _image_condition(parts, x_shape, data_shape)
   parts.network.check_input(x_shape)
-  defaults = parts.schedule.defaults(process)._replace(guidance_scale=parts.index.pipeline.guidance_scale)
+  defaults = parts.schedule.defaults(process)._replace(guidance_scale=parts.contents.pipeline.guidance_scale)
   return Model(
     network=networks.from_linen(parts.network, by_name),
     process=process,
@@ -221,7 +221,9 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
   options: dict[str, Any] = {"layer": -2, "normed": False} if is_xl else {}
 
   def encode(params: PyTree, tokens: Mapping[str, Tokens]) -> PyTree:
-    found = [one.module.apply({"params": params[part]}, tokens[part].ids, **options) for part, one in encoders.items()]
+    found: list[Any] = [
+      one.module.apply({"params": params[part]}, tokens[part].ids, **options) for part, one in encoders.items()
+    ]
     states = jnp.concatenate([one.tokens for one in found], axis=-1)
     return {"tokens": states, "vector": found[-1].pooled} if is_xl else states
 
@@ -251,7 +253,7 @@ def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
   values = (*base, height, width) if number == 6 else (*base, _SCORE)
 
   def repeat(count: int, row: Sequence[float] = values) -> np.ndarray:
-    return np.tile(np.float32(row), (count, 1))
+    return np.tile(np.array(row, np.float32), (count, 1))
 
   def from_data(batch: Mapping[str, Any]) -> Array:
     return jnp.asarray(repeat(jax.tree.leaves(batch)[0].shape[0]))
@@ -349,24 +351,24 @@ def _nearest(shape: Sequence[int], factor: int) -> str:
 def _check_text(parts: Parts, condition: Condition) -> None:
   """Check that the network takes what the text encoders return."""
   shapes = condition.shape
-  tokens = shapes["tokens"] if parts.index.pipeline.is_xl else shapes
+  tokens = shapes["tokens"] if parts.contents.pipeline.is_xl else shapes
   expected = parts.network.context_features
   if tokens.shape[-1] != expected:
     raise ValueError(
       f"Got text encoders with {tokens.shape[-1]} features and a U-Net with cross_attention_dim={expected}; expected the same"
       " number. The parts belong to different models."
     )
-  if parts.index.pipeline.is_xl != bool(parts.network.size_features):
+  if parts.contents.pipeline.is_xl != bool(parts.network.size_features):
     raise ValueError(
-      f"Got a {parts.index.name} whose U-Net has {'no ' if parts.index.pipeline.is_xl else 'an '}addition_embed_type; expected"
-      f" {'text_time' if parts.index.pipeline.is_xl else 'null'}. The parts belong to different models."
+      f"Got a {parts.contents.name} whose U-Net has {'no ' if parts.contents.pipeline.is_xl else 'an '}addition_embed_type; expected"
+      f" {'text_time' if parts.contents.pipeline.is_xl else 'null'}. The parts belong to different models."
     )
 
 
 def _number_of_sizes(parts: Parts) -> int:
   network = parts.network
   pooled = list(parts.encoders.values())[-1].module.projection
-  number = 5 if parts.index.options.get("requires_aesthetics_score") else 6
+  number = 5 if parts.contents.options.get("requires_aesthetics_score") else 6
   if pooled + number * network.size_features != network.vector_features:
     raise ValueError(
       f"Got a U-Net with projection_class_embeddings_input_dim={network.vector_features} for a pooled text of {pooled}"
@@ -378,7 +380,7 @@ def _number_of_sizes(parts: Parts) -> int:
 
 def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...]) -> dict[str, Condition]:
   """Return the image condition of the additional input channels by name."""
-  extra, edits = parts.in_channels - x_shape[-1], parts.index.pipeline.edits
+  extra, edits = parts.in_channels - x_shape[-1], parts.contents.pipeline.edits
   if edits and extra == x_shape[-1]:
     return {"source": source_image("source", parts.codec, data_shape, x_shape)}
   if not edits and extra == x_shape[-1] + 1:
@@ -386,5 +388,7 @@ def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[i
   if extra or edits:
     latent = x_shape[-1]
     expected = str(2 * latent) if edits else f"{latent}, or {2 * latent + 1} for inpainting"
-    raise ValueError(f"Got a {parts.index.name} whose U-Net has in_channels={parts.in_channels}; expected {expected}.")
+    raise ValueError(
+      f"Got a {parts.contents.name} whose U-Net has in_channels={parts.in_channels}; expected {expected}."
+    )
   return {}

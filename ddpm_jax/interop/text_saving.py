@@ -63,14 +63,14 @@ def save(path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str,
   with files.atomic_folder(path) as folder:
     write_unet(folder / "unet", model.network.module, unet, params)
     write_codec(folder / "vae", autoencoder, values["codec"]["autoencoder"])
-    for (part, one), name in zip(parts.encoders.items(), parts.index.tokenizers, strict=True):
+    for (part, one), name in zip(parts.encoders.items(), parts.contents.tokenizers, strict=True):
       write_text_encoder(folder / part, one.module, encoders[part])
       copy_tokenizer(one.folder, folder / name)
       classes[part] = ["transformers", text_configs.to_config(one.module)["architectures"][0]]
       classes[name] = ["transformers", "CLIPTokenizer"]
     folders.write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler, **version})
     # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
-    content = pipeline_index.to_content(parts.index, classes)
+    content = pipeline_index.to_content(parts.contents, classes)
     folders.write_config(folder / pipeline_index.NAME, {**content, **version})
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def text(
   host = functools.partial(_tokenize, dict(tokenizers))
   null_tokens = host([null_text or ""])
 
-  def values(params: PyTree, arrays: Mapping[str, Mapping[str, Array]]) -> PyTree:
+  def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
     return encode(params, {part: Tokens(**one) for part, one in arrays.items()})
 
   def null_value(params: PyTree) -> PyTree:
@@ -81,7 +81,7 @@ def text(
   return Condition(
     kind=kind,
     shape=jax.eval_shape(null_value, frozen_shapes(load)),
-    encode=lambda frozen, keys, batch, train: values(frozen[ENCODERS], batch[name]),
+    encode=lambda frozen, keys, batch, train: values(frozen[ENCODERS], cast(Any, batch[name])),
     null=(lambda frozen: frozen[COMPUTED]) if dropout else None,
     dropout=dropout,
     parse=functools.partial(_parse, name, tuple(tokenizers.values())),

@@ -108,7 +108,7 @@ def _encoded(
 
   texts = latents.storable_texts(experiment)
 
-  def encode_texts(frozen: PyTree, items: data.Batch) -> dict[str, PyTree]:
+  def encode_texts(frozen: PyTree, items: dict[str, jax.Array]) -> dict[str, PyTree]:
     return conditions.encode(texts, frozen.get("conditions", {}), jax.random.key(0), items, train=False)
 
   options: dict[str, Any] = {"out_shardings": replicated, "compiler_options": parallel.compiler_options(mesh)}

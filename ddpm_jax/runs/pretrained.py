@@ -51,7 +51,7 @@ def _read(
     choices: options of `diffusers.read` that replace those of the config.
     params_dtype: the type of the parameters, see `diffusers.load`.
   """
-  options = _options(tree, path) | choices
+  options = {**_options(tree, path), **choices}
   if weights:
     mesh = parallel.make_mesh(**tree.values["parallel"])
     model, params = interop.diffusers.load(path, mesh=mesh, params_dtype=params_dtype, **options)
@@ -64,7 +64,7 @@ def _read(
 
 def _with_model(tree: Tree, path: str, choices: Mapping[str, Any] = MappingProxyType({})) -> Tree:
   """Return the config with the diffusers model at a path."""
-  return config.replace(tree, "model", {"component": _COMPONENT, "path": path} | _options(tree, path) | choices)
+  return config.replace(tree, "model", {"component": _COMPONENT, "path": path, **_options(tree, path), **choices})
 
 
 def replace_model(

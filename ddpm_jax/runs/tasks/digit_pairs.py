@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax import data, metrics
-from ddpm_jax.data import digit_pairs as pairs
+from ddpm_jax.data import pairs
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.runs import scoring
