@@ -125,9 +125,9 @@ def open_clip_layout(module: CLIPText) -> tensors.Layout:
 
   def name_of(path: str) -> str:
     part, number, leaf = parts(path)
-    whole = {"positions": "positional_embedding", "projection": "text_projection"}
-    if part in whole:
-      return whole[part]
+    arrays = {"positions": "positional_embedding", "projection": "text_projection"}
+    if part in arrays:
+      return arrays[part]
     if part.startswith("layer/attention/") and part.rpartition("/")[2] in _PROJECTIONS:
       return f"transformer.resblocks.{number}.attn.in_proj_{leaf}"
     return f"{_OPEN_CLIP[part].format(number)}.{leaf}"
