@@ -73,6 +73,7 @@ def test_a_tiny_run_reports_the_agreement_beside_that_of_real_images(tmp_path):
   config = load(ROOT / "configs" / "digits_text.py").get_config()
   config.data.source.count = 100
   config.model.network.update({"channels": 8, "multipliers": (1, 1), "attention_levels": (), "heads": 1, "groups": 4})
+  config.optimizer.warmup_steps = 0
   config.training.update({"batch_size": 4, "steps": 2, "log_every": 1, "checkpoint_every": 2, "sample_every": 10})
   config.sampling.update({"num_steps": 2, "batch_size": 20})
   config.evaluation.update({"num_samples": 20, "classifier_steps": 150, "batch_size": 20, "report": False})

@@ -341,6 +341,8 @@ def single_file(folder, model, params, path, prefixes):
   state |= stored(autoencoder, ldm.autoencoder_layout({}), "first_stage_model.")
   for part, prefix in prefixes.items():
     tensors = safetensors.torch.load_file(folder / part / "model.safetensors")
+    # transformers 5.6 and newer leave the prefix out. Single files have it.
+    tensors = {re.sub(r"^(?!text_)", "text_model.", name): value for name, value in tensors.items()}
     if prefix.endswith(".model."):
       tensors = open_clip_names(tensors) | {"logit_scale": torch.ones(())}
     state |= {prefix + name: value for name, value in tensors.items()}

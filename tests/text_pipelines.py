@@ -81,12 +81,11 @@ def text_encoder(part):
 @functools.cache
 def autoencoder():
   torch.manual_seed(0)
-  widths = (16, 32, 32)
+  widths = (32, 32, 32)
   return diffusers.AutoencoderKL(
     down_block_types=["DownEncoderBlock2D"] * 3,
     up_block_types=["UpDecoderBlock2D"] * 3,
     block_out_channels=widths,
-    norm_num_groups=8,
     sample_size=SIZE * FACTOR,
     scaling_factor=0.5,
   ).eval()

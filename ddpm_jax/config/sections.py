@@ -100,7 +100,17 @@ _GUIDANCE = Slot(
   (predictions.Denoise,),
   "guidance",
   "classifier_free(scale=3)",
-  supplied=("conditional", "condition", "negative", "denoise", "weak", "log_prob", "outside", processes.Process),
+  supplied=(
+    "conditional",
+    "condition",
+    "partial",
+    "negative",
+    "denoise",
+    "weak",
+    "log_prob",
+    "outside",
+    processes.Process,
+  ),
   must_take=("condition", "weak", "log_prob"),
   is_deferred=True,
 )

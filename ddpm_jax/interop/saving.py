@@ -40,7 +40,7 @@ def save(
   network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
   the same two limits.
 
-  A model that was read from a text pipeline becomes a folder of the same pipeline (see `text_saving.save`). Only the
+  A model that was read from a text pipeline becomes a folder of the same pipeline (see `text_saving.save_pipeline`). Only the
   argument `frozen` applies to it.
 
   Args:
@@ -64,7 +64,7 @@ def save(
     WriteError: if the folder cannot be written. A partial folder is removed.
   """
   if _is_text_model(model):
-    text_saving.save(path, model, params, frozen=frozen)
+    text_saving.save_pipeline(path, model, params, frozen=frozen)
     return
   path = check_output(path)
   check_exportable(model)

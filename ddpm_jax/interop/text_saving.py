@@ -19,7 +19,9 @@ from ddpm_jax.storage import files
 PyTree = Any
 
 
-def save(path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str, PyTree] | None = None) -> None:
+def save_pipeline(
+  path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str, PyTree] | None = None
+) -> None:
   """Save a text model to a folder that its pipeline's `from_pretrained` and `diffusers.load` can read.
 
   The weights are written in float32. The files of tokenizers are copied from where the model was read.
