@@ -72,7 +72,7 @@ def test_samples_of_every_sampler_do_not_depend_on_the_batch(sampler, process, d
   difference = np.abs(samples[4:] - shifted[:4])
   # Batches of other sizes round differently. If this changes the solver's steps, samples differ by its tolerance.
   assert np.mean(difference) < 1e-3 if sampler == "ode" else np.max(difference) < 1e-4
-  calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11}
+  calls = {"heun": 9, "dpmpp_2s": 9, "dpmpp_sde": 9, "dpm_solver": 13 if process != "rectified_flow" else 11, "plms": 6}
   assert np.all(nfe == calls.get(sampler, 10 if sampler == "with_langevin" else 5)) or sampler == "ode"
 
 

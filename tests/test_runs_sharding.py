@@ -32,7 +32,8 @@ def config_of(**parts):
   config = tiny_config()
   config.model.conditions.classes = spec("conditions.classes", number=3, dropout=0.1)
   config.model.codec = spec(f"{ROOT / 'tests' / 'user_components.py'}:tiny_autoencoder")
-  config.sampling.update({"num_steps": STEPS, "batch_size": SIZE, "clip": None})
+  config.sampling.update({"num_steps": STEPS, "batch_size": SIZE})
+  config.sampling.clip = None
   config.guidance = parts.get("guidance", spec("guidance.classifier_free", scale=2.0))
   config.sampler = parts.get("sampler", spec("sampling.ddim"))
   return config
@@ -66,7 +67,12 @@ def split_bytes(tree):
 def parameters():
   """Return random parameters of the model, and of a weaker model that guides."""
   config = config_of()
-  frozen = jax.device_get(experiment_of(config).model.load_frozen())
+  rng = np.random.default_rng(2)
+  # The last layer of the autoencoder starts at zero.
+  frozen = jax.tree.map(
+    lambda leaf: leaf + np.float32(0.2) * rng.standard_normal(leaf.shape, np.float32),
+    jax.device_get(experiment_of(config).model.load_frozen()),
+  )
   return Parameters(random_params(config), frozen, {"weak": (random_params(config, seed=1), frozen)})
 
 

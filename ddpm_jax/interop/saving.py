@@ -40,8 +40,8 @@ def save(
   network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
   the same two limits.
 
-  A model that was read from a text pipeline becomes a folder of the same pipeline (see `text_saving.save_pipeline`). Only the
-  argument `frozen` applies to it.
+  A model that was read from a text pipeline becomes a folder of the same pipeline (see
+  `text_saving.save_pipeline`). Only the argument `frozen` applies to it.
 
   Args:
     path: the folder, new or empty.

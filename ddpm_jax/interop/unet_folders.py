@@ -15,7 +15,9 @@ from ddpm_jax.storage import files, jsonfiles
 PyTree = Any
 
 
-def load_unet(path: str | Path, *, dtype: str = "float32", variant: str = "") -> tuple[UNet | ConditionalUNet, PyTree]:
+def load_unet(
+  path: str | Path, *, dtype: str = "float32", variant: str = ""
+) -> "tuple[UNet | ConditionalUNet, PyTree]":
   """Load the network and the parameters of a `UNet2DModel` or a `UNet2DConditionModel`.
 
   Args:
@@ -35,7 +37,7 @@ def load_unet(path: str | Path, *, dtype: str = "float32", variant: str = "") ->
   return network, load_params(unet_folder(folders.find_folder(path)), network, channels, network.dtype, variant)
 
 
-def read_unet(path: str | Path, *, dtype: str = "float32") -> tuple[UNet | ConditionalUNet, int]:
+def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | ConditionalUNet, int]":
   """Read a network and its number of input channels from the config of a U-Net.
 
   Args:
@@ -61,7 +63,7 @@ def unet_folder(folder: Path) -> Path:
 
 def load_params(
   folder: Path,
-  network: UNet | ConditionalUNet,
+  network: "UNet | ConditionalUNet",
   channels: int,
   dtype: Any = jnp.float32,
   variant: str = "",
@@ -105,7 +107,7 @@ def _template(network: UNet, channels: int) -> PyTree:
 
 
 def save_unet(
-  path: str | Path, network: UNet | ConditionalUNet, params: PyTree, size: tuple[int, int] | None = None
+  path: str | Path, network: "UNet | ConditionalUNet", params: PyTree, size: tuple[int, int] | None = None
 ) -> None:
   """Save a network to a folder that diffusers' `from_pretrained` and `load_unet` can read.
 
@@ -131,7 +133,7 @@ def save_unet(
     write_unet(folder, network, config, params)
 
 
-def write_unet(folder: Path, network: UNet | ConditionalUNet, config: Mapping[str, Any], params: PyTree) -> None:
+def write_unet(folder: Path, network: "UNet | ConditionalUNet", config: Mapping[str, Any], params: PyTree) -> None:
   """Write the weights and then the config of a network to a folder."""
   if isinstance(network, ConditionalUNet):
     name, layout = unet2d_condition.NAME, unet2d_condition.layout(network)

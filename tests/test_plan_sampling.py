@@ -26,7 +26,8 @@ def config_of(fsdp=1, scale=1.0, sampler="ddim"):
   config = tiny_config()
   config.model.codec = spec(f"{ROOT / 'tests' / 'user_components.py'}:tiny_autoencoder")
   config.model.conditions.classes = spec("conditions.classes", number=3, dropout=0.1)
-  config.sampling.update({"num_steps": STEPS, "batch_size": SIZE, "clip": None})
+  config.sampling.update({"num_steps": STEPS, "batch_size": SIZE})
+  config.sampling.clip = None
   config.sampler, config.parallel.fsdp = spec(f"sampling.{sampler}"), fsdp
   if scale != 1:
     config.guidance = spec("guidance.classifier_free", scale=scale)
