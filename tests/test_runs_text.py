@@ -17,6 +17,7 @@ from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import scoring, stepping
 from tests import user_components
+from tests.parameters import one_device
 from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
@@ -65,7 +66,7 @@ def unscored(monkeypatch):
 def trained(images, tmp_path_factory):
   """Return the folder of a run of 4 steps, without an interruption and without worker processes."""
   folder = tmp_path_factory.mktemp("run") / "run"
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, one_device():
     patch.setattr(scoring.Scorer, "score", lambda *_: None)
     runs.run_train(tree_for(images, training__steps=4), folder)
   return folder
@@ -206,7 +207,7 @@ def test_edits_and_scores_take_texts(images, trained, tmp_path, run_command):
   assert outputs[0].shape == (1, 2, 8, 8, 1)
   assert (outputs[0] != outputs[1]).any()
   scores = ["--config.evaluation.likelihood=bound", "--config.evaluation.likelihood_images=4"]
-  scores += ["--config.evaluation.bound_steps=2", "--config.evaluation.report=true"]
+  scores += ["--config.evaluation.bound_steps=4", "--config.evaluation.report=true"]
   run_command("--mode=eval", f"--workdir={folder}", *scores)
   report = json.loads((folder / "eval.json").read_text())
   assert report["likelihood"]["bound"]["bits"] > 0

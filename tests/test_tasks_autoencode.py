@@ -207,7 +207,10 @@ WRONG = [
   ({"objective__perceptual": spec("features.vgg", levels=6)}, "Got levels=6; expected 1 to 5"),
   ({"objective": "denoising"}, "objective=denoising with config.task='autoencode'; expected autoencoding"),
   ({"model__network": spec("networks.UNet")}, "Got UNet without encode, decode_features, decode_output"),
-  ({"model__conditions": {"classes": spec("conditions.classes", number=10)}}, "network that has no argument 'classes'"),
+  (
+    {"model__conditions": {"classes": spec("conditions.classes", number=10)}},
+    "with the conditions classes; expected no conditions",
+  ),
   ({"data__hold_out": 0, "evaluation__every": 5}, "Got no held-out images; expected some to reconstruct"),
   (
     {"training__best_metric": "eval/fid", "evaluation__every": 6, "training__keep_best": 1},
