@@ -17,6 +17,7 @@ from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import scoring, stepping
 from tests import user_components
+from tests.parameters import one_device
 from tests.recipes import newest_state, tiny_config, tree_of
 
 pytestmark = pytest.mark.usefixtures("dense_module", "on_one_device")
@@ -62,10 +63,10 @@ def unscored(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
+def trained(images, tmp_path_factory, dense_module):
   """Return the folder of a run of 4 steps, without an interruption and without worker processes."""
   folder = tmp_path_factory.mktemp("run") / "run"
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, one_device():
     patch.setattr(scoring.Scorer, "score", lambda *_: None)
     runs.run_train(tree_for(images, training__steps=4), folder)
   return folder
