@@ -63,7 +63,7 @@ def unscored(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
+def trained(images, tmp_path_factory, dense_module):
   """Return the folder of a run of 4 steps, without an interruption and without worker processes."""
   folder = tmp_path_factory.mktemp("run") / "run"
   with pytest.MonkeyPatch.context() as patch, one_device():
