@@ -399,9 +399,9 @@ BROKEN = {
   "broken config": (lambda f: (f / "unet" / "config.json").write_text("{"), r"Cannot read .*config\.json as JSON"),
   "another pipeline": (
     lambda f: (f / "model_index.json").write_text(
-      '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["a", "b"]}'
+      '{"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]}'
     ),
-    "a StableDiffusionPipeline with the parts text_encoder",
+    "a StableDiffusionControlNetPipeline with the parts controlnet",
   ),
 }
 

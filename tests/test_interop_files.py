@@ -318,7 +318,7 @@ def try_wrong_values(copy, part, read):
 @pytest.mark.parametrize("part", PARTS)
 def test_values_of_wrong_types_are_errors_that_name_the_file(part, copy, monkeypatch):
   # This test is about configs, so it does not load parameters.
-  monkeypatch.setattr(interop.diffusers, "load_params", lambda *_: {})
+  monkeypatch.setattr(interop.diffusers, "load_params", lambda *_, **__: {})
   accepted = {}
   for key, value, message in try_wrong_values(copy, part, lambda: interop.diffusers.load(copy)):
     if message is None:

@@ -135,7 +135,8 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
   name, options = scheduler_classes.name_of(config), scheduler_classes.complete(config)
   one = CLASSES[name]
   # A "_log" variance differs only in how diffusers clips the logarithm. Our tables do not need this clipping.
-  variance = (options["variance_type"] or "fixed_small").removesuffix("_log")
+  variance = options["variance_type"]
+  variance = "fixed_small" if variance is None else variance.removesuffix("_log")
   if variance not in VARIANCES:
     raise unsupported(name, "variance_type", variance, *VARIANCES)
   sampler, arguments = _sampler(options, name)

@@ -90,6 +90,11 @@ class Condition(NamedTuple):
     """Return whether the condition is an image computed from the data, such as a small image to enlarge."""
     return self.from_data is not None and self.parse is None
 
+  @property
+  def is_known(self) -> bool:
+    """Return whether the condition never needs an item of the user, such as the sizes of Stable Diffusion XL."""
+    return self.from_data is not None and self.default is not None
+
 
 def classes(name: str, number: int, dropout: float = 0.0) -> Condition:
   """Return the condition of integer classes from 0 to `number - 1`.

@@ -194,7 +194,7 @@ def _steer(
   missing = [
     name
     for name, condition in conditions.items()
-    if not condition.is_source_image and name not in (*steering.given, *inputs) and condition.from_data is None
+    if name not in (*steering.given, *inputs) and not condition.is_source_image and not condition.is_known
   ]
   if steering.classifier is not None and "classes" not in steering.given:
     raise ValueError(
