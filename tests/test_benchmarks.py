@@ -140,12 +140,14 @@ def smaller(script, monkeypatch):
   return smaller
 
 
-def test_autoencoders_are_compared_in_processes_of_their_own(run, tmp_path):
-  output = run("autoencoder.py", "--small", "--sizes=32", f"--json={tmp_path / 'results.json'}")
+def test_parts_of_stable_diffusion_are_compared_in_processes_of_their_own(run, tmp_path):
+  options = ["--small", "--sizes=64", "--tasks=decode,unet,load"]
+  output = run("stable_diffusion.py", *options, f"--json={tmp_path / 'results.json'}")
   rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-  assert [row["task"] for row in rows] == ["encode", "decode"]
+  assert [row["task"] for row in rows] == ["decode", "unet", "load float32", "load bfloat16"]
   assert all(row["ours seconds"] > 0 < row["ours increase"] < row["ours peak"] for row in rows)
-  assert "| decode 32 |" in output
+  assert rows[2]["ours bytes"] == rows[2]["diffusers bytes"] == 2 * rows[3]["ours bytes"]
+  assert "| decode 64 |" in output
 
 
 def test_the_overhead_of_sampling_is_timed(quick, smaller):

@@ -110,6 +110,16 @@ def test_the_notebook_of_latent_diffusion_runs_from_start_to_end():
   assert "latents" in text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_of_captions_runs_from_start_to_end():
+  smaller = {"model.times(25)": "model.times(2)", '"training.batch_size": "64"': '"training.batch_size": "8"'}
+  smaller |= {"(0.0, 1.0, 2.0, 5.0)": "(2.0, 5.0)"}
+  pictures, text = execute("text_to_image.ipynb", 2, smaller)
+  assert len(pictures) == 5
+  assert all(picture.std() > 5 for picture in pictures)
+  assert "guidance scale 5.0" in text
+
+
 def test_every_score_gets_worse_for_degraded_images():
   names = runpy.run_path(str(ROOT / "experiments" / "score_sanity.py"))
   for rows in names["run"](data.read_digits(), 25, held_out=400).values():
