@@ -1,6 +1,6 @@
 """Load the codecs of frozen autoencoders from diffusers' folders, and save them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import files, jsonfiles
 
 PyTree = Any
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load_codec(
@@ -68,8 +67,7 @@ def read_codec(
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
   """
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  kind = tensors.choose_dtype(dtype)
   folder = folders.autoencoder_folder(folders.find_folder(path, weights=False))
   config = jsonfiles.read(folder / "config.json")
   with jsonfiles.named_errors(folder / "config.json"):
@@ -81,37 +79,48 @@ def read_codec(
     scale = scale._replace(
       scale=np.asarray(config.get("scaling_factor", 0.18215), np.float32), shift=np.zeros((), np.float32)
     )
-  network = network.clone(dtype=DTYPES[dtype])
-  arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
-  template = _template(network)
+  network = network.clone(dtype=kind)
 
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+  def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
-    found = folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant)
-    return {"autoencoder": _load_params(folders.autoencoder_folder(found), network, template, mesh, variant), **arrays}
+    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant))
+    weights = folders.weights_path(found, variant=variant)
+    file = tensors.open_weights(weights, "encoder.conv_in.weight", "AutoencoderKL of diffusers")
+    layout = autoencoder_kl.layout(len(network.multipliers))
+    return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=kind, mesh=mesh)
+
+  return make_codec(network, scale, load, posterior=posterior, tile=tile)
+
+
+def make_codec(
+  network: Autoencoder,
+  scale: autoencoder_kl.Scale,
+  load: Callable[[PyTree, jax.sharding.Mesh | None], PyTree],
+  *,
+  posterior: str = "sample",
+  tile: int = 0,
+) -> Codec:
+  """Return the codec of an autoencoder whose parameters are in a file.
+
+  Args:
+    network: the autoencoder.
+    scale: the scale and shift of its latents.
+    load: `load(template, mesh)` reads the parameters of the shapes `template`, into shards if `mesh` is not None.
+    posterior: see `codecs.latent`.
+    tile: see `codecs.latent`.
+  """
+  arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
+  template = autoencoder_kl.template(network)
+
+  def load_all(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+    return {"autoencoder": load(template, mesh), **arrays}
 
   def shapes() -> PyTree:
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
+    params = tensors.with_dtype(template, network.dtype)
     return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
-  loader: Any = codecs.Loader(load, shapes, load)
+  loader = codecs.Loader(load_all, shapes, load_all)
   return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
-
-
-def _template(network: Autoencoder) -> PyTree:
-  side = network.downsampling
-  return tensors.abstract_params(network, (side, side, network.out_channels))
-
-
-def _load_params(
-  folder: Path, network: Autoencoder, template: PyTree, mesh: jax.sharding.Mesh | None = None, variant: str = ""
-) -> PyTree:
-  path = folders.weights_path(folder, variant=variant)
-  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
-    path, "encoder.conv_in.weight", "AutoencoderKL of diffusers"
-  )
-  layout = autoencoder_kl.layout(len(network.multipliers))
-  return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=network.dtype, mesh=mesh)
 
 
 def save_codec(

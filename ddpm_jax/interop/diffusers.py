@@ -20,8 +20,8 @@ from typing import Annotated, Any
 import jax
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, text_saving, unet2d
-from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
+from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, tensors, text_saving, unet2d
+from ddpm_jax.interop.codec_folders import load_codec, read_codec, save_codec
 from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
 from ddpm_jax.interop.unet_folders import load_params, load_unet, save_unet
@@ -142,6 +142,7 @@ def read(
     options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
     return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
   _check_pixel_options(path, variant)
+  kind = tensors.choose_dtype(dtype)
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path, autoencoder = pipeline_files(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
@@ -162,9 +163,7 @@ def read(
   with jsonfiles.named_errors(unet_path):
     x_shape, data_shape = _shapes(config, channels, codec, shape)
     conditions = _conditions(network, config["in_channels"] - channels, x_shape, class_dropout)
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
-  network = network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention)
+  network = network.clone(dropout=dropout, dtype=kind, remat=remat, attention=attention)
   network.check_input(x_shape)
   return Model(
     network=networks.from_linen(network, conditions),

@@ -22,8 +22,17 @@ import numpy as np
 from ddpm_jax import gaussian, predictions
 from ddpm_jax.data import tokenizers
 from ddpm_jax.data.tokens import Tokenizer, Tokens
-from ddpm_jax.interop import folders, pipeline_index, schedulers, text_configs, transformers, unet_folders
-from ddpm_jax.interop.codec_folders import DTYPES, read_codec
+from ddpm_jax.interop import (
+  folders,
+  pipeline_index,
+  schedulers,
+  tensors,
+  text_configs,
+  transformers,
+  unet2d,
+  unet_folders,
+)
+from ddpm_jax.interop.codec_folders import read_codec
 from ddpm_jax.interop.pipeline_index import Index
 from ddpm_jax.interop.schedulers import Schedule
 from ddpm_jax.models import Codec, Condition, Model, conditions, networks, texts
@@ -109,7 +118,7 @@ def read(
   """
   folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
   index = pipeline_index.read(folder)
-  network, in_channels = unet_folders.read_unet(folder, dtype=dtype)
+  network, unet_config = unet_folders.read_unet(folder, dtype=dtype)
   if not isinstance(network, ConditionalUNet):
     raise ValueError(f"Got {folder / 'unet'}, a UNet2DModel; expected a UNet2DConditionModel in a {index.name}.")
   encoders = {}
@@ -124,9 +133,9 @@ def read(
     schedule = schedulers.from_config(config)
   parts = Parts(
     contents=index,
-    network=network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention),
-    in_channels=in_channels,
-    size=_trained_size(jsonfiles.read(folder / "unet" / "config.json")),
+    network=network.clone(dropout=dropout, remat=remat, attention=attention),
+    in_channels=unet_config["in_channels"],
+    size=None if unet_config["sample_size"] is None else unet2d.image_size(unet_config),
     codec=read_codec(path, posterior=posterior, dtype=dtype, variant=variant),
     schedule=schedule,
     encoders=encoders,
@@ -158,12 +167,11 @@ def load(
   Raises:
     ValueError: see `read`; or if the weights cannot be read or do not match the config.
   """
-  if params_dtype not in DTYPES:
-    raise ValueError(f"Got params_dtype={params_dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  kind = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, variant=variant, **options)
   folder = folders.find_folder(path, parts=("unet",), variant=variant) / "unet"
   network, channels = model.network.module, model.origin.in_channels
-  return model, unet_folders.load_params(folder, network, channels, DTYPES[params_dtype], variant, mesh)
+  return model, unet_folders.load_params(folder, network, channels, kind, variant, mesh)
 
 
 def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = 0.1) -> Model:
@@ -307,16 +315,6 @@ def _check_items(name: str, items: Array, shape: tuple[int, ...]) -> None:
     raise ValueError(
       f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images."
     )
-
-
-def _trained_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-  """Return the height and width in the config of a U-Net, whose types were checked before."""
-  size = config.get("sample_size")
-  if size is None or isinstance(size, int):
-    return None if size is None else (size, size)
-  if len(size) != 2:
-    raise ValueError(f"Got sample_size={size}; expected one number, or the height and the width.")
-  return size[0], size[1]
 
 
 def _shapes(parts: Parts, shape: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.interop import tensors, unet2d
 from ddpm_jax.networks import ConditionalUNet
-from ddpm_jax.networks.options import per_level
+from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
@@ -154,11 +154,10 @@ def from_config(config: Mapping[str, Any]) -> ConditionalUNet:
   widths, levels = c["block_out_channels"], len(c["block_out_channels"])
   text_time, embed_type = c["addition_embed_type"] == "text_time", c["class_embed_type"]
   dense = text_time or embed_type == "projection"
-  multipliers = tuple(width / widths[0] for width in widths)
   network = ConditionalUNet(
     out_channels=c["out_channels"],
     channels=widths[0],
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(widths),
     blocks=_one_value(c, "layers_per_block"),
     attention_levels=_attention_levels(c, levels),
     transformer_layers=_as_tuple(c["transformer_layers_per_block"]),
