@@ -99,8 +99,11 @@ def sample_peer(pipeline, scheduler, scale, steps=4, latents=None, **options):
   return np.round(pictures * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("scheduler", SAMPLERS)
-@pytest.mark.parametrize("scale", [1.0, 7.5])
+@pytest.mark.parametrize(
+  ("scheduler", "scale"),
+  [("own", 1.0), *(pytest.param(name, 1.0, marks=pytest.mark.slow) for name in SAMPLERS if name != "own")]
+  + [(name, 7.5) for name in SAMPLERS],
+)
 def test_samples_match_the_pipeline(scheduler, scale, written):
   one = written("sd1")
   ours = sample_ours(one, scheduler, scale, text=PROMPTS)
