@@ -123,6 +123,45 @@ def make_codec(
   return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
 
 
+def shapes_of(
+  codec: Codec, channels: int, size: tuple[int, int] | None, shape: tuple[int, int, int] | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+  """Return the shapes of x and of the images of a model.
+
+  Args:
+    codec: the codec.
+    channels: the number of channels of x.
+    size: the height and width of x in the config of the network. None if the config leaves them open.
+    shape: the shape [H, W, C] of the images that the user set. None for the size in the config.
+
+  Raises:
+    ValueError: if the codec has another number of channels, there is no size, or the shape does not fit.
+  """
+  factor, image_channels = 1, channels
+  if codec.is_latent:
+    factor, image_channels = codec.module.downsampling, codec.module.out_channels
+    if codec.module.latent_channels != channels:
+      raise ValueError(
+        f"Got a U-Net of {channels} channels and an autoencoder with latent_channels={codec.module.latent_channels}; expected"
+        " the same number. The two parts belong to different models."
+      )
+  if shape is None:
+    if size is None:
+      raise ValueError(
+        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
+      )
+    height, width = size
+    return (height, width, channels), (height * factor, width * factor, image_channels)
+  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
+    sides = f" with sides divisible by {factor}, the factor of the autoencoder" if factor > 1 else ""
+    nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in shape[:2])
+    raise ValueError(
+      f"Got images of shape {tuple(shape)}; expected (height, width, {image_channels}){sides}. Use {nearest}, for example."
+    )
+  height, width, _ = shape
+  return (height // factor, width // factor, channels), (height, width, image_channels)
+
+
 def save_codec(
   path: str | Path,
   network: Autoencoder,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax.interop import autoencoder_kl, numbered_blocks, tensors, unet2d_condition
 from ddpm_jax.networks import Autoencoder, ConditionalUNet
-from ddpm_jax.networks.options import multipliers_of, per_level
+from ddpm_jax.networks.options import multipliers_of
 
 PyTree = Any
 _UNET_ANCHOR, _AUTOENCODER_ANCHOR = "time_embed.0.weight", "encoder.conv_in.weight"
@@ -104,12 +104,7 @@ def unet_layout(network: ConditionalUNet) -> tensors.Layout:
   attention = {
     **{name: name for name in ("norm", "norm1", "norm2", "norm3", "proj_in", "proj_out", "to_q", "to_k", "to_v")},
     "to_out": "to_out.0",
-    "self_attention": "attn1",
-    "cross_attention": "attn2",
-    "feed_forward": "ff.net",
-    "dense_1": "0.proj",
-    "dense_2": "2",
-    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(max(per_level(network.transformer_layers, levels)))},
+    **unet2d_condition.transformer_names(network),
   }
   starts = {"classes": "label_emb", "vector_1": "label_emb.0.0", "vector_2": "label_emb.0.2"}
   starts |= {"guidance": "time_embed.cond_proj"}

@@ -32,7 +32,7 @@ from ddpm_jax.interop import (
   unet2d,
   unet_folders,
 )
-from ddpm_jax.interop.codec_folders import read_codec
+from ddpm_jax.interop.codec_folders import read_codec, shapes_of
 from ddpm_jax.interop.pipeline_index import Index
 from ddpm_jax.interop.schedulers import Schedule
 from ddpm_jax.models import Codec, Condition, Model, conditions, networks, texts
@@ -192,7 +192,7 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
       f"Got a {parts.contents.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
       " scheduler_config.json."
     )
-  x_shape, data_shape = _shapes(parts, shape)
+  x_shape, data_shape = shapes_of(parts.codec, parts.network.out_channels, parts.size, shape)
   by_name = {"text": text(parts.encoders, parts.contents, text_dropout)}
   _check_text(parts, by_name["text"])
   if parts.network.size_features:
@@ -315,35 +315,6 @@ def _check_items(name: str, items: Array, shape: tuple[int, ...]) -> None:
     raise ValueError(
       f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images."
     )
-
-
-def _shapes(parts: Parts, shape: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """Return the shapes of x and of the images."""
-  module, channels = parts.codec.module, parts.network.out_channels
-  factor, image_channels = module.downsampling, module.out_channels
-  if module.latent_channels != channels:
-    raise ValueError(
-      f"Got a U-Net with out_channels={channels} and an autoencoder with latent_channels={module.latent_channels}; expected"
-      " the same number. The two parts belong to different models."
-    )
-  if shape is None:
-    if parts.size is None:
-      raise ValueError(
-        f"Got a U-Net with sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
-      )
-    height, width = parts.size
-    return (height, width, channels), (height * factor, width * factor, image_channels)
-  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
-    raise ValueError(
-      f"Got images of shape {tuple(shape)}; expected (height, width, {image_channels}) with sides divisible by {factor}, the"
-      f" factor of the autoencoder. Use {_nearest(shape, factor)}, for example."
-    )
-  height, width, _ = shape
-  return (height // factor, width // factor, channels), (height, width, image_channels)
-
-
-def _nearest(shape: Sequence[int], factor: int) -> str:
-  return "x".join(str(max(1, round(side / factor)) * factor) for side in shape[:2])
 
 
 def _check_text(parts: Parts, condition: Condition) -> None:

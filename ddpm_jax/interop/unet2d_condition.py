@@ -262,19 +262,23 @@ def template(network: ConditionalUNet, in_channels: int) -> PyTree:
 
 def layout(network: ConditionalUNet) -> tensors.Layout:
   """Return the layout of diffusers' weight files for a network."""
-  levels = len(network.multipliers)
-  names = {
-    "guidance": "time_embedding.cond_proj",
+  names = {"guidance": "time_embedding.cond_proj", **transformer_names(network)}
+  if network.size_features:
+    names |= {f"vector_{k}": f"add_embedding.linear_{k}" for k in (1, 2)}
+  return unet2d.layout(len(network.multipliers), names)
+
+
+def transformer_names(network: ConditionalUNet) -> dict[str, str]:
+  """Return the names of the parts of transformers in the files of diffusers and of latent diffusion."""
+  depth = max(per_level(network.transformer_layers, len(network.multipliers)))
+  return {
     "self_attention": "attn1",
     "cross_attention": "attn2",
     "feed_forward": "ff.net",
     "dense_1": "0.proj",
     "dense_2": "2",
-    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(max(per_level(network.transformer_layers, levels)))},
+    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(depth)},
   }
-  if network.size_features:
-    names |= {f"vector_{k}": f"add_embedding.linear_{k}" for k in (1, 2)}
-  return unet2d.layout(levels, names)
 
 
 def with_defaults(config: Mapping[str, Any]) -> Config:
