@@ -67,7 +67,7 @@ def read_codec(
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
   """
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   folder = folders.autoencoder_folder(folders.find_folder(path, weights=False))
   config = jsonfiles.read(folder / "config.json")
   with jsonfiles.named_errors(folder / "config.json"):
@@ -79,7 +79,7 @@ def read_codec(
     scale = scale._replace(
       scale=np.asarray(config.get("scaling_factor", 0.18215), np.float32), shift=np.zeros((), np.float32)
     )
-  network = network.clone(dtype=kind)
+  network = network.clone(dtype=jax_type)
 
   def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
@@ -87,7 +87,7 @@ def read_codec(
     weights = folders.weights_path(found, variant=variant)
     file = tensors.open_weights(weights, "encoder.conv_in.weight", "AutoencoderKL of diffusers")
     layout = autoencoder_kl.layout(len(network.multipliers))
-    return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=kind, mesh=mesh)
+    return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=jax_type, mesh=mesh)
 
   return make_codec(network, scale, load, posterior=posterior, tile=tile)
 

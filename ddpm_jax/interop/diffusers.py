@@ -142,7 +142,7 @@ def read(
     options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
     return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
   _check_pixel_options(path, variant)
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path, autoencoder = pipeline_files(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
@@ -164,7 +164,7 @@ def read(
     size = None if config["sample_size"] is None else unet2d.image_size(config)
     x_shape, data_shape = shapes_of(codec, channels, size, shape)
     conditions = _conditions(network, config["in_channels"] - channels, x_shape, class_dropout)
-  network = network.clone(dropout=dropout, dtype=kind, remat=remat, attention=attention)
+  network = network.clone(dropout=dropout, dtype=jax_type, remat=remat, attention=attention)
   network.check_input(x_shape)
   return Model(
     network=networks.from_linen(network, conditions),

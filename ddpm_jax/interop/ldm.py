@@ -44,12 +44,12 @@ def load_unet(
   Raises:
     ValueError: if the file cannot be read or contains another network, or an argument is invalid.
   """
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(path, _UNET_ANCHOR, "U-Net of latent diffusion")
   network, channels = infer_unet(file, heads=heads, size_features=size_features)
-  network = network.clone(dtype=kind)
+  network = network.clone(dtype=jax_type)
   template = unet2d_condition.template(network, channels)
-  return network, tensors.load(file, template, unet_layout(network), dtype=kind)
+  return network, tensors.load(file, template, unet_layout(network), dtype=jax_type)
 
 
 def infer_unet(
@@ -126,11 +126,11 @@ def load_autoencoder(path: str | Path, *, dtype: str = "float32") -> tuple[Autoe
   Raises:
     ValueError: if the file cannot be read or contains another network, or an argument is invalid.
   """
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(path, _AUTOENCODER_ANCHOR, "autoencoder of latent diffusion")
-  network = infer_autoencoder(file).clone(dtype=kind)
+  network = infer_autoencoder(file).clone(dtype=jax_type)
   template, layout = autoencoder_kl.template(network), autoencoder_layout(file.shapes)
-  return network, tensors.load(file, template, layout, dtype=kind)
+  return network, tensors.load(file, template, layout, dtype=jax_type)
 
 
 def infer_autoencoder(file: tensors.TensorFile) -> Autoencoder:

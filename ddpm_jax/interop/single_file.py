@@ -80,14 +80,14 @@ def read(
   file_path = user_path(path)
   if file_path.suffix != ".safetensors":
     raise ValueError(f"Got {path}; expected a .safetensors file. Convert the checkpoint to safetensors.")
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(file_path, f"{_UNET}time_embed.0.weight", "Stable Diffusion")
   unet = _unet_file(file_path)
   network, in_channels = ldm.infer_unet(unet, heads=heads, size_features=size_features)
-  network = network.clone(dtype=kind)
+  network = network.clone(dtype=jax_type)
   version = _version(file, network)
   prediction_type = _prediction(file, version, prediction)
-  with_options: dict[str, Any] = {"dtype": kind, "heads": text_heads}
+  with_options: dict[str, Any] = {"dtype": jax_type, "heads": text_heads}
   encoders = _encoders(file, file_path, version, with_options)
   index = _index(version, tuple(encoders), in_channels, network.out_channels)
   parts = Parts(
@@ -95,7 +95,7 @@ def read(
     network=network,
     in_channels=in_channels,
     size=_size(version, prediction_type),
-    codec=_codec(file_path, kind, _SCALES[version], posterior),
+    codec=_codec(file_path, jax_type, _SCALES[version], posterior),
     schedule=schedulers.from_config(_SCHEDULERS[version] | {"prediction_type": prediction_type}),
     encoders=_with_tokenizers(encoders, index, user_path(tokenizer)),
   )
@@ -125,12 +125,12 @@ def load(
   Raises:
     ValueError: see `read`; or if a tensor is missing or has another shape.
   """
-  kind = tensors.choose_dtype(params_dtype, "params_dtype")
+  jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, tokenizer, **options)
   network = model.network.module
   template = unet2d_condition.template(network, model.origin.in_channels)
   layout, file = ldm.unet_layout(network), _unet_file(user_path(path))
-  return model, tensors.load(file, template, layout, dtype=kind, mesh=mesh)
+  return model, tensors.load(file, template, layout, dtype=jax_type, mesh=mesh)
 
 
 def _unet_file(path: Path) -> tensors.TensorFile:

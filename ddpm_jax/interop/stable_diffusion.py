@@ -167,11 +167,11 @@ def load(
   Raises:
     ValueError: see `read`; or if the weights cannot be read or do not match the config.
   """
-  kind = tensors.choose_dtype(params_dtype, "params_dtype")
+  jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, variant=variant, **options)
   folder = folders.find_folder(path, parts=("unet",), variant=variant) / "unet"
   network, channels = model.network.module, model.origin.in_channels
-  return model, unet_folders.load_params(folder, network, channels, kind, variant, mesh)
+  return model, unet_folders.load_params(folder, network, channels, jax_type, variant, mesh)
 
 
 def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = 0.1) -> Model:

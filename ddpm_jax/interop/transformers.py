@@ -62,18 +62,18 @@ def read_text_encoder(
 
 
 def _read(path: str | Path, part: str, dtype: str, variant: str, *, weights: bool) -> tuple[TextEncoder, codecs.Loader]:
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   config_path = _find(path, part, weights=weights) / "config.json"
   config = jsonfiles.read(config_path)
   with jsonfiles.named_errors(config_path):
-    encoder = text_configs.from_config(config).clone(dtype=kind)
+    encoder = text_configs.from_config(config).clone(dtype=jax_type)
 
   def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
     folder = _find(path, part, weights=True, variant=variant)
     file = tensors.open_weights(folders.weights_path(folder, folders.TRANSFORMERS, variant))
     names = text_names.modern_names(encoder, file.shapes)
-    return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=kind, mesh=mesh)
+    return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=jax_type, mesh=mesh)
 
   return encoder, make_loader(encoder, load)
 

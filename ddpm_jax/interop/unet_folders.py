@@ -47,12 +47,12 @@ def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | Cond
   Raises:
     ValueError: see `load_unet`.
   """
-  kind = tensors.choose_dtype(dtype)
+  jax_type = tensors.choose_dtype(dtype)
   file = unet_folder(folders.find_folder(path, weights=False)) / "config.json"
   config = jsonfiles.read(file)
   with jsonfiles.named_errors(file):
     formats: Any = unet2d_condition if config.get("_class_name") == unet2d_condition.NAME else unet2d
-    return formats.from_config(config).clone(dtype=kind), formats.with_defaults(config)
+    return formats.from_config(config).clone(dtype=jax_type), formats.with_defaults(config)
 
 
 def unet_folder(folder: Path) -> Path:
