@@ -437,8 +437,9 @@ def with_dtype(template: PyTree, dtype: Any) -> PyTree:
 
 def open_weights(path: Path, anchor: str = "", description: str = "network") -> TensorFile | ShardedFile:
   """Open a weights file, or the files of an index of shards (see `TensorFile` and `ShardedFile`)."""
-  kind = ShardedFile if path.suffix == ".json" else TensorFile
-  return kind(path, anchor, description)
+  if path.suffix == ".json":
+    return ShardedFile(path, anchor, description)
+  return TensorFile(path, anchor, description)
 
 
 def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:
