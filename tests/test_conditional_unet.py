@@ -10,7 +10,8 @@ import pytest
 from ddpm_jax import models
 from ddpm_jax.models import Condition
 from ddpm_jax.networks import ConditionalUNet
-from ddpm_jax.networks.transformers import FeedForward, LayerNorm
+from ddpm_jax.networks.normalization import LayerNorm, RMSNorm
+from ddpm_jax.networks.transformers import FeedForward
 from tests.parameters import random_like
 
 SMALL = {
@@ -131,12 +132,15 @@ def test_bfloat16_is_close_and_returns_float32():
   assert np.std(output - expected) < 0.05 * np.std(expected)
 
 
-def test_all_forms_of_operations_agree():
+@pytest.mark.parametrize(
+  "kernels", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loop", "single_device"))]
+)
+def test_all_forms_of_operations_agree(kernels):
+  """`test_networks_convolution` compares all forms in the U-Net that has them all."""
   network, params = build()
   expected = apply(network, params)
-  for kernels in ("plain", "loop", "single_device"):
-    output = apply(network.clone(kernels=kernels), params)
-    np.testing.assert_allclose(output, expected, atol=1e-4 * np.std(expected))
+  output = apply(network.clone(kernels=kernels), params)
+  np.testing.assert_allclose(output, expected, atol=1e-4 * np.std(expected))
 
 
 def test_dropout_depends_on_the_key_of_a_sample():
@@ -145,7 +149,9 @@ def test_dropout_depends_on_the_key_of_a_sample():
   first, second = apply(network, params, keys), apply(network, params, jnp.roll(keys, 1))
   assert np.all(np.std(first - second, (1, 2, 3)) > 0)
   np.testing.assert_array_equal(apply(network, params, keys), first)
-  np.testing.assert_array_equal(apply(network, params), apply(network.clone(dropout=0.0), params))
+  # Outside training, the program is the one without dropout.
+  programs = [program(network.clone(dropout=rate)).lower(params, INPUTS, None).as_text() for rate in (0.0, 0.5)]
+  assert programs[0] == programs[1]
 
 
 def test_a_fresh_network_returns_zeros_and_each_transformer_its_input():
@@ -157,14 +163,19 @@ def test_a_fresh_network_returns_zeros_and_each_transformer_its_input():
   assert not any(np.any(leaf) for name in sites for leaf in jax.tree.leaves(params[name]["proj_out"]))
 
 
-def test_layer_norm_and_gated_units_are_their_formulas():
+def test_normalizations_and_gated_units_are_their_formulas():
   x = RNG.standard_normal((2, 3, 4)).astype(np.float32)
-  norm = LayerNorm(1e-5, jnp.float32)
-  params = random_like(jax.eval_shape(norm.init, jax.random.key(0), x)["params"], scale=1.0)
   wide = x.astype(np.float64)
-  expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
-  expected = expected * params["scale"] + params["bias"]
-  np.testing.assert_allclose(norm.apply({"params": params}, x), expected, atol=1e-5)
+  roots = {
+    LayerNorm: np.sqrt(wide.var(-1, keepdims=True) + 1e-5),
+    RMSNorm: np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5),
+  }
+  for kind, root in roots.items():
+    norm = kind(1e-5, jnp.float32)
+    params = random_like(jax.eval_shape(norm.init, jax.random.key(0), x)["params"], scale=1.0)
+    center = wide.mean(-1, keepdims=True) if kind is LayerNorm else 0
+    expected = (wide - center) / root * params["scale"] + params.get("bias", 0)
+    np.testing.assert_allclose(norm.apply({"params": params}, x), expected, atol=1e-5)
 
   from scipy.special import ndtr
 

@@ -501,10 +501,10 @@ def test_wrong_latent_pipelines_are_errors(tmp_path):
   with pytest.raises(ValueError, match=r"Got clip=1.0 for a latent model; expected None"):
     interop.diffusers.save(tmp_path / "b", model, params)
   for shape in ((16, 16, 4), (15, 16, 3)):
-    with pytest.raises(ValueError, match=r"expected \(height, width, 3\), with sides divisible by 2"):
+    with pytest.raises(ValueError, match=r"expected \(height, width, 3\) with sides divisible by 2"):
       interop.diffusers.read(tmp_path / "a", shape=shape)
   set_config(latent_channels=3)(tmp_path / "a" / "vqvae")
-  with pytest.raises(ValueError, match="Got a UNet2DModel of 4 channels with an autoencoder of latent_channels=3"):
+  with pytest.raises(ValueError, match="Got a U-Net of 4 channels and an autoencoder with latent_channels=3"):
     interop.diffusers.load(tmp_path / "a")
   set_config(_class_name="VQModel")(tmp_path / "a" / "vqvae")
   with pytest.raises(ValueError, match=r"vqvae/config\.json: Got an autoencoder of class VQModel"):

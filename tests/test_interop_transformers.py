@@ -416,7 +416,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_loading_needs_little_more_memory_than_the_parameters(dtype, written, tmp_path):
   encoder = text.CLIPText(vocabulary=20_000, layers=6)
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]

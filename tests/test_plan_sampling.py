@@ -138,7 +138,7 @@ def test_times_follow_the_chip_s_roofline():
   assert "Compiler: E1000" in sampling_plan.table(rejected)
 
 
-def test_the_planned_program_is_the_one_that_samples(dense_module):
+def test_the_planned_program_is_the_one_that_samples(dense_plan):
   """Real parameters run the program that a plan traces from shapes."""
   experiment = experiment_of(config_of())
   generate = programs.generate(experiment, programs.sampling_mesh(experiment))
@@ -148,7 +148,7 @@ def test_the_planned_program_is_the_one_that_samples(dense_module):
   batch = {"classes": np.zeros(SIZE, np.int32)}
   data, nfe = generate(Parameters(params, experiment.model.load_frozen()), 0, 0, batch)
   assert data.shape == (SIZE, *experiment.model.data_shape)
-  assert set(np.asarray(nfe)) == {planned().calls}
+  assert set(np.asarray(nfe)) == {dense_plan.calls}
 
 
 def test_the_command_plans_a_recipe_for_a_tpu_without_a_tpu():

@@ -14,6 +14,7 @@ from ddpm_jax.models.codecs import frozen_shapes
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.runs import conditions as choices
 from ddpm_jax.storage import frozen_file
+from tests.parameters import random_like
 from tests.tokenizer_folders import WORDS, write_bert
 
 TEXTS = ["a red fox", "", "a bear left of a fox and a bear and a fox", "unknown words"]
@@ -135,7 +136,7 @@ def test_a_network_embeds_token_ids_itself():
   wrapped = models.networks.from_linen(network, {"text": condition})
   apply = jax.jit(wrapped.apply)
   x, time = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full((4,), 3.0)
-  params = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(wrapped.init)(jax.random.key(0), x, time, given))
+  params = random_like(jax.eval_shape(wrapped.init, jax.random.key(0), x, time, given))
   found = apply(params, x, time, given)
   # The same network with the embeddings as its states.
   embedded = params["tokens"]["embedding"][given["text"]["ids"]] + params["token_positions"]["embedding"][None]

@@ -47,7 +47,7 @@ def check_equal(tokenizer, peer, prompts=PROMPTS):
   wrong = np.flatnonzero((tokens.ids != expected["input_ids"]).any(1))
   assert not len(wrong), [(prompts[row], tokens.ids[row], expected["input_ids"][row]) for row in wrong[:3]]
   np.testing.assert_array_equal(tokens.mask, expected["attention_mask"])
-  assert (tokenizer.pad, tokenizer.eos) == (peer.pad_token_id, peer.eos_token_id or peer.sep_token_id)
+  assert (tokenizer.pad, tokenizer.suffix) == (peer.pad_token_id, (peer.eos_token_id or peer.sep_token_id,))
   assert tokenizer.vocabulary == len(peer)
 
 
@@ -79,7 +79,7 @@ def test_clip_has_published_ids(sd1):
   assert ids.shape == mask.shape == (1, 77)
   assert ids[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, *[49407] * 70]
   assert mask[0].tolist() == [True] * 7 + [False] * 70
-  assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.vocabulary) == (49406, 49407, 49407, 49408)
+  assert (tokenizer.prefix, tokenizer.suffix, tokenizer.pad, tokenizer.vocabulary) == ((49406,), (49407,), 49407, 49408)
 
 
 def test_exclamation_marks_become_padding_where_models_were_used_so(clip_files, tmp_path):
@@ -156,7 +156,7 @@ def test_a_tiny_vocabulary_equals_transformers(tmp_path):
 def test_t5_equals_transformers(length, t5_files, tmp_path):
   peer = transformers.T5Tokenizer.from_pretrained(t5_files)
   tokenizer = tokenizers.load(t5_files, length=length)
-  assert (tokenizer.pad, tokenizer.eos, tokenizer.prefix) == (0, 1, ())
+  assert (tokenizer.pad, tokenizer.suffix, tokenizer.prefix) == (0, (1,), ())
   assert tokenizer(["<extra_id_0>"]).ids[0, 0] == tokenizer.vocabulary - 1
   check_equal(tokenizer, peer)
   peer.save_pretrained(tmp_path)
@@ -245,7 +245,7 @@ def test_words():
     [3] * 7 + [1],
   ]
   assert mask.sum(1).tolist() == [7, 4, 3, 1, 8]
-  assert (tokenizer.vocabulary, tokenizer.pad, tokenizer.bos, tokenizer.eos) == (9, 0, None, 1)
+  assert (tokenizer.vocabulary, tokenizer.pad, tokenizer.prefix, tokenizer.suffix) == (9, 0, (), (1,))
   assert tokenizer.dropped(["a seven left of a three , of it"]) == ["of it"]
 
 

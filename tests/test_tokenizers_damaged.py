@@ -130,6 +130,13 @@ def test_damaged_folders(name, content, message, tmp_path):
   assert str(folder) in str(error.value)
 
 
+def test_scripts_that_are_not_the_tokenizer_s_are_ignored(tmp_path):
+  """Published folders of sentence encoders have a train_script.py."""
+  folder = tiny_clip(tmp_path)
+  (folder / "train_script.py").write_text("raise SystemExit")
+  assert tokenizers.load(folder)(["cat"]).ids[0, 1] == VOCABULARY["cat</w>"]
+
+
 def test_large_files_are_refused_without_reading(tmp_path, monkeypatch):
   folder = tiny_clip(tmp_path)
   for name in ("vocab.json", "tokenizer_config.json"):

@@ -137,7 +137,9 @@ def with_kind(settings: Settings, kind: str) -> Settings:
 
 def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
   keys = [key for key in ("auto_map", "trust_remote_code") if config.get(key)]
-  sources = sorted(file.name for file in folder.iterdir() if file.suffix in (".py", ".pyc", ".so"))
+  # Files with a tokenizer's code have these names. Other scripts, such as the train_script.py of sentence encoders, do
+  # not matter.
+  sources = sorted(file.name for file in folder.glob("tokenization_*") if file.suffix in (".py", ".pyc", ".so"))
   if keys or sources:
     asked = f"{keys[0]}={jsonfiles.shorten(config[keys[0]])}" if keys else f"the file {sources[0]}"
     raise ValueError(

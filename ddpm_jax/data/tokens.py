@@ -51,16 +51,6 @@ class Tokenizer(NamedTuple):
   padding_side: str = "right"
 
   @property
-  def bos(self) -> int | None:
-    """Return the id before each text, or None."""
-    return self.prefix[-1] if self.prefix else None
-
-  @property
-  def eos(self) -> int | None:
-    """Return the id after each text, or None."""
-    return self.suffix[0] if self.suffix else None
-
-  @property
   def capacity(self) -> int:
     """Return the number of tokens of a text that fit.
 

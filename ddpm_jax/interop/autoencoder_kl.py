@@ -8,6 +8,7 @@ import numpy as np
 
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks import Autoencoder
+from ddpm_jax.networks.options import multipliers_of
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
@@ -95,12 +96,11 @@ def from_config(config: Mapping[str, Any]) -> Autoencoder:
     raise _unsupported("act_fn", c["act_fn"], "silu or swish")
   if c["in_channels"] != c["out_channels"]:
     raise _unsupported("in_channels", c["in_channels"], f"{c['out_channels']}, the value of out_channels")
-  multipliers = tuple(width / widths[0] for width in widths)
   network = Autoencoder(
     out_channels=c["out_channels"],
     latent_channels=c["latent_channels"],
     channels=widths[0],
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(widths),
     blocks=c["layers_per_block"],
     middle_attention=c["mid_block_add_attention"],
     quant_conv=c["use_quant_conv"],
@@ -110,6 +110,12 @@ def from_config(config: Mapping[str, Any]) -> Autoencoder:
   network.check_input((*(network.downsampling,) * 2, c["in_channels"]))
   scale_of(config)
   return network
+
+
+def template(network: Autoencoder) -> PyTree:
+  """Return the shapes of the parameters of an autoencoder, without allocating them."""
+  side = network.downsampling
+  return tensors.abstract_params(network, (side, side, network.out_channels))
 
 
 def to_config(network: Autoencoder, scale: Scale, size: tuple[int, int] | None = None) -> Config:

@@ -1,6 +1,6 @@
 """Load the codecs of frozen autoencoders from diffusers' folders, and save them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import files, jsonfiles
 
 PyTree = Any
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load_codec(
@@ -68,8 +67,7 @@ def read_codec(
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
   """
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  jax_type = tensors.choose_dtype(dtype)
   folder = folders.autoencoder_folder(folders.find_folder(path, weights=False))
   config = jsonfiles.read(folder / "config.json")
   with jsonfiles.named_errors(folder / "config.json"):
@@ -81,37 +79,87 @@ def read_codec(
     scale = scale._replace(
       scale=np.asarray(config.get("scaling_factor", 0.18215), np.float32), shift=np.zeros((), np.float32)
     )
-  network = network.clone(dtype=DTYPES[dtype])
-  arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
-  template = _template(network)
+  network = network.clone(dtype=jax_type)
 
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+  def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
-    found = folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant)
-    return {"autoencoder": _load_params(folders.autoencoder_folder(found), network, template, mesh, variant), **arrays}
+    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant))
+    weights = folders.weights_path(found, variant=variant)
+    file = tensors.open_weights(weights, "encoder.conv_in.weight", "AutoencoderKL of diffusers")
+    layout = autoencoder_kl.layout(len(network.multipliers))
+    return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=jax_type, mesh=mesh)
+
+  return make_codec(network, scale, load, posterior=posterior, tile=tile)
+
+
+def make_codec(
+  network: Autoencoder,
+  scale: autoencoder_kl.Scale,
+  load: Callable[[PyTree, jax.sharding.Mesh | None], PyTree],
+  *,
+  posterior: str = "sample",
+  tile: int = 0,
+) -> Codec:
+  """Return the codec of an autoencoder whose parameters are in a file.
+
+  Args:
+    network: the autoencoder.
+    scale: the scale and shift of its latents.
+    load: `load(template, mesh)` reads the parameters of the shapes `template`, into shards if `mesh` is not None.
+    posterior: see `codecs.latent`.
+    tile: see `codecs.latent`.
+  """
+  arrays = {name: jnp.asarray(value) for name, value in scale._asdict().items()}
+  template = autoencoder_kl.template(network)
+
+  def load_all(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+    return {"autoencoder": load(template, mesh), **arrays}
 
   def shapes() -> PyTree:
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
+    params = tensors.with_dtype(template, network.dtype)
     return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
 
-  loader: Any = codecs.Loader(load, shapes, load)
+  loader = codecs.Loader(load_all, shapes, load_all)
   return codecs.latent(networks.autoencoder(networks.from_linen(network, {})), loader, posterior=posterior, tile=tile)
 
 
-def _template(network: Autoencoder) -> PyTree:
-  side = network.downsampling
-  return tensors.abstract_params(network, (side, side, network.out_channels))
+def shapes_of(
+  codec: Codec, channels: int, size: tuple[int, int] | None, shape: tuple[int, int, int] | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+  """Return the shapes of x and of the images of a model.
 
+  Args:
+    codec: the codec.
+    channels: the number of channels of x.
+    size: the height and width of x in the config of the network. None if the config leaves them open.
+    shape: the shape [H, W, C] of the images that the user set. None for the size in the config.
 
-def _load_params(
-  folder: Path, network: Autoencoder, template: PyTree, mesh: jax.sharding.Mesh | None = None, variant: str = ""
-) -> PyTree:
-  path = folders.weights_path(folder, variant=variant)
-  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
-    path, "encoder.conv_in.weight", "AutoencoderKL of diffusers"
-  )
-  layout = autoencoder_kl.layout(len(network.multipliers))
-  return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=network.dtype, mesh=mesh)
+  Raises:
+    ValueError: if the codec has another number of channels, there is no size, or the shape does not fit.
+  """
+  factor, image_channels = 1, channels
+  if codec.is_latent:
+    factor, image_channels = codec.module.downsampling, codec.module.out_channels
+    if codec.module.latent_channels != channels:
+      raise ValueError(
+        f"Got a U-Net of {channels} channels and an autoencoder with latent_channels={codec.module.latent_channels}; expected"
+        " the same number. The two parts belong to different models."
+      )
+  if shape is None:
+    if size is None:
+      raise ValueError(
+        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
+      )
+    height, width = size
+    return (height, width, channels), (height * factor, width * factor, image_channels)
+  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
+    sides = f" with sides divisible by {factor}, the factor of the autoencoder" if factor > 1 else ""
+    nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in shape[:2])
+    raise ValueError(
+      f"Got images of shape {tuple(shape)}; expected (height, width, {image_channels}){sides}. Use {nearest}, for example."
+    )
+  height, width, _ = shape
+  return (height // factor, width // factor, channels), (height, width, image_channels)
 
 
 def save_codec(

@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import jax
 
 from ddpm_jax import predictions
-from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, text_saving, unet2d
-from ddpm_jax.interop.codec_folders import DTYPES, load_codec, read_codec, save_codec
+from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusion, tensors, text_saving, unet2d
+from ddpm_jax.interop.codec_folders import load_codec, read_codec, save_codec, shapes_of
 from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
 from ddpm_jax.interop.unet_folders import load_params, load_unet, save_unet
-from ddpm_jax.models import Codec, Condition, Model, codecs, conditions, networks
+from ddpm_jax.models import Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.storage import files, jsonfiles
@@ -142,6 +142,7 @@ def read(
     options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
     return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
   _check_pixel_options(path, variant)
+  jax_type = tensors.choose_dtype(dtype)
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path, autoencoder = pipeline_files(folder)
   unet_config, scheduler_config = jsonfiles.read(unet_path), jsonfiles.read(scheduler_path)
@@ -160,11 +161,10 @@ def read(
     )
   codec = codecs.pixels() if autoencoder is None else read_codec(path if folder != user_path(path) else folder)
   with jsonfiles.named_errors(unet_path):
-    x_shape, data_shape = _shapes(config, channels, codec, shape)
+    size = None if config["sample_size"] is None else unet2d.image_size(config)
+    x_shape, data_shape = shapes_of(codec, channels, size, shape)
     conditions = _conditions(network, config["in_channels"] - channels, x_shape, class_dropout)
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
-  network = network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention)
+  network = network.clone(dropout=dropout, dtype=jax_type, remat=remat, attention=attention)
   network.check_input(x_shape)
   return Model(
     network=networks.from_linen(network, conditions),
@@ -252,41 +252,6 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
       " number of at most twice in_channels for variance_type learned_range."
     )
   return channels
-
-
-def _shapes(
-  config: dict[str, Any], channels: int, codec: Codec, shape: tuple[int, int, int] | None
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """Return the shapes of x and of the images.
-
-  Args:
-    config: the config of the network.
-    channels: the number of channels of x.
-    codec: the codec of the pipeline.
-    shape: the shape of the images that the user set.
-  """
-  factor, image_channels = 1, channels
-  if codec.is_latent:
-    factor, image_channels = codec.module.downsampling, codec.module.out_channels
-    if codec.module.latent_channels != channels:
-      raise ValueError(
-        f"Got a UNet2DModel of {channels} channels with an autoencoder of latent_channels={codec.module.latent_channels};"
-        " expected the same number. The two parts belong to different models."
-      )
-  if shape is None:
-    if config["sample_size"] is None:
-      raise ValueError(
-        f"Got sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
-      )
-    height, width = unet2d.image_size(config)
-    return (height, width, channels), (height * factor, width * factor, image_channels)
-  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
-    sides = f", with sides divisible by {factor}" if factor > 1 else ""
-    raise ValueError(
-      f"Got shape={tuple(shape)} for a model with {image_channels} channels; expected (height, width, {image_channels}){sides}."
-    )
-  height, width, _ = shape
-  return (height // factor, width // factor, channels), (height, width, image_channels)
 
 
 def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_dropout: float) -> dict[str, Condition]:

@@ -26,6 +26,7 @@ from ddpm_jax import guidance, predictions, processes, sampling, schedules
 from ddpm_jax.interop import numbered_blocks, tensors
 from ddpm_jax.models import Condition, Model, SamplingDefaults, codecs, conditions, networks
 from ddpm_jax.networks import Classifier, UNet
+from ddpm_jax.networks.options import multipliers_of
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
 
@@ -337,12 +338,11 @@ def _options(
     "conv" if numbered_blocks.has(file, f"input_blocks.{(level + 1) * (blocks + 1)}.0.op.") else "residual"
     for level in range(levels - 1)
   ]
-  multipliers = [width / channels for width in widths]
   embedding, features = numbered_blocks.shape(file, "time_embed.0.weight")
   projection = numbered_blocks.shape(file, "input_blocks.1.0.emb_layers.1.weight")[0]
   return {
     "channels": channels,
-    "multipliers": tuple(int(value) if value == int(value) else value for value in multipliers),
+    "multipliers": multipliers_of(widths),
     "blocks": blocks,
     "attention_levels": attention_levels,
     "heads": heads or 1,

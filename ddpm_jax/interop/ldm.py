@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.interop import numbered_blocks, tensors, unet2d_condition
-from ddpm_jax.interop.codec_folders import DTYPES
+from ddpm_jax.interop import autoencoder_kl, numbered_blocks, tensors, unet2d_condition
 from ddpm_jax.networks import Autoencoder, ConditionalUNet
-from ddpm_jax.networks.options import per_level
+from ddpm_jax.networks.options import multipliers_of
 
 PyTree = Any
 _UNET_ANCHOR, _AUTOENCODER_ANCHOR = "time_embed.0.weight", "encoder.conv_in.weight"
@@ -45,11 +44,12 @@ def load_unet(
   Raises:
     ValueError: if the file cannot be read or contains another network, or an argument is invalid.
   """
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(path, _UNET_ANCHOR, "U-Net of latent diffusion")
   network, channels = infer_unet(file, heads=heads, size_features=size_features)
-  network = network.clone(dtype=_dtype(dtype))
+  network = network.clone(dtype=jax_type)
   template = unet2d_condition.template(network, channels)
-  return network, tensors.load(file, template, unet_layout(network), dtype=network.dtype)
+  return network, tensors.load(file, template, unet_layout(network), dtype=jax_type)
 
 
 def infer_unet(
@@ -78,11 +78,10 @@ def infer_unet(
   if size_features is None:
     size_features = _SIZE_FEATURES if vector and context in _CONTEXTS_WITH_SIZES else 0
   embedding = shape("time_embed.0.weight")[0]
-  multipliers = [width / channels for width in widths]
   network = ConditionalUNet(
     out_channels=shape("out.2.weight")[0],
     channels=channels,
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(widths),
     blocks=blocks,
     attention_levels=attention_levels,
     transformer_layers=middle if {depths[level] for level in attention_levels} <= {middle} else tuple(depths),
@@ -105,12 +104,7 @@ def unet_layout(network: ConditionalUNet) -> tensors.Layout:
   attention = {
     **{name: name for name in ("norm", "norm1", "norm2", "norm3", "proj_in", "proj_out", "to_q", "to_k", "to_v")},
     "to_out": "to_out.0",
-    "self_attention": "attn1",
-    "cross_attention": "attn2",
-    "feed_forward": "ff.net",
-    "dense_1": "0.proj",
-    "dense_2": "2",
-    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(max(per_level(network.transformer_layers, levels)))},
+    **unet2d_condition.transformer_names(network),
   }
   starts = {"classes": "label_emb", "vector_1": "label_emb.0.0", "vector_2": "label_emb.0.2"}
   starts |= {"guidance": "time_embed.cond_proj"}
@@ -132,11 +126,11 @@ def load_autoencoder(path: str | Path, *, dtype: str = "float32") -> tuple[Autoe
   Raises:
     ValueError: if the file cannot be read or contains another network, or an argument is invalid.
   """
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(path, _AUTOENCODER_ANCHOR, "autoencoder of latent diffusion")
-  network = infer_autoencoder(file).clone(dtype=_dtype(dtype))
-  side = network.downsampling
-  template = tensors.abstract_params(network, (side, side, network.out_channels))
-  return network, tensors.load(file, template, autoencoder_layout(file.shapes), dtype=network.dtype)
+  network = infer_autoencoder(file).clone(dtype=jax_type)
+  template, layout = autoencoder_kl.template(network), autoencoder_layout(file.shapes)
+  return network, tensors.load(file, template, layout, dtype=jax_type)
 
 
 def infer_autoencoder(file: tensors.TensorFile) -> Autoencoder:
@@ -148,12 +142,11 @@ def infer_autoencoder(file: tensors.TensorFile) -> Autoencoder:
   channels, out_channels = shape("encoder.conv_in.weight")[:2]
   levels = numbered_blocks.count(file, "encoder.down")
   widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-  multipliers = [width / channels for width in widths]
   network = Autoencoder(
     out_channels=out_channels,
     latent_channels=shape("encoder.conv_out.weight")[0] // 2,
     channels=channels,
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(widths),
     blocks=numbered_blocks.count(file, "encoder.down.0.block"),
     middle_attention=numbered_blocks.has(file, "encoder.mid.attn_1."),
     quant_conv="quant_conv.weight" in file.shapes,
@@ -199,9 +192,3 @@ def autoencoder_layout(shapes: tensors.Shapes) -> tensors.Layout:
 
   # Files of an autoencoder alone may contain its discriminator and averages.
   return tensors.Layout(name_of, shape_of, from_file, lambda name: name.startswith(("loss.", "model_ema.")))
-
-
-def _dtype(dtype: str) -> Any:
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
-  return DTYPES[dtype]

@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data import tokenizers
-from ddpm_jax.interop import ldm, pipeline_index, schedulers, single_text, stable_diffusion, tensors, unet2d_condition
-from ddpm_jax.interop.codec_folders import DTYPES
+from ddpm_jax.interop import (
+  autoencoder_kl,
+  ldm,
+  pipeline_index,
+  schedulers,
+  single_text,
+  stable_diffusion,
+  tensors,
+  unet2d_condition,
+)
+from ddpm_jax.interop.codec_folders import make_codec
 from ddpm_jax.interop.pipeline_index import Index
 from ddpm_jax.interop.single_text import FileEncoder
 from ddpm_jax.interop.stable_diffusion import Encoder, Parts
-from ddpm_jax.models import Codec, Model, codecs, networks
-from ddpm_jax.names import choose
+from ddpm_jax.models import Codec, Model
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.storage.places import user_path
 
@@ -73,14 +80,14 @@ def read(
   file_path = user_path(path)
   if file_path.suffix != ".safetensors":
     raise ValueError(f"Got {path}; expected a .safetensors file. Convert the checkpoint to safetensors.")
-  choose(dtype, DTYPES, "dtype")
+  jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(file_path, f"{_UNET}time_embed.0.weight", "Stable Diffusion")
   unet = _unet_file(file_path)
   network, in_channels = ldm.infer_unet(unet, heads=heads, size_features=size_features)
-  network = network.clone(dtype=DTYPES[dtype])
+  network = network.clone(dtype=jax_type)
   version = _version(file, network)
   prediction_type = _prediction(file, version, prediction)
-  with_options: dict[str, Any] = {"dtype": DTYPES[dtype], "heads": text_heads}
+  with_options: dict[str, Any] = {"dtype": jax_type, "heads": text_heads}
   encoders = _encoders(file, file_path, version, with_options)
   index = _index(version, tuple(encoders), in_channels, network.out_channels)
   parts = Parts(
@@ -88,7 +95,7 @@ def read(
     network=network,
     in_channels=in_channels,
     size=_size(version, prediction_type),
-    codec=_codec(file_path, dtype, _SCALES[version], posterior),
+    codec=_codec(file_path, jax_type, _SCALES[version], posterior),
     schedule=schedulers.from_config(_SCHEDULERS[version] | {"prediction_type": prediction_type}),
     encoders=_with_tokenizers(encoders, index, user_path(tokenizer)),
   )
@@ -118,12 +125,12 @@ def load(
   Raises:
     ValueError: see `read`; or if a tensor is missing or has another shape.
   """
-  choose(params_dtype, DTYPES, "params_dtype")
+  jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, tokenizer, **options)
   network = model.network.module
   template = unet2d_condition.template(network, model.origin.in_channels)
   layout, file = ldm.unet_layout(network), _unet_file(user_path(path))
-  return model, tensors.load(file, template, layout, dtype=DTYPES[params_dtype], mesh=mesh)
+  return model, tensors.load(file, template, layout, dtype=jax_type, mesh=mesh)
 
 
 def _unet_file(path: Path) -> tensors.TensorFile:
@@ -191,25 +198,18 @@ def _with_tokenizers(encoders: dict[str, FileEncoder], index: Index, folder: Pat
   return result
 
 
-def _codec(path: Path, dtype: str, scale: float, posterior: str) -> Codec:
+def _codec(path: Path, dtype: Any, scale: float, posterior: str) -> Codec:
   """Return the codec of the autoencoder in a file."""
 
   def open_file() -> tensors.TensorFile:
     return tensors.TensorFile(path, "encoder.conv_in.weight", "autoencoder of latent diffusion")
 
   file = open_file()
-  network = ldm.infer_autoencoder(file).clone(dtype=DTYPES[dtype])
-  side = network.downsampling
-  template = tensors.abstract_params(network, (side, side, network.out_channels))
+  network = ldm.infer_autoencoder(file).clone(dtype=dtype)
   layout = ldm.autoencoder_layout(file.shapes)
-  arrays = {"scale": jnp.asarray(np.float32(scale)), "shift": jnp.zeros((), jnp.float32)}
 
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
-    return {"autoencoder": tensors.load(open_file(), template, layout, dtype=network.dtype, mesh=mesh), **arrays}
+  def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
+    return tensors.load(open_file(), template, layout, dtype=dtype, mesh=mesh)
 
-  def shapes() -> PyTree:
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, network.dtype), template)
-    return {"autoencoder": params} | {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
-
-  functions = networks.autoencoder(networks.from_linen(network, {}))
-  return codecs.latent(functions, codecs.Loader(load, shapes, load), posterior=posterior)
+  arrays = autoencoder_kl.Scale(np.asarray(scale, np.float32), np.zeros((), np.float32))
+  return make_codec(network, arrays, load, posterior=posterior)

@@ -4,14 +4,14 @@ OpenAI's CLIP has the names of transformers there, and OpenCLIP has its own.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop import numbered_blocks, tensors, text_names
+from ddpm_jax.interop import numbered_blocks, tensors, text_names, transformers
 from ddpm_jax.models.codecs import Loader
 from ddpm_jax.networks.text import CLIPText
 
@@ -158,13 +158,8 @@ def open_clip_layout(module: CLIPText) -> tensors.Layout:
   return tensors.Layout(name_of, shape_of, from_file, is_ignored)
 
 
-def _loader(open_file: Any, module: CLIPText, layout: tensors.Layout) -> Loader:
-  template = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+def _loader(open_file: Callable[[], tensors.TensorFile], module: CLIPText, layout: tensors.Layout) -> Loader:
+  def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     return tensors.load(open_file(), template, layout, dtype=module.dtype, mesh=mesh)
 
-  def shapes() -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, module.dtype), template)
-
-  return Loader(load, shapes, load)
+  return transformers.make_loader(module, load)

@@ -22,8 +22,17 @@ import numpy as np
 from ddpm_jax import gaussian, predictions
 from ddpm_jax.data import tokenizers
 from ddpm_jax.data.tokens import Tokenizer, Tokens
-from ddpm_jax.interop import folders, pipeline_index, schedulers, text_configs, transformers, unet_folders
-from ddpm_jax.interop.codec_folders import DTYPES, read_codec
+from ddpm_jax.interop import (
+  folders,
+  pipeline_index,
+  schedulers,
+  tensors,
+  text_configs,
+  transformers,
+  unet2d,
+  unet_folders,
+)
+from ddpm_jax.interop.codec_folders import read_codec, shapes_of
 from ddpm_jax.interop.pipeline_index import Index
 from ddpm_jax.interop.schedulers import Schedule
 from ddpm_jax.models import Codec, Condition, Model, conditions, networks, texts
@@ -109,7 +118,7 @@ def read(
   """
   folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
   index = pipeline_index.read(folder)
-  network, in_channels = unet_folders.read_unet(folder, dtype=dtype)
+  network, unet_config = unet_folders.read_unet(folder, dtype=dtype)
   if not isinstance(network, ConditionalUNet):
     raise ValueError(f"Got {folder / 'unet'}, a UNet2DModel; expected a UNet2DConditionModel in a {index.name}.")
   encoders = {}
@@ -124,9 +133,9 @@ def read(
     schedule = schedulers.from_config(config)
   parts = Parts(
     contents=index,
-    network=network.clone(dropout=dropout, dtype=DTYPES[dtype], remat=remat, attention=attention),
-    in_channels=in_channels,
-    size=_trained_size(jsonfiles.read(folder / "unet" / "config.json")),
+    network=network.clone(dropout=dropout, remat=remat, attention=attention),
+    in_channels=unet_config["in_channels"],
+    size=None if unet_config["sample_size"] is None else unet2d.image_size(unet_config),
     codec=read_codec(path, posterior=posterior, dtype=dtype, variant=variant),
     schedule=schedule,
     encoders=encoders,
@@ -158,12 +167,11 @@ def load(
   Raises:
     ValueError: see `read`; or if the weights cannot be read or do not match the config.
   """
-  if params_dtype not in DTYPES:
-    raise ValueError(f"Got params_dtype={params_dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, variant=variant, **options)
   folder = folders.find_folder(path, parts=("unet",), variant=variant) / "unet"
   network, channels = model.network.module, model.origin.in_channels
-  return model, unet_folders.load_params(folder, network, channels, DTYPES[params_dtype], variant, mesh)
+  return model, unet_folders.load_params(folder, network, channels, jax_type, variant, mesh)
 
 
 def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = 0.1) -> Model:
@@ -184,7 +192,7 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
       f"Got a {parts.contents.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
       " scheduler_config.json."
     )
-  x_shape, data_shape = _shapes(parts, shape)
+  x_shape, data_shape = shapes_of(parts.codec, parts.network.out_channels, parts.size, shape)
   by_name = {"text": text(parts.encoders, parts.contents, text_dropout)}
   _check_text(parts, by_name["text"])
   if parts.network.size_features:
@@ -307,45 +315,6 @@ def _check_items(name: str, items: Array, shape: tuple[int, ...]) -> None:
     raise ValueError(
       f"Got {name} of shape {items.shape}; expected [B, {', '.join(map(str, shape))}]. Resize the images."
     )
-
-
-def _trained_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-  """Return the height and width in the config of a U-Net, whose types were checked before."""
-  size = config.get("sample_size")
-  if size is None or isinstance(size, int):
-    return None if size is None else (size, size)
-  if len(size) != 2:
-    raise ValueError(f"Got sample_size={size}; expected one number, or the height and the width.")
-  return size[0], size[1]
-
-
-def _shapes(parts: Parts, shape: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """Return the shapes of x and of the images."""
-  module, channels = parts.codec.module, parts.network.out_channels
-  factor, image_channels = module.downsampling, module.out_channels
-  if module.latent_channels != channels:
-    raise ValueError(
-      f"Got a U-Net with out_channels={channels} and an autoencoder with latent_channels={module.latent_channels}; expected"
-      " the same number. The two parts belong to different models."
-    )
-  if shape is None:
-    if parts.size is None:
-      raise ValueError(
-        f"Got a U-Net with sample_size=null, which leaves the image size open; pass shape=(height, width, {image_channels})."
-      )
-    height, width = parts.size
-    return (height, width, channels), (height * factor, width * factor, image_channels)
-  if len(shape) != 3 or min(shape) < 1 or shape[2] != image_channels or shape[0] % factor or shape[1] % factor:
-    raise ValueError(
-      f"Got images of shape {tuple(shape)}; expected (height, width, {image_channels}) with sides divisible by {factor}, the"
-      f" factor of the autoencoder. Use {_nearest(shape, factor)}, for example."
-    )
-  height, width, _ = shape
-  return (height // factor, width // factor, channels), (height, width, image_channels)
-
-
-def _nearest(shape: Sequence[int], factor: int) -> str:
-  return "x".join(str(max(1, round(side / factor)) * factor) for side in shape[:2])
 
 
 def _check_text(parts: Parts, condition: Condition) -> None:

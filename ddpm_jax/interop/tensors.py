@@ -23,8 +23,21 @@ _MAX_LISTED = 12
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors maps the file into memory. Reopening it after this many bytes releases the pages already read.
 _REOPEN_EVERY = 16 * 2**20
+# The types of parameters and of computations that a caller can choose.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # The names of the supported types in safetensors and PyTorch.
 _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+
+
+def choose_dtype(name: str, argument: str = "dtype") -> Any:
+  """Return the type with a name in `DTYPES`.
+
+  Raises:
+    ValueError: if there is no such type. The message names the argument.
+  """
+  if name not in DTYPES:
+    raise ValueError(f"Got {argument}={name!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  return DTYPES[name]
 
 
 class TensorFile:
@@ -415,6 +428,18 @@ def flatten(params: PyTree) -> dict[str, Any]:
 def leaf_name(path: str) -> str:
   """Return PyTorch's name for the last part of a path, "weight" or "bias"."""
   return "bias" if path.endswith("bias") else "weight"
+
+
+def with_dtype(template: PyTree, dtype: Any) -> PyTree:
+  """Return the shapes of parameters with another type."""
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
+
+
+def open_weights(path: Path, anchor: str = "", description: str = "network") -> TensorFile | ShardedFile:
+  """Open a weights file, or the files of an index of shards (see `TensorFile` and `ShardedFile`)."""
+  if path.suffix == ".json":
+    return ShardedFile(path, anchor, description)
+  return TensorFile(path, anchor, description)
 
 
 def abstract_params(network: Any, shape: tuple[int, ...], **conditions: Any) -> PyTree:

@@ -4,6 +4,7 @@ Folders of CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and BertMo
 with a decoder are read too.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.interop import folders, tensors, text_configs, text_names
-from ddpm_jax.interop.codec_folders import DTYPES
 from ddpm_jax.interop.text_configs import TextEncoder
 from ddpm_jax.models import codecs
 from ddpm_jax.storage import files, jsonfiles
@@ -62,22 +62,36 @@ def read_text_encoder(
 
 
 def _read(path: str | Path, part: str, dtype: str, variant: str, *, weights: bool) -> tuple[TextEncoder, codecs.Loader]:
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  jax_type = tensors.choose_dtype(dtype)
   config_path = _find(path, part, weights=weights) / "config.json"
   config = jsonfiles.read(config_path)
   with jsonfiles.named_errors(config_path):
-    encoder = text_configs.from_config(config).clone(dtype=DTYPES[dtype])
-  template = _template(encoder)
+    encoder = text_configs.from_config(config).clone(dtype=jax_type)
 
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
-    # A name on the hub, of which only the configs were downloaded so far.
-    return _load_params(_find(path, part, weights=True, variant=variant), encoder, template, variant, mesh)
+  def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
+    # For a name on the hub, only the configs have been downloaded so far.
+    folder = _find(path, part, weights=True, variant=variant)
+    file = tensors.open_weights(folders.weights_path(folder, folders.TRANSFORMERS, variant))
+    names = text_names.modern_names(encoder, file.shapes)
+    return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=jax_type, mesh=mesh)
 
-  def shapes() -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, encoder.dtype), template)
+  return encoder, make_loader(encoder, load)
 
-  return encoder, codecs.Loader(load, shapes, load)
+
+def make_loader(encoder: TextEncoder, load: Callable[[PyTree, jax.sharding.Mesh | None], PyTree]) -> codecs.Loader:
+  """Return the loader of a text encoder's parameters.
+
+  Args:
+    encoder: the encoder.
+    load: `load(template, mesh)` reads the parameters of the shapes `template`, into shards if `mesh` is not None.
+  """
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  template = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
+
+  def load_all(mesh: jax.sharding.Mesh | None = None) -> PyTree:
+    return load(template, mesh)
+
+  return codecs.Loader(load_all, lambda: tensors.with_dtype(template, encoder.dtype), load_all)
 
 
 def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> Path:
@@ -94,19 +108,6 @@ def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> P
       f" wrote.{hint}"
     )
   return folder
-
-
-def _template(encoder: TextEncoder) -> PyTree:
-  return jax.eval_shape(encoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-
-
-def _load_params(
-  folder: Path, encoder: TextEncoder, template: PyTree, variant: str, mesh: jax.sharding.Mesh | None
-) -> PyTree:
-  path = folders.weights_path(folder, folders.TRANSFORMERS, variant)
-  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(path)
-  names = text_names.modern_names(encoder, file.shapes)
-  return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=encoder.dtype, mesh=mesh)
 
 
 def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:

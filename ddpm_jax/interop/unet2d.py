@@ -6,7 +6,7 @@ from typing import Any
 
 from ddpm_jax.interop import tensors
 from ddpm_jax.networks import UNet
-from ddpm_jax.networks.options import per_level
+from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
@@ -123,11 +123,10 @@ def from_config(config: Mapping[str, Any]) -> UNet:
   _check_supported(c, "class_embed_type", None, "timestep", "identity")
   _check_supported(c, "attn_norm_num_groups", None, c["norm_num_groups"])
   fourier, scale_shift = c["time_embedding_type"] == "fourier", c["resnet_time_scale_shift"] == "scale_shift"
-  multipliers = tuple(width / channels[0] for width in channels)
   network = UNet(
     out_channels=c["out_channels"],
     channels=channels[0],
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(channels),
     blocks=c["layers_per_block"],
     attention_levels=attention_levels,
     middle_attention=c["add_attention"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ddpm_jax.interop import tensors, unet2d
 from ddpm_jax.networks import ConditionalUNet
-from ddpm_jax.networks.options import per_level
+from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
@@ -154,11 +154,10 @@ def from_config(config: Mapping[str, Any]) -> ConditionalUNet:
   widths, levels = c["block_out_channels"], len(c["block_out_channels"])
   text_time, embed_type = c["addition_embed_type"] == "text_time", c["class_embed_type"]
   dense = text_time or embed_type == "projection"
-  multipliers = tuple(width / widths[0] for width in widths)
   network = ConditionalUNet(
     out_channels=c["out_channels"],
     channels=widths[0],
-    multipliers=tuple(int(value) if value == int(value) else value for value in multipliers),
+    multipliers=multipliers_of(widths),
     blocks=_one_value(c, "layers_per_block"),
     attention_levels=_attention_levels(c, levels),
     transformer_layers=_as_tuple(c["transformer_layers_per_block"]),
@@ -263,19 +262,23 @@ def template(network: ConditionalUNet, in_channels: int) -> PyTree:
 
 def layout(network: ConditionalUNet) -> tensors.Layout:
   """Return the layout of diffusers' weight files for a network."""
-  levels = len(network.multipliers)
-  names = {
-    "guidance": "time_embedding.cond_proj",
+  names = {"guidance": "time_embedding.cond_proj", **transformer_names(network)}
+  if network.size_features:
+    names |= {f"vector_{k}": f"add_embedding.linear_{k}" for k in (1, 2)}
+  return unet2d.layout(len(network.multipliers), names)
+
+
+def transformer_names(network: ConditionalUNet) -> dict[str, str]:
+  """Return the names of the parts of transformers in the files of diffusers and of latent diffusion."""
+  depth = max(per_level(network.transformer_layers, len(network.multipliers)))
+  return {
     "self_attention": "attn1",
     "cross_attention": "attn2",
     "feed_forward": "ff.net",
     "dense_1": "0.proj",
     "dense_2": "2",
-    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(max(per_level(network.transformer_layers, levels)))},
+    **{f"layer_{k}": f"transformer_blocks.{k}" for k in range(depth)},
   }
-  if network.size_features:
-    names |= {f"vector_{k}": f"add_embedding.linear_{k}" for k in (1, 2)}
-  return unet2d.layout(levels, names)
 
 
 def with_defaults(config: Mapping[str, Any]) -> Config:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.interop import folders, tensors, unet2d, unet2d_condition
-from ddpm_jax.interop.codec_folders import DTYPES
 from ddpm_jax.networks import ConditionalUNet, UNet
 from ddpm_jax.storage import files, jsonfiles
 
@@ -33,12 +32,13 @@ def load_unet(
     ValueError: if the folder does not exist, has an unsupported class or option, or an argument is invalid; or if the
       weights cannot be read or do not match the config. The message names the cause.
   """
-  network, channels = read_unet(path, dtype=dtype)
-  return network, load_params(unet_folder(folders.find_folder(path)), network, channels, network.dtype, variant)
+  network, config = read_unet(path, dtype=dtype)
+  folder = unet_folder(folders.find_folder(path))
+  return network, load_params(folder, network, config["in_channels"], network.dtype, variant)
 
 
-def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | ConditionalUNet, int]":
-  """Read a network and its number of input channels from the config of a U-Net.
+def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | ConditionalUNet, dict[str, Any]]":
+  """Read a network from the config of a U-Net, and return it with the complete config.
 
   Args:
     path: see `load_unet`.
@@ -47,13 +47,12 @@ def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | Cond
   Raises:
     ValueError: see `load_unet`.
   """
-  if dtype not in DTYPES:
-    raise ValueError(f"Got dtype={dtype!r}; expected {' or '.join(map(repr, DTYPES))}.")
+  jax_type = tensors.choose_dtype(dtype)
   file = unet_folder(folders.find_folder(path, weights=False)) / "config.json"
   config = jsonfiles.read(file)
   with jsonfiles.named_errors(file):
     formats: Any = unet2d_condition if config.get("_class_name") == unet2d_condition.NAME else unet2d
-    return formats.from_config(config).clone(dtype=DTYPES[dtype]), formats.with_defaults(config)["in_channels"]
+    return formats.from_config(config).clone(dtype=jax_type), formats.with_defaults(config)
 
 
 def unet_folder(folder: Path) -> Path:
@@ -82,11 +81,9 @@ def load_params(
   Raises:
     ValueError: see `load_unet`.
   """
-  path = folders.weights_path(folder, variant=variant)
   name = unet2d_condition.NAME if isinstance(network, ConditionalUNet) else "UNet2DModel"
-  file = (tensors.ShardedFile if path.suffix == ".json" else tensors.TensorFile)(
-    path, "conv_in.weight", f"{name} of diffusers"
-  )
+  path = folders.weights_path(folder, variant=variant)
+  file = tensors.open_weights(path, "conv_in.weight", f"{name} of diffusers")
   if isinstance(network, ConditionalUNet):
     shapes, layout = unet2d_condition.template(network, channels), unet2d_condition.layout(network)
     return tensors.load(file, shapes, layout, dtype=dtype, mesh=mesh)

@@ -108,6 +108,12 @@ def per_level(values: Any, count: int) -> tuple[Any, ...]:
   return (values,) * count if isinstance(values, int | str) else tuple(values)
 
 
+def multipliers_of(widths: Sequence[int]) -> tuple[float, ...]:
+  """Return the option `multipliers` for the features of each level, with integers where possible."""
+  ratios = [width / widths[0] for width in widths]
+  return tuple(int(ratio) if ratio == int(ratio) else ratio for ratio in ratios)
+
+
 def _check_conditional_features(network: Any) -> None:
   n, levels = network, len(network.multipliers)
   # The first features are those of the first convolution, which are not split into heads.

@@ -1,25 +1,21 @@
 """Define the transformers inside the U-Net of latent diffusion (Rombach et al. 2022, appendix E.2.1)."""
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.floats import widest, with_promotion
 from ddpm_jax.networks import layers
-from ddpm_jax.networks.kernels.attention import attend
-from ddpm_jax.networks.kernels.sums import repeat_positions, trace_once
+from ddpm_jax.networks.kernels.attention import attend, mask_bias
+from ddpm_jax.networks.kernels.sums import trace_once
+from ddpm_jax.networks.normalization import LayerNorm
 
 Array = jax.Array
 
 # The constants added to the variance in the group normalization before a transformer, and in the layer normalizations
 # inside it. The residual blocks of the same networks have another one.
 _GROUP_EPSILON, _LAYER_EPSILON = 1e-6, 1e-5
-# What is added to the scores of masked tokens, as in diffusers. It is finite, so that samples with masked tokens only
-# stay finite.
-_MASKED = -1e4
 
 
 class Transformer(nn.Module):
@@ -81,7 +77,7 @@ class TransformerLayer(nn.Module):
     x = x + Attention(self.heads, self.options, name="cross_attention")(self._norm("norm2")(x), tokens, mask)
     return x + FeedForward(self.options, name="feed_forward")(self._norm("norm3")(x))
 
-  def _norm(self, name: str) -> "LayerNorm":
+  def _norm(self, name: str) -> LayerNorm:
     return LayerNorm(_LAYER_EPSILON, self.options.dtype, self.options.kernels, name=name)
 
 
@@ -104,16 +100,8 @@ class Attention(nn.Module):
       return y.reshape(*x.shape[:-1], self.heads, -1)
 
     q, k, v = project(x, "to_q"), project(tokens, "to_k"), project(tokens, "to_v")
-    h = _attend(q, k, v, mask, o).reshape(x.shape)
+    h = attend(q, k, v, o.attention, o.kernels, bias=mask_bias(mask)).reshape(x.shape)
     return layers.Dense(features, o.dtype, kernels=o.kernels, name="to_out")(h)
-
-
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, options: layers.BlockOptions) -> Array:
-  """Compute attention of queries [B, N, heads, C] to keys and values [B, L, heads, C], with a mask [B, L] or None."""
-  if mask is None:
-    return attend(q, k, v, options.attention, options.kernels)
-  bias = jnp.where(mask, 0.0, _MASKED).astype(q.dtype)[:, None, None, :]
-  return with_promotion(jax.nn.dot_product_attention)(q, k, v, bias=bias, implementation=options.attention)
 
 
 class FeedForward(nn.Module):
@@ -136,35 +124,3 @@ def _gelu(x: Array) -> Array:
   `jax.nn.gelu` computes it from the complement of the error function, which takes more time.
   """
   return x * (1 + jax.lax.erf(x * 0.5**0.5)) * 0.5
-
-
-class LayerNorm(nn.Module):
-  """Apply layer normalization over the last axis (Ba et al. 2016).
-
-  Attributes:
-    epsilon: the constant added to the variance.
-    dtype: the type of the result. Statistics are computed in float32 or wider.
-    kernels: the allowed forms of operations.
-  """
-
-  epsilon: float
-  dtype: Any
-  kernels: str = "tuned"
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Normalize x [B, ..., C]."""
-    scale = layers.parameter(self, "scale", nn.initializers.ones, x.shape[-1:])
-    bias = layers.parameter(self, "bias", layers.ZEROS, x.shape[-1:])
-    return _normalize(x, scale, bias, self.epsilon, self.dtype, self.kernels)
-
-
-@partial(trace_once, static_argnums=(3, 4, 5))
-def _normalize(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Any, kernels: str) -> Array:
-  """Apply `LayerNorm` with the parameters scale and bias [C]."""
-  exact = widest(x)
-  wide = x.astype(exact)
-  centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-  factor = jax.lax.rsqrt(jnp.mean(centered**2, axis=-1, keepdims=True) + epsilon)
-  scale, bias = (repeat_positions(value.astype(exact), x.shape, kernels) for value in (scale, bias))
-  return (centered * factor * scale + bias).astype(dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from ddpm_jax import config, interop, models
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel
-from ddpm_jax.interop.codec_folders import DTYPES
+from ddpm_jax.interop.tensors import DTYPES
 from ddpm_jax.models import Codec
 from ddpm_jax.models.codecs import Loader, latent, pixels
 from ddpm_jax.names import choose

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ddpm_jax.data import tokenizers
 from ddpm_jax.interop import folders
-from ddpm_jax.interop.codec_folders import DTYPES
+from ddpm_jax.interop.tensors import DTYPES
 from ddpm_jax.interop.transformers import read_text_encoder
 from ddpm_jax.models import Condition, texts
 from ddpm_jax.models.conditions import classes, image, level, low_resolution, vector

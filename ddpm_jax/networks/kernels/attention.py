@@ -85,9 +85,9 @@ def attend(
       on CPUs and TPUs, and lets JAX choose on other platforms.
     kernels: the allowed forms (see `networks.kernels`).
     bias: floats that are added to the scores: an array of four axes, each of size 1 or of the size in
-      [B, heads, N, M]. A mask is a bias of 0 for visible keys and -inf for hidden keys. Numbers below -1e30 act as
-      -1e30. So if all keys are hidden from a query, the result is the mean of their values (in causal attention, of
-      the values up to the query).
+      [B, heads, N, M]. A mask is a bias of 0 for visible keys and -inf for hidden keys (see `mask_bias`). Numbers below
+      -1e30 act as -1e30. So if all keys are hidden from a query, the result is the mean of their values (in causal
+      attention, of the values up to the query).
     scale: the factor of the scores. None for 1 / sqrt(C).
     causal: whether query n attends only to keys 0 to n.
 
@@ -123,6 +123,14 @@ def attend(
   blocks = partial(_attend_in_blocks, attend=plain)
   tpu = partial(_attend_tuned_tpu, attend=blocks) if _exceeds_chip_memory(q, k) else jax.checkpoint(blocks)
   return lax.platform_dependent(*inputs, cpu=cpu, tpu=tpu, default=blocks)
+
+
+def mask_bias(mask: Array | None) -> Array | None:
+  """Return the bias [B, 1, 1, M] that hides the keys where a mask [B, M] is 0 or False.
+
+  None stands for no hidden keys, in the mask and in the result.
+  """
+  return None if mask is None else jnp.where(mask.astype(bool), 0.0, -jnp.inf).astype(jnp.float32)[:, None, None]
 
 
 def _check_bias(bias: Array, q: Array, k: Array) -> None:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.networks.kernels.attention import mask_bias
 from ddpm_jax.networks.text import blocks
 
 Array = jax.Array
@@ -82,8 +83,8 @@ class BERT(nn.Module):
     x = blocks.Embedding(self.vocabulary, self.channels, name="tokens")(ids)
     x = x + blocks.Embedding(self.types, self.channels, name="types")(types)
     places = blocks.Embedding(self.positions, self.channels, name="positions")(jnp.arange(ids.shape[1]))
-    x = blocks.LayerNorm(self.epsilon, self.dtype, name="norm")(x + places[None])
-    bias = blocks.mask_bias(mask)
+    x = options.layer_norm(self.epsilon, "norm")(x + places[None])
+    bias = mask_bias(mask)
 
     def block(number: int) -> Callable[[Array], Array]:
       module = _Layer(self.heads, self.hidden_channels, self.activation, self.epsilon, options, name=f"layer_{number}")
@@ -106,6 +107,6 @@ class _Layer(nn.Module):
     """Map x [B, N, C] to [B, N, C]."""
     o, features = self.options, x.shape[-1]
     h = blocks.SelfAttention(features, self.heads, o, name="attention")(x, bias)
-    x = blocks.LayerNorm(self.epsilon, o.dtype, name="norm1")(x + h)
+    x = o.layer_norm(self.epsilon, "norm1")(x + h)
     h = blocks.ACTIVATIONS[self.activation](o.dense(self.hidden_channels, "fc1")(x))
-    return blocks.LayerNorm(self.epsilon, o.dtype, name="norm2")(x + o.dense(features, "fc2")(h))
+    return o.layer_norm(self.epsilon, "norm2")(x + o.dense(features, "fc2")(h))

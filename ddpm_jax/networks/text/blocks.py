@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.devices import memory
-from ddpm_jax.floats import widest
 from ddpm_jax.names import choose
 from ddpm_jax.networks import layers, options
 from ddpm_jax.networks.kernels import KERNELS
 from ddpm_jax.networks.kernels.attention import attend
+from ddpm_jax.networks.normalization import LayerNorm
 
 Array = jax.Array
 
@@ -79,6 +79,10 @@ class Options(NamedTuple):
     """Return a linear layer."""
     return layers.Dense(features, self.dtype, use_bias=use_bias, kernels=self.kernels, name=name)
 
+  def layer_norm(self, epsilon: float, name: str) -> LayerNorm:
+    """Return a layer normalization."""
+    return LayerNorm(epsilon, self.dtype, self.kernels, name=name)
+
 
 def options_of(network: Any) -> Options:
   """Return the options of an encoder's layers."""
@@ -101,39 +105,6 @@ class Embedding(nn.Module):
     """Return the rows [..., features] of ids [...] in float32. The rows of ids outside the table are NaN."""
     table = layers.parameter(self, "embedding", nn.initializers.normal(0.02), (self.count, self.features))
     return jnp.take(jnp.asarray(table), ids, axis=0, mode="fill").astype(jnp.float32)
-
-
-class LayerNorm(nn.Module):
-  """Normalize each position to mean 0 and variance 1, then scale and shift it (Ba et al. 2016)."""
-
-  epsilon: float
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Normalize x [B, N, C], and return it in `dtype`."""
-    exact = widest(x)
-    a = layers.parameter(self, "scale", nn.initializers.ones, x.shape[-1:]).astype(exact)
-    b = layers.parameter(self, "bias", layers.ZEROS, x.shape[-1:]).astype(exact)
-    centered = x.astype(exact) - jnp.mean(x.astype(exact), axis=-1, keepdims=True)
-    variance = jnp.mean(centered**2, axis=-1, keepdims=True)
-    return (centered * jax.lax.rsqrt(variance + self.epsilon) * a[None, None] + b[None, None]).astype(self.dtype)
-
-
-class RMSNorm(nn.Module):
-  """Divide each position by its root mean square, then scale it (Zhang and Sennrich 2019, equation 4)."""
-
-  epsilon: float
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Normalize x [B, N, C], and return it in `dtype`."""
-    exact = widest(x)
-    a = layers.parameter(self, "scale", nn.initializers.ones, x.shape[-1:]).astype(exact)
-    x = x.astype(exact)
-    square = jnp.mean(x**2, axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(square + self.epsilon) * a[None, None]).astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -167,11 +138,6 @@ class SelfAttention(nn.Module):
     q, k, v = (project(name) for name in ("query", "key", "value"))
     h = attend(q, k, v, o.attention, o.kernels, bias=bias, scale=self.scale, causal=self.causal)
     return o.dense(x.shape[-1], "out", use_bias=self.use_bias)(h.reshape(*x.shape[:-1], self.features))
-
-
-def mask_bias(mask: Array | None) -> Array | None:
-  """Return the bias [B, 1, 1, N] that hides the keys where a mask [B, N] is 0."""
-  return None if mask is None else jnp.where(mask.astype(bool), 0.0, -jnp.inf).astype(jnp.float32)[:, None, None]
 
 
 def run_layers(

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.networks.kernels.attention import mask_bias
 from ddpm_jax.networks.text import blocks
 
 Array = jax.Array
@@ -81,14 +82,14 @@ class CLIPText(nn.Module):
     x = blocks.Embedding(self.vocabulary, self.channels, name="tokens")(ids)
     places = blocks.Embedding(self.positions, self.channels, name="positions")(jnp.arange(ids.shape[1]))
     x = (x + places[None]).astype(self.dtype)
-    bias = blocks.mask_bias(mask)
+    bias = mask_bias(mask)
 
     def block(number: int) -> Callable[[Array], Array]:
       module = _Layer(self.heads, self.hidden_channels, self.activation, self.epsilon, options, name=f"layer_{number}")
       return lambda x: module(x, bias)
 
     chosen, last, hidden = blocks.run_layers([block(n) for n in range(self.layers)], x, layer, all_layers)
-    norm = blocks.LayerNorm(self.epsilon, self.dtype, name="norm")
+    norm = options.layer_norm(self.epsilon, "norm")
     tokens = norm(chosen) if normed else chosen
     pooled = norm(jnp.take_along_axis(last, self._end_of(ids)[:, None, None], axis=1))[:, 0]
     if self.projection:
@@ -111,8 +112,8 @@ class _Layer(nn.Module):
   def __call__(self, x: Array, bias: Array | None) -> Array:
     """Map x [B, N, C] to [B, N, C]."""
     o, features = self.options, x.shape[-1]
-    h = blocks.LayerNorm(self.epsilon, o.dtype, name="norm1")(x)
+    h = o.layer_norm(self.epsilon, "norm1")(x)
     x = x + blocks.SelfAttention(features, self.heads, o, causal=True, name="attention")(h, bias)
-    h = blocks.LayerNorm(self.epsilon, o.dtype, name="norm2")(x)
+    h = o.layer_norm(self.epsilon, "norm2")(x)
     h = blocks.ACTIVATIONS[self.activation](o.dense(self.hidden_channels, "fc1")(h))
     return x + o.dense(features, "fc2")(h)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.networks.kernels.attention import mask_bias
+from ddpm_jax.networks.normalization import RMSNorm
 from ddpm_jax.networks.text import blocks
 
 Array = jax.Array
@@ -80,7 +82,7 @@ class T5Encoder(nn.Module):
     blocks.check_ids(ids, mask)
     x = blocks.Embedding(self.vocabulary, self.channels, name="tokens")(ids).astype(self.dtype)
     bias = self._positions(ids.shape[1])
-    hidden_keys = blocks.mask_bias(mask)
+    hidden_keys = mask_bias(mask)
     if hidden_keys is not None:
       shape = (len(ids), *bias.shape[1:])
       bias = jnp.broadcast_to(bias, shape) + jnp.broadcast_to(hidden_keys, shape)
@@ -101,7 +103,7 @@ class T5Encoder(nn.Module):
       return lambda x: module(x, bias)
 
     chosen, _, hidden = blocks.run_layers([block(n) for n in range(self.layers)], x, layer, all_layers)
-    norm = blocks.RMSNorm(self.epsilon, self.dtype, name="norm")
+    norm = RMSNorm(self.epsilon, self.dtype, self.kernels, name="norm")
     return blocks.TextStates((norm(chosen) if normed else chosen).astype(jnp.float32), None, hidden)
 
   def _positions(self, count: int) -> Array:
@@ -156,12 +158,12 @@ class _Layer(nn.Module):
   def __call__(self, x: Array, bias: Array) -> Array:
     """Map x [B, N, C] to [B, N, C]."""
     o, features = self.options, x.shape[-1]
-    h = blocks.RMSNorm(self.epsilon, o.dtype, name="norm1")(x)
+    h = RMSNorm(self.epsilon, o.dtype, o.kernels, name="norm1")(x)
     attention = blocks.SelfAttention(
       self.heads * self.head_channels, self.heads, o, use_bias=False, scale=1.0, name="attention"
     )
     x = x + attention(h, bias)
-    h = blocks.RMSNorm(self.epsilon, o.dtype, name="norm2")(x)
+    h = RMSNorm(self.epsilon, o.dtype, o.kernels, name="norm2")(x)
     first = o.dense(self.hidden_channels, "gate" if self.gated else "fc1", use_bias=False)(h)
     hidden = blocks.ACTIVATIONS[self.activation](first)
     if self.gated:
