@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img, pipeline_stable_diffusion_inpaint
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_inpaint
 from PIL import Image
 
 from ddpm_jax import editing, guidance, interop, randomness, sampling
@@ -121,13 +122,14 @@ def test_other_versions_match_the_pipeline(name, written):
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
 
 
-def test_the_refiner_matches_the_pipeline(written):
-  """The state of diffusers' Euler is x / alpha."""
+@pytest.mark.parametrize("negative", [None, ["blurry", ""]])
+def test_the_refiner_matches_the_pipeline(negative, written):
+  """The state of diffusers' Euler is x / alpha. The unconditional branch has another aesthetic score."""
   one = written("refiner")
   model, x = one[2], noise()
-  sizes = model.conditions["sizes"].default(2)
-  ours = sample_ours(one, "own", 5.0, x, skipped=2, text=PROMPTS, sizes=sizes)
-  options = {"image": torch.zeros(2, 3, *model.data_shape[:2]), "strength": 0.5}
+  items = {"text": PROMPTS, "sizes": model.conditions["sizes"].default(2)}
+  ours = sample_ours(one, "own", 5.0, x, skipped=2, **items, **({"negative_text": negative} if negative else {}))
+  options = {"image": torch.zeros(2, 3, *model.data_shape[:2]), "strength": 0.5, "negative_prompt": negative}
   latents = x / float(model.process.alpha(model.times(4)[2]))
   assert_one_gray_level(ours, sample_peer(one[0], "own", 5.0, latents=latents, prompt=PROMPTS, **options))
 
@@ -144,9 +146,13 @@ def use_mode(monkeypatch, module):
   monkeypatch.setattr(module, "retrieve_latents", lambda output, *args, **options: output.latent_dist.mode())
 
 
-def test_inpainting_matches_the_pipeline(written, monkeypatch):
-  one, (pictures, mask) = written("inpaint"), pictures_and_mask()
-  use_mode(monkeypatch, pipeline_stable_diffusion_inpaint)
+@pytest.mark.parametrize(
+  ("name", "module"),
+  [("inpaint", pipeline_stable_diffusion_inpaint), ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint)],
+)
+def test_inpainting_matches_the_pipeline(name, module, written, monkeypatch):
+  one, (pictures, mask) = written(name), pictures_and_mask()
+  use_mode(monkeypatch, module)
   ours = sample_ours(one, "own", 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
   options = {"image": as_torch(pictures / 2 + 0.5), "mask_image": as_torch(mask), "strength": 1.0}
   side = pictures.shape[1]
@@ -199,7 +205,7 @@ def assert_same(tree, other):
   jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), tree, other)
 
 
-@pytest.mark.parametrize("name", ["sd1", "xl", "refiner", "inpaint"])
+@pytest.mark.parametrize("name", ["sd1", "xl", "refiner", "inpaint", "xl_inpaint"])
 def test_round_trips_are_exact(name, written, tmp_path):
   peer, _, model, parameters = written(name)
   interop.diffusers.save(tmp_path / "saved", model, parameters.params, frozen=parameters.frozen)
@@ -345,6 +351,13 @@ def single_file(folder, model, params, path, prefixes):
     tensors = {re.sub(r"^(?!text_)", "text_model.", name): value for name, value in tensors.items()}
     if prefix.endswith(".model."):
       tensors = open_clip_names(tensors) | {"logit_scale": torch.ones(())}
+    if prefix.startswith("cond_stage_model.model"):
+      # Stable Diffusion 2 ignores the last layer and the projection, and its folders leave them out.
+      last = "transformer.resblocks.1."
+      tensors |= {
+        name.replace(last, "transformer.resblocks.2."): value for name, value in tensors.items() if last in name
+      }
+      tensors["text_projection"] = torch.ones(24, 20)
     state |= {prefix + name: value for name, value in tensors.items()}
   safetensors.torch.save_file(state, path)
 
@@ -366,6 +379,8 @@ FILES = {
     {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     {"size_features": 8},
   ),
+  "sd2": ({"text_encoder": "cond_stage_model.model."}, {"prediction": "v"}),
+  "refiner": ({"text_encoder_2": "conditioner.embedders.0.model."}, {"size_features": 8}),
 }
 
 
@@ -376,7 +391,7 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   path = tmp_path / "model.safetensors"
   single_file(folder, model, parameters.params, path, prefixes)
   with pytest.raises(ValueError, match="expected 'epsilon' or 'v_prediction'"):
-    interop.single_file.read(path, folder, heads=4, text_heads=4, prediction="flow", **options)
+    interop.single_file.read(path, folder, heads=4, text_heads=4, **options | {"prediction": "flow"})
   loaded, params = interop.single_file.load(path, folder, heads=4, text_heads=4, **options)
   assert_same(params, parameters.params)
   frozen = loaded.load_frozen()
