@@ -61,7 +61,7 @@ def parse_inputs(
       inputs[name] = condition.default(count)
     elif not condition.is_source_image:
       raise ValueError(
-        f"Got no {name} for a model with the condition {name}; expected a value. Set {condition_flag(name)}=<value>."
+        f"Got no {name} for a model with the condition {name}; expected a value. Set {condition_flag(name)}=<{_word(name)}>."
       )
   return inputs
 
@@ -105,7 +105,16 @@ def host_items(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) ->
 
 def condition_flag(name: str) -> str:
   """Return the command-line flag that sets a condition."""
-  return "--classes" if name == "classes" else f"--given {name}"
+  return {"classes": "--classes", "text": "--prompt"}.get(name, f"--given {name}")
+
+
+def condition_example(name: str) -> str:
+  """Return an example of the command-line flag that sets a condition."""
+  return f'{condition_flag(name)}="a red fox"' if name == "text" else f"{condition_flag(name)}=3"
+
+
+def _word(name: str) -> str:
+  return "text" if name == "text" else "value"
 
 
 def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

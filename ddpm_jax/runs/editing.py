@@ -12,7 +12,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.guided import is_neutral
-from ddpm_jax.models.inputs import condition_flag
+from ddpm_jax.models.inputs import condition_example, condition_flag
 from ddpm_jax.runs import edit_methods, generation, limits, programs
 from ddpm_jax.runs.model import WeightsChoice
 from ddpm_jax.runs.pretrained import Pretrained
@@ -201,13 +201,13 @@ def _steer(
       "Got --classifier without --classes; expected one class, or one for each image, such as --classes=3."
     )
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
-    flag = condition_flag(missing[0])
-    raise ValueError(f"Got guidance without {flag}; expected one value, or one for each image, such as {flag}=3.")
+    flag, example = condition_flag(missing[0]), condition_example(missing[0])
+    raise ValueError(f"Got guidance without {flag}; expected one value, or one for each image, such as {example}.")
   for name in missing:
     if conditions[name].null is None:
       raise ValueError(
         f"Got no {condition_flag(name)} for a model that always takes {name}; expected one value, or one for each image,"
-        f" such as {condition_flag(name)}=3."
+        f" such as {condition_example(name)}."
       )
   is_complete = not missing and not any(name in inputs for name in conditions)
   return steer(experiment, mesh, steering, rows * results, scale, only=not is_complete)
