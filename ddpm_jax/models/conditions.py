@@ -8,7 +8,7 @@ argument named after the condition's kind.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -60,6 +60,9 @@ class Condition(NamedTuple):
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
       a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
       at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
+    weighted: `weighted(texts) -> condition`, for texts with weights such as (word:1.3) that are read to their end (see
+      `data.prompts`). The texts are all texts of a command, because their values get the same shape. None if the
+      condition takes no such texts.
   """
 
   kind: PyTree
@@ -76,6 +79,7 @@ class Condition(NamedTuple):
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
   host: data.Host | None = None
+  weighted: Callable[[Sequence[str]], "Condition"] | None = None
 
   @property
   def num_choices(self) -> int:

@@ -92,6 +92,7 @@ def run_sample(
     _write(path, {"samples": samples, **arrays})
     settings = {"sampler": experiment.sampler_name, "num_steps": experiment.sampling.num_steps, "seed": seed}
     settings |= {"guidance_scale": guidance_scale} if isinstance(guidance_scale, float) else {}
+    settings |= {"prompt_weights": True} if steering.prompt_weights else {}
     _write_pictures(path, samples, guided.inputs, settings)
   parallel.wait_for_all("done")
 
