@@ -13,6 +13,7 @@ from ddpm_jax import commands, interop, randomness
 from ddpm_jax.commands import command_line, jax_setup
 from ddpm_jax.storage import images
 from tests import text_pipelines
+from tests.test_interop_autoencoder import write_pipeline
 from tests.text_pipelines import FACTOR, SIZE
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
@@ -197,3 +198,52 @@ def test_errors_of_the_hub_do_not_show_the_token(run_command, tmp_path, monkeypa
   with pytest.raises(ValueError, match="cannot be downloaded from the hub: OSError") as error:
     run_command(*words, f"--token={SECRET}")
   assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
+SAMPLE, EDIT = ("--mode=sample", "--num_steps=2"), ("--mode=edit", "--task=img2img")
+# The pipeline, the words of the command, and a part of the message.
+REFUSED = {
+  "size": ("sd1", (*SAMPLE, "--prompt=a", "--size=502x514"), "sides divisible by 4"),
+  "no prompt": ("sd1", SAMPLE, "Set --prompt=<text>"),
+  "more prompts than samples": (
+    "sd1",
+    (*SAMPLE, "--prompt=a", "--prompt=b", "--num_samples=1"),
+    "Got 2 values of text",
+  ),
+  "negative prompt without guidance": (
+    "sd1",
+    (*SAMPLE, "--prompt=a", "--negative_prompt=b", "--guidance_scale=1"),
+    "without classifier-free guidance",
+  ),
+  "text that changes": ("sd1", (*SAMPLE, "--prompt_weights", "--prompt=[cat|dog]"), "change between steps"),
+  "large weight": ("sd1", (*SAMPLE, "--prompt_weights", "--prompt=(cat:1000)"), "expected -100 to 100"),
+  "inpainting without an image": ("inpaint", (*SAMPLE, "--prompt=a"), "Use --mode=edit --task=inpaint"),
+  "instruction without an image": ("instruct", (*SAMPLE, "--prompt=a"), "Use --mode=edit --task=instruct"),
+  "edit without a prompt": ("sd1", EDIT, 'Got guidance without --prompt; .* such as --prompt="a red fox"'),
+  "edit by another task": ("inpaint", (*EDIT, "--prompt=a"), "Set --task=inpaint"),
+  "weights without CLIP": ("ldm", (*SAMPLE, "--prompt_weights"), "for a model without a text encoder of CLIP"),
+  "prompts without CLIP": ("ldm", (*SAMPLE, "--prompt=a"), "a model that was trained without text"),
+  "single file": ("sd1/unet/config.json", (*SAMPLE, "--prompt=a"), "interop.single_file.load reads"),
+  "flags of another plan": (
+    "",
+    ("--mode=plan", "--config=digits_vp", "--dtype=bfloat16"),
+    "Got --dtype with --task=train",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_model_cannot_do_is_refused(name, folder_of, run_command, tmp_path):
+  pipeline, words, message = REFUSED[name]
+  words = [*words, f"--workdir={tmp_path}"]
+  if pipeline == "ldm":
+    write_pipeline(tmp_path / "ldm")
+    words.append(f"--pretrained={tmp_path / 'ldm'}")
+  elif pipeline:
+    part, _, rest = pipeline.partition("/")
+    words.append(f"--pretrained={folder_of(part) / rest}")
+  if "--mode=edit" in words:
+    write_pictures(tmp_path / "pictures")
+    words.append(f"--input={tmp_path / 'pictures'}")
+  with pytest.raises(ValueError, match=message):
+    run_command(*words)

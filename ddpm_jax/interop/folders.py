@@ -133,8 +133,9 @@ def find_folder(
     return folder
   name, _, revision = str(path).partition("@")
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    hint = " In Python, interop.single_file.load reads files of Stable Diffusion." if folder.is_file() else ""
     raise ValueError(
-      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
+      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32.{hint}"
     )
   small = ["*.json", *files]
 

@@ -208,7 +208,7 @@ def check(
     )
   if negative and (not is_guided or "negative" not in names):
     raise ValueError(
-      "Got conditions to guide away from (--negative_classes) without classifier-free guidance; expected a model with"
+      "Got conditions to guide away from (--negative_classes, --negative_prompt) without classifier-free guidance; expected a model with"
       " conditions and a scale such as --guidance_scale=3. Set the scale, and leave --classifier and --weak out."
     )
   if "negative" in names and is_guided:
