@@ -204,7 +204,7 @@ SAMPLE, EDIT = ("--mode=sample", "--num_steps=2"), ("--mode=edit", "--task=img2i
 # The pipeline, the words of the command, and a part of the message.
 REFUSED = {
   "size": ("sd1", (*SAMPLE, "--prompt=a", "--size=502x514"), "sides divisible by 4"),
-  "no prompt": ("sd1", SAMPLE, "Set --prompt=<text>"),
+  "no prompt": ("sd1", SAMPLE, "Set --prompt=<value>"),
   "more prompts than samples": (
     "sd1",
     (*SAMPLE, "--prompt=a", "--prompt=b", "--num_samples=1"),

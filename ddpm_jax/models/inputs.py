@@ -63,7 +63,7 @@ def parse_inputs(
     if condition.default is not None:
       inputs[name] = condition.default(count)
     elif not condition.is_source_image:
-      advice = f"Set {condition_flag(name)}=<{'text' if name == 'text' else 'value'}>."
+      advice = f"Set {condition_flag(name)}=<value>."
       if condition.parse is None or name in _TASKS:
         advice = f"Use --mode=edit --task={_task(name)}, which computes it from images."
       raise ValueError(f"Got no {name} for a model with the condition {name}; expected a value. {advice}")

@@ -74,8 +74,9 @@ def run_sampling_plan(
   if num_samples is not None:
     experiment = generation.limit_batch(experiment, mesh, num_samples)
   size = experiment.sampling.batch_size
-  steering = steering._replace(given={**_any_texts(experiment.model), **steering.given})
-  guided = steer(experiment, mesh, steering, size, scale)
+  # The program is the same for all texts, so none is required.
+  texts = {name: [""] for name, condition in experiment.model.conditions.items() if condition.host is not None}
+  guided = steer(experiment, mesh, steering._replace(given={**texts, **steering.given}), size, scale)
   experiment = guided.experiment
   batch, parameters = _batch_shapes(guided, size), _parameter_shapes(guided, params, mesh)
   program: Any = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
@@ -109,16 +110,10 @@ def _build(model: ModelChoice, devices: list[Any]) -> tuple[Experiment, PyTree]:
   return config.build(tree, read.model), read.params
 
 
-def _any_texts(model: Model) -> dict[str, list[str]]:
-  """Return a text for each condition of texts without a default. Memory and time do not depend on it."""
-  texts = {name: one for name, one in model.conditions.items() if one.host is not None and one.parse is not None}
-  return {name: [""] for name, one in texts.items() if one.default is None}
-
-
-def _batch_shapes(guided: Guided, size: int) -> dict[str, Any]:
+def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of the inputs of a batch."""
-  arrays = host_items(guided.experiment.model.conditions, guided.inputs)
-  shapes: dict[str, Any] = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), arrays)
+  batch = host_items(guided.experiment.model.conditions, guided.inputs)
+  shapes = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), batch)
   low_res = generation.low_res_name(guided.experiment)
   if low_res is not None:
     # Sampling takes the small image from the model before it in a cascade.
@@ -148,7 +143,7 @@ def _scalars() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
   return jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
 
 
-def _work(guided: Guided, batch: dict[str, Any], parameters: Parameters) -> sampling_plan.Work:
+def _work(guided: Guided, batch: dict[str, jax.ShapeDtypeStruct], parameters: Parameters) -> sampling_plan.Work:
   """Count the FLOPs of the parts of the program, without compiling them."""
   experiment, size = guided.experiment, guided.experiment.sampling.batch_size
   model, sampler, times = experiment.model, experiment.sampler, np.asarray(experiment.times)
