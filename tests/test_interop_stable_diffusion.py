@@ -122,6 +122,28 @@ def test_other_versions_match_the_pipeline(name, written):
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
 
 
+def test_weighted_prompts_are_encoded_chunk_by_chunk_and_by_each_encoder(written):
+  pipeline, _, model, _ = written("xl")
+  texts = ["a (red:1.5) fox " * 30, "snow"]
+  condition = model.conditions["text"].weighted(texts)
+  batch, frozen = inputs.host_items({"text": condition}, {"text": texts}), condition.load()
+  found = jax.jit(lambda frozen, batch: condition.encode(frozen, None, batch, False))(frozen, batch)
+  expected = []
+  for part, peer in (("text_encoder", pipeline.text_encoder), ("text_encoder_2", pipeline.text_encoder_2)):
+    ids, weights = (np.asarray(batch["text"][part][name]) for name in ("ids", "weights"))
+    assert ids.shape == (2, 2, 77)  # 90 tokens take two chunks
+    with torch.no_grad():
+      output = peer(torch.tensor(ids.reshape(4, 77), dtype=torch.long), output_hidden_states=True)
+    states = output.hidden_states[-2].double().numpy()
+    weighted = states * weights.reshape(4, 77, 1)
+    weighted *= states.mean((1, 2), keepdims=True) / weighted.mean((1, 2), keepdims=True)
+    expected.append(weighted.reshape(2, 154, -1))
+  expected = np.concatenate(expected, -1)
+  np.testing.assert_allclose(found["tokens"], expected, atol=1e-5 * np.abs(expected).max())
+  np.testing.assert_allclose(found["vector"], output.text_embeds.numpy().reshape(2, 2, -1)[:, 0], atol=1e-5)
+  assert jax.tree.map(np.shape, condition.null(frozen)) == {"tokens": (154, 24 + 32), "vector": (20,)}
+
+
 @pytest.mark.parametrize("negative", [None, ["blurry", ""]])
 def test_the_refiner_matches_the_pipeline(negative, written):
   """The state of diffusers' Euler is x / alpha. The unconditional branch has another aesthetic score."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import commands, interop, randomness
+from ddpm_jax import commands, interop, randomness, runs
 from ddpm_jax.commands import command_line, jax_setup
 from ddpm_jax.storage import images
 from tests import text_pipelines
@@ -159,6 +159,16 @@ def hub(folder_of, monkeypatch):
   return downloads
 
 
+def test_plans_count_parameters_in_their_type(folder_of, run_command, monkeypatch):
+  plans, run = [], runs.run_sampling_plan
+  monkeypatch.setattr(runs, "run_sampling_plan", lambda *args, **options: plans.append(run(*args, **options)))
+  run_command("--mode=plan", f"--pretrained={folder_of('sd1')}", "--dtype=bfloat16", "--devices=1", "--num_samples=1")
+  (plan,) = plans
+  assert plan.parameter_bytes == 2 * plan.parameters
+  # The states of the empty prompt and the scale of the latents are float32.
+  assert 2 * plan.frozen_parameters < plan.frozen_bytes < 2.02 * plan.frozen_parameters
+
+
 SECRET = "hf_Secret123"
 
 
@@ -173,7 +183,8 @@ def test_a_token_reaches_the_hub_and_nothing_else(hub, run_command, tmp_path, ca
   assert SECRET not in output.out + output.err
   # Without the flag, huggingface_hub takes its own default, such as HF_TOKEN.
   hub.clear()
-  run_command(*words[:2], "--mode=plan", "--devices=1", "--num_steps=2")
+  with pytest.raises(ValueError, match="sides divisible"):
+    run_command("--mode=plan", "--pretrained=owner/name", "--size=33x33", "--devices=1")
   assert hub
   assert all("token" not in options for options in hub)
 
