@@ -376,9 +376,8 @@ def single_file(folder, model, params, path, prefixes):
     if prefix.startswith("cond_stage_model.model"):
       # Stable Diffusion 2 ignores the last layer and the projection, and its folders leave them out.
       last = "transformer.resblocks.1."
-      tensors |= {
-        name.replace(last, "transformer.resblocks.2."): value for name, value in tensors.items() if last in name
-      }
+      skipped = {name: value.clone() for name, value in tensors.items() if last in name}
+      tensors |= {name.replace(last, "transformer.resblocks.2."): value for name, value in skipped.items()}
       tensors["text_projection"] = torch.ones(24, 20)
     state |= {prefix + name: value for name, value in tensors.items()}
   safetensors.torch.save_file(state, path)
