@@ -182,20 +182,21 @@ def test_inpainting_matches_the_pipeline(name, module, written, monkeypatch):
   assert_one_gray_level(ours, theirs)
 
 
-def test_img2img_matches_the_pipeline(written, monkeypatch):
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmpp_2m"])
+def test_img2img_matches_the_pipeline(scheduler, written, monkeypatch):
   """Both start from the same noise, and encode the image by the mean of its posterior."""
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
   eps = randomness.normal(randomness.fold_in(keys, 0), (2, *model.shape), np.float32)
   peer = diffusers.StableDiffusionImg2ImgPipeline(
-    **pipeline.components | {"scheduler": SAMPLERS["ddim"]}, requires_safety_checker=False
+    **pipeline.components | {"scheduler": SAMPLERS[scheduler]}, requires_safety_checker=False
   )
   peer.set_progress_bar_config(disable=True)
   use_mode(monkeypatch, pipeline_stable_diffusion_img2img)
   monkeypatch.setattr(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *args, **options: as_torch(eps))
   options = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
   theirs = peer(prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5), **options).images
-  config = dict(SAMPLERS["ddim"].config) | {"_class_name": "DDIMScheduler"}
+  config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
   defaults = schedulers.from_config(config).defaults(model.process)
 
   @jax.jit
