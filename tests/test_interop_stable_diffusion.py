@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img, pipeline_stable_diffusion_inpaint
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_inpaint
 from PIL import Image
 
 from ddpm_jax import editing, guidance, interop, randomness, sampling
@@ -126,13 +127,36 @@ def test_other_versions_match_the_pipeline(name, written):
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
 
 
-def test_the_refiner_matches_the_pipeline(written):
-  """The state of diffusers' Euler is x / alpha."""
+def test_weighted_prompts_are_encoded_chunk_by_chunk_and_by_each_encoder(written):
+  pipeline, _, model, _ = written("xl")
+  texts = ["a (red:1.5) fox " * 30, "snow"]
+  condition = model.conditions["text"].weighted(texts)
+  batch, frozen = inputs.host_items({"text": condition}, {"text": texts}), condition.load()
+  found = jax.jit(lambda frozen, batch: condition.encode(frozen, None, batch, False))(frozen, batch)
+  expected = []
+  for part, peer in (("text_encoder", pipeline.text_encoder), ("text_encoder_2", pipeline.text_encoder_2)):
+    ids, weights = (np.asarray(batch["text"][part][name]) for name in ("ids", "weights"))
+    assert ids.shape == (2, 2, 77)  # 90 tokens take two chunks
+    with torch.no_grad():
+      output = peer(torch.tensor(ids.reshape(4, 77), dtype=torch.long), output_hidden_states=True)
+    states = output.hidden_states[-2].double().numpy()
+    weighted = states * weights.reshape(4, 77, 1)
+    weighted *= states.mean((1, 2), keepdims=True) / weighted.mean((1, 2), keepdims=True)
+    expected.append(weighted.reshape(2, 154, -1))
+  expected = np.concatenate(expected, -1)
+  np.testing.assert_allclose(found["tokens"], expected, atol=1e-5 * np.abs(expected).max())
+  np.testing.assert_allclose(found["vector"], output.text_embeds.numpy().reshape(2, 2, -1)[:, 0], atol=1e-5)
+  assert jax.tree.map(np.shape, condition.null(frozen)) == {"tokens": (154, 24 + 32), "vector": (20,)}
+
+
+@pytest.mark.parametrize("negative", [None, ["blurry", ""]])
+def test_the_refiner_matches_the_pipeline(negative, written):
+  """The state of diffusers' Euler is x / alpha. The unconditional branch has another aesthetic score."""
   one = written("refiner")
   model, x = one[2], noise()
-  sizes = model.conditions["sizes"].default(2)
-  ours = sample_ours(one, "own", 5.0, x, skipped=2, text=PROMPTS, sizes=sizes)
-  options = {"image": torch.zeros(2, 3, *model.data_shape[:2]), "strength": 0.5}
+  items = {"text": PROMPTS, "sizes": model.conditions["sizes"].default(2)}
+  ours = sample_ours(one, "own", 5.0, x, skipped=2, **items, **({"negative_text": negative} if negative else {}))
+  options = {"image": torch.zeros(2, 3, *model.data_shape[:2]), "strength": 0.5, "negative_prompt": negative}
   latents = x / float(model.process.alpha(model.times(4)[2]))
   assert_one_gray_level(ours, sample_peer(one[0], "own", 5.0, latents=latents, prompt=PROMPTS, **options))
 
@@ -149,9 +173,13 @@ def use_mode(monkeypatch, module):
   monkeypatch.setattr(module, "retrieve_latents", lambda output, *args, **options: output.latent_dist.mode())
 
 
-def test_inpainting_matches_the_pipeline(written, monkeypatch):
-  one, (pictures, mask) = written("inpaint"), pictures_and_mask()
-  use_mode(monkeypatch, pipeline_stable_diffusion_inpaint)
+@pytest.mark.parametrize(
+  ("name", "module"),
+  [("inpaint", pipeline_stable_diffusion_inpaint), ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint)],
+)
+def test_inpainting_matches_the_pipeline(name, module, written, monkeypatch):
+  one, (pictures, mask) = written(name), pictures_and_mask()
+  use_mode(monkeypatch, module)
   ours = sample_ours(one, "own", 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
   options = {"image": as_torch(pictures / 2 + 0.5), "mask_image": as_torch(mask), "strength": 1.0}
   side = pictures.shape[1]
@@ -159,20 +187,21 @@ def test_inpainting_matches_the_pipeline(written, monkeypatch):
   assert_one_gray_level(ours, theirs)
 
 
-def test_img2img_matches_the_pipeline(written, monkeypatch):
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmpp_2m"])
+def test_img2img_matches_the_pipeline(scheduler, written, monkeypatch):
   """Both start from the same noise, and encode the image by the mean of its posterior."""
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
   eps = randomness.normal(randomness.fold_in(keys, 0), (2, *model.shape), np.float32)
   peer = diffusers.StableDiffusionImg2ImgPipeline(
-    **pipeline.components | {"scheduler": SAMPLERS["ddim"]}, requires_safety_checker=False
+    **pipeline.components | {"scheduler": SAMPLERS[scheduler]}, requires_safety_checker=False
   )
   peer.set_progress_bar_config(disable=True)
   use_mode(monkeypatch, pipeline_stable_diffusion_img2img)
   monkeypatch.setattr(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *args, **options: as_torch(eps))
   options = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
   theirs = peer(prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5), **options).images
-  config = dict(SAMPLERS["ddim"].config) | {"_class_name": "DDIMScheduler"}
+  config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
   defaults = schedulers.from_config(config).defaults(model.process)
 
   @jax.jit
@@ -204,7 +233,7 @@ def assert_same(tree, other):
   jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), tree, other)
 
 
-@pytest.mark.parametrize("name", ["sd1", "xl", "refiner", "inpaint"])
+@pytest.mark.parametrize("name", ["sd1", "xl", "refiner", "inpaint", "xl_inpaint"])
 def test_round_trips_are_exact(name, written, tmp_path):
   peer, _, model, parameters = written(name)
   interop.diffusers.save(tmp_path / "saved", model, parameters.params, frozen=parameters.frozen)
@@ -350,6 +379,12 @@ def single_file(folder, model, params, path, prefixes):
     tensors = {re.sub(r"^(?!text_)", "text_model.", name): value for name, value in tensors.items()}
     if prefix.endswith(".model."):
       tensors = open_clip_names(tensors) | {"logit_scale": torch.ones(())}
+    if prefix.startswith("cond_stage_model.model"):
+      # Stable Diffusion 2 ignores the last layer and the projection, and its folders leave them out.
+      last = "transformer.resblocks.1."
+      skipped = {name: value.clone() for name, value in tensors.items() if last in name}
+      tensors |= {name.replace(last, "transformer.resblocks.2."): value for name, value in skipped.items()}
+      tensors["text_projection"] = torch.ones(24, 20)
     state |= {prefix + name: value for name, value in tensors.items()}
   safetensors.torch.save_file(state, path)
 
@@ -371,6 +406,8 @@ FILES = {
     {"text_encoder": "conditioner.embedders.0.transformer.", "text_encoder_2": "conditioner.embedders.1.model."},
     {"size_features": 8},
   ),
+  "sd2": ({"text_encoder": "cond_stage_model.model."}, {"prediction": "v"}),
+  "refiner": ({"text_encoder_2": "conditioner.embedders.0.model."}, {"size_features": 8}),
 }
 
 
@@ -381,7 +418,7 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   path = tmp_path / "model.safetensors"
   single_file(folder, model, parameters.params, path, prefixes)
   with pytest.raises(ValueError, match="expected 'epsilon' or 'v_prediction'"):
-    interop.single_file.read(path, folder, heads=4, text_heads=4, prediction="flow", **options)
+    interop.single_file.read(path, folder, heads=4, text_heads=4, **options | {"prediction": "flow"})
   loaded, params = interop.single_file.load(path, folder, heads=4, text_heads=4, **options)
   assert_same(params, parameters.params)
   frozen = loaded.load_frozen()

@@ -189,7 +189,7 @@ def test_samples_follow_texts_and_keep_them(trained, tmp_path, run_command):
 
 
 def test_samples_without_a_text_are_refused(trained, run_command):
-  with pytest.raises(ValueError, match=r"Got no text for a model .* Set --given text=<value>"):
+  with pytest.raises(ValueError, match=r"Got no text for a model .* Set --prompt=<value>"):
     run_command("--mode=sample", f"--workdir={trained}")
 
 

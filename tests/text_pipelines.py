@@ -46,6 +46,12 @@ PIPELINES = {
     blocks(True, False, in_channels=9),
     {"text_encoder": sd1_settings},
   ),
+  "xl_inpaint": (
+    "StableDiffusionXLInpaintPipeline",
+    EULER,
+    blocks(False, True, in_channels=9, use_linear_projection=True, **XL_TEXT),
+    {"text_encoder": sd1_settings, "text_encoder_2": sdxl_settings},
+  ),
   "instruct": (
     "StableDiffusionInstructPix2PixPipeline",
     EULER,
@@ -55,7 +61,7 @@ PIPELINES = {
 }
 
 
-def text_encoder(part):
+def text_encoder(part, activation):
   """Return a text encoder of CLIP with random parameters."""
   torch.manual_seed(len(part))
   is_second = part == "text_encoder_2"
@@ -66,7 +72,7 @@ def text_encoder(part):
     num_hidden_layers=2,
     num_attention_heads=4,
     projection_dim=20,
-    hidden_act="gelu" if is_second else "quick_gelu",
+    hidden_act=activation,
     bos_token_id=49406,
     eos_token_id=2 if is_second else 49407,
     pad_token_id=1,
@@ -102,7 +108,8 @@ def make(name, tokenizers):
   parts = {"unet": random_peer(options | {"sample_size": SIZE}), "vae": autoencoder(), "scheduler": scheduler}
   for part, write in settings.items():
     folder = write_settings(write_clip(tokenizers / write.__name__), write())
-    parts[part] = text_encoder(part)
+    # Encoders of OpenCLIP have the exact GELU.
+    parts[part] = text_encoder(part, "gelu" if name == "sd2" or part == "text_encoder_2" else "quick_gelu")
     parts[part.replace("text_encoder", "tokenizer")] = transformers.CLIPTokenizer.from_pretrained(folder)
   kind = getattr(diffusers, class_name)
   if name == "refiner":

@@ -60,6 +60,11 @@ MODEL = Group(
     Flag("dtype", text, "The type in which --pretrained computes: float32 (the default) or bfloat16."),
     Flag("variant", text, "The variant of the weights of a text pipeline in --pretrained, such as fp16."),
     Flag("revision", text, "The branch, tag or commit of --pretrained on the Hugging Face hub."),
+    Flag(
+      "token",
+      text,
+      "A token for the Hugging Face hub (default: the environment variable HF_TOKEN, which other users cannot see).",
+    ),
   ),
 )
 # The flags that need --pretrained.
@@ -133,6 +138,11 @@ STEERING = Group(
       "A text to guide away from; short for --negative text=... Repeat the flag for several texts.",
       metavar="TEXT",
       is_repeatable=True,
+    ),
+    Flag(
+      "prompt_weights",
+      switch,
+      "Read weights in texts, such as (word:1.3), and texts of any length (models with text encoders of CLIP).",
     ),
     GUIDANCE_SCALE,
     Flag("classifier", path, "The run folder of a classifier that guides samples toward --classes.", metavar="FOLDER"),
@@ -288,9 +298,10 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
     ValueError: if there is neither a run nor a pretrained model, a key or value is invalid, or --pretrained is combined
       with a flag that chooses weights.
   """
-  from ddpm_jax import config, runs
+  from ddpm_jax import config, interop, runs
 
   folder, (path, choices) = run_folder(args), pretrained_choices(args)
+  interop.hub.use_token(args.token)
   if args.pretrained is None:
     return runs.load_experiment(read_config(args, keys), folder), None
   if not args.ema is args.ema_length is args.step is None:
@@ -344,6 +355,7 @@ def steering(args: Args) -> "Steering":
     args.classifier,
     path(weak, "weak"),
     step,
+    bool(args.prompt_weights),
   )
 
 

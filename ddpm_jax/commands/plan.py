@@ -18,8 +18,22 @@ EXAMPLES = (
 _TASKS = ("train", "sample")
 # The flags of sampling that are not short forms of config keys.
 _SAMPLING = (
-  *("pretrained", "num_samples", "classes", "given", "prompt", "prompts", "negative_classes", "negative"),
-  *("negative_prompt", "guidance_scale", "classifier", "weak"),
+  *(
+    "pretrained",
+    "size",
+    "dtype",
+    "variant",
+    "revision",
+    "token",
+    "num_samples",
+    "classes",
+    "given",
+    "prompt",
+    "prompts",
+    "negative_classes",
+    "negative",
+  ),
+  *("negative_prompt", "prompt_weights", "guidance_scale", "classifier", "weak"),
 )
 
 
@@ -55,7 +69,7 @@ FLAGS = (
 
 def run(args: flags.Args) -> None:
   """Print the plan."""
-  from ddpm_jax import config, runs
+  from ddpm_jax import config, interop, runs
   from ddpm_jax.names import choose
 
   task = args.task or ("sample" if args.pretrained else "train")
@@ -71,6 +85,7 @@ def run(args: flags.Args) -> None:
     return
   keys, steering = flags.sampling_keys(args), flags.steering(args)
   path, choices = flags.pretrained_choices(args)
+  interop.hub.use_token(args.token)
   if args.pretrained is None:
     model = runs.sampling_plan.ModelChoice(flags.read_config(args, keys))
   else:

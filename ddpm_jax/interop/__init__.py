@@ -3,8 +3,8 @@
 `diffusers` reads and writes diffusers' folders, `stable_diffusion` reads those of text pipelines, and `unet_folders`
 those of networks alone. `single_file` reads single-file checkpoints of Stable Diffusion, and `ldm` their networks
 alone. `guided_diffusion` reads guided-diffusion's checkpoints, `inception` reads the weights of the FID network,
-`features` reads networks for perceptual losses, `transformers` reads and writes text encoders, and `tensors` reads and
-writes files of weights.
+`features` reads networks for perceptual losses, `transformers` reads and writes text encoders, `tensors` reads and
+writes files of weights, and `hub` downloads from the Hugging Face hub.
 """
 
 import importlib
@@ -13,6 +13,7 @@ __all__ = [
   "diffusers",
   "features",
   "guided_diffusion",
+  "hub",
   "inception",
   "ldm",
   "single_file",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_jax.interop import tensors
+from ddpm_jax.interop import hub
 from ddpm_jax.storage import files, jsonfiles
 from ddpm_jax.storage.places import user_path
 
@@ -133,36 +133,23 @@ def find_folder(
     return folder
   name, _, revision = str(path).partition("@")
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    hint = " In Python, interop.single_file.load reads files of Stable Diffusion." if folder.is_file() else ""
     raise ValueError(
-      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32."
+      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32.{hint}"
     )
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError(
-      f"Got {name}, which is not a folder. To load this name from the Hugging Face hub, run pip install"
-      " 'ddpm_jax[hub]'."
-    ) from error
-
-  options: dict[str, Any] = {"revision": revision} if revision else {}
   small = ["*.json", *files]
 
-  def download(*patterns):
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, *patterns], **options))
+  def download(*patterns: str) -> Path:
+    return hub.download(name, [*small, *patterns], revision)
 
-  try:
-    if not weights:
-      return download()
-    # A repository can contain the same weights in several forms. Download only the first form that exists.
-    for form in _forms(names, variant):
-      downloaded = download(*([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
-      if any(downloaded.rglob(form)):
-        break
-    return downloaded
-  except Exception as error:
-    raise ValueError(
-      f"Got {name}, which is not a folder and cannot be downloaded from the hub: {tensors.first_line(error)}"
-    ) from error
+  if not weights:
+    return download()
+  # A repository can contain the same weights in several forms. Download only the first form that exists.
+  for form in _forms(names, variant):
+    downloaded = download(*([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
+    if any(downloaded.rglob(form)):
+      break
+  return downloaded
 
 
 def _forms(names: Names, variant: str = "") -> list[str]:

@@ -11,6 +11,7 @@ The conditions of such a model are
 - "source", for InstructPix2Pix: the images to edit, see `source_image`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 
 from ddpm_jax import gaussian, predictions
 from ddpm_jax.data import tokenizers
-from ddpm_jax.data.tokens import Tokenizer, Tokens
+from ddpm_jax.data.tokens import Tokenizer
 from ddpm_jax.interop import (
   folders,
   pipeline_index,
@@ -228,12 +229,13 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
   is_xl = index.pipeline.is_xl
   options: dict[str, Any] = {"layer": -2, "normed": False} if is_xl else {}
 
-  def encode(params: PyTree, tokens: Mapping[str, Tokens]) -> PyTree:
-    found: list[Any] = [
-      one.module.apply({"params": params[part]}, tokens[part].ids, **options) for part, one in encoders.items()
-    ]
-    states = jnp.concatenate([one.tokens for one in found], axis=-1)
-    return {"tokens": states, "vector": found[-1].pooled} if is_xl else states
+  def encode(params: PyTree, tokens: Mapping[str, Any]) -> PyTree:
+    found = []
+    for part, one in encoders.items():
+      apply = functools.partial(one.module.apply, {"params": params[part]}, **options)
+      found.append(texts.read_tokens(apply, tokens[part]))
+    states = jnp.concatenate([one for one, _ in found], axis=-1)
+    return {"tokens": states, "vector": found[-1][1]} if is_xl else states
 
   def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
     return {part: load_frozen(one.load, mesh) for part, one in encoders.items()}
@@ -244,7 +246,8 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
   words = {part: one.tokenizer for part, one in encoders.items()}
   kind = {"tokens": "tokens", "vector": "vector"} if is_xl else "tokens"
   null_text = None if index.options.get("force_zeros_for_empty_prompt") else ""
-  return texts.text("text", words, encode, Loader(load, shapes, load), kind=kind, dropout=dropout, null_text=null_text)
+  loader, settings = Loader(load, shapes, load), {"kind": kind, "dropout": dropout, "null_text": null_text}
+  return texts.text("text", words, encode, loader, takes_weights=True, **settings)
 
 
 def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:

@@ -155,6 +155,11 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
   return x
 
 
+def _like(array: Array, x: Array) -> Array:
+  """Return an array [C] or () with the number of axes of x, because users may forbid JAX's implicit promotion."""
+  return jnp.reshape(array, (1,) * (x.ndim - jnp.ndim(array)) + jnp.shape(array))
+
+
 def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
   """Return the codec of a frozen autoencoder (Rombach et al. 2022).
 
@@ -212,7 +217,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
       distribution = gaussian.from_moments(compact.astype(jnp.float32))
       is_random = posterior == "sample"
       z = distribution.sample(randomness.fold_in(keys, _POSTERIOR)) if is_random else distribution.mode()
-    return (z - frozen["shift"]) * frozen["scale"]
+    return (z - _like(frozen["shift"], z)) * _like(frozen["scale"], z)
 
   def encode(frozen: PyTree, keys: Array, data: Array) -> Array:
     return expand(frozen, keys, compress(frozen, data))
@@ -222,7 +227,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
       return autoencoder.decode_output(params, autoencoder.decode_features(params, z))
 
     check("x", x, channels or 0)
-    params, z = frozen["autoencoder"], x / frozen["scale"] + frozen["shift"]
+    params, z = frozen["autoencoder"], x / _like(frozen["scale"], x) + _like(frozen["shift"], x)
     z = z if quantize is None else quantize(params, z)[1]
     return tiles.apply(decode, z, tile) if tile else decode(z)
 

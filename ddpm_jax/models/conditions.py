@@ -8,7 +8,7 @@ argument named after the condition's kind.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -60,6 +60,9 @@ class Condition(NamedTuple):
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
       a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
       at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
+    weighted: `weighted(texts) -> condition`, for texts with weights such as (word:1.3) that are read to their end (see
+      `data.prompts`). The texts are all texts of a command, because their values get the same shape. None if the
+      condition takes no such texts.
   """
 
   kind: PyTree
@@ -76,6 +79,7 @@ class Condition(NamedTuple):
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
   host: data.Host | None = None
+  weighted: Callable[[Sequence[str]], "Condition"] | None = None
 
   @property
   def num_choices(self) -> int:
@@ -445,20 +449,9 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
   Raises:
     ValueError: if an entry is missing, unknown or has the wrong structure, shape or number of samples.
   """
-  for name in given:
-    _check_name(conditions, name)
-  missing = [name for name in conditions if name not in given]
-  if missing:
-    raise ValueError(
-      f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected a value for each. Pass given={{{missing[0]!r}: ...}}."
-    )
+  check_structure(conditions, given)
   sizes = {}
   for name, condition in conditions.items():
-    expected, actual = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
-    if expected != actual:
-      raise ValueError(
-        f"Got {name} of the structure {actual}; expected {expected}. Use the values that model.encode_conditions returns."
-      )
     for like, leaf in zip(jax.tree.leaves(condition.shape), jax.tree.leaves(given[name]), strict=True):
       if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != tuple(like.shape):
         shape = ", ".join(map(str, ("B", *like.shape)))
@@ -466,6 +459,27 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
       sizes[name] = jnp.shape(leaf)[0]
   if len(set(sizes.values())) > 1:
     raise ValueError(f"Got conditions of {sizes} samples; expected the same number for each condition.")
+
+
+def check_structure(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:
+  """Check that `given` has a value of the right structure for each condition, of any shape, and no other entries.
+
+  Raises:
+    ValueError: if an entry is missing, unknown or has the wrong structure.
+  """
+  for name in given:
+    _check_name(conditions, name)
+  missing = [name for name in conditions if name not in given]
+  if missing:
+    raise ValueError(
+      f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected a value for each. Pass given={{{missing[0]!r}: ...}}."
+    )
+  for name, condition in conditions.items():
+    expected, actual = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
+    if expected != actual:
+      raise ValueError(
+        f"Got {name} of the structure {actual}; expected {expected}. Use the values that model.encode_conditions returns."
+      )
 
 
 def _check_name(conditions: Mapping[str, Condition], name: str) -> None:

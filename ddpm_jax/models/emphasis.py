@@ -45,8 +45,23 @@ def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array
       f"Got states of shape {states.shape} for {batch * chunks} chunks of {length} tokens; expected"
       f" [{batch * chunks}, {length}, D]. Pass a function that returns the states of all tokens."
     )
+  return weigh(states, weights, keep_mean=keep_mean)
+
+
+def weigh(states: Array, weights: Array, *, keep_mean: bool = True) -> Array:
+  """Return the states of chunks, multiplied by the tokens' weights, with the chunks of each prompt one after another.
+
+  Args:
+    states: the states of the chunks of all prompts [B C, L, D].
+    weights: the weights [B, C, L].
+    keep_mean: see `encode_weighted`.
+
+  Returns:
+    The states [B, C L, D], in their type.
+  """
+  batch, chunks, length = weights.shape
   wide = states.astype(jnp.promote_types(states.dtype, jnp.float32))
-  weighted = wide * weights.reshape(-1, length, 1).astype(wide.dtype)
+  weighted = wide * jnp.reshape(weights, (-1, length, 1)).astype(wide.dtype)
   if keep_mean:
     mean, new_mean = (jnp.mean(z, axis=(1, 2), keepdims=True) for z in (wide, weighted))
     weighted = weighted * jnp.where(new_mean == 0, 1, mean / jnp.where(new_mean == 0, 1, new_mean))

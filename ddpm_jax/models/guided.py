@@ -125,7 +125,9 @@ def denoise(
       name.removeprefix(NEGATIVE_PREFIX): value for name, value in batch.items() if name.startswith(NEGATIVE_PREFIX)
     }
     if negative:
-      arguments["negative"] = _encode_batch(model, keys, {**batch, **negative}, parameters.frozen)
+      # Conditions that the user need not give are null, such as the aesthetic score of Stable Diffusion XL's refiner.
+      rest = {name: value for name, value in batch.items() if not _is_known(model, name)}
+      arguments["negative"] = _encode_batch(model, keys, {**rest, **negative}, parameters.frozen, is_negative=True)
     else:
       arguments["negative"] = model.drop_conditions(given, parameters.frozen)
     if "partial" in names:
@@ -149,17 +151,25 @@ def denoise(
 
 
 def _encode_batch(
-  model: Model, keys: Array, batch: Mapping[str, Array], frozen: Mapping[str, PyTree]
+  model: Model,
+  keys: Array,
+  batch: Mapping[str, Array],
+  frozen: Mapping[str, PyTree],
+  *,
+  is_negative: bool = False,
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch.
 
-  A missing condition gets its null value if it has one.
+  A missing condition gets its null value if it has one. But if the user need not give the condition, it gets its known
+  value, unless `is_negative`.
   """
   missing = {
     name: condition
     for name, condition in model.conditions.items()
     if name not in batch and not condition.is_source_image and condition.null is not None
   }
+  if not is_negative:
+    missing = {name: condition for name, condition in missing.items() if not condition.is_known}
   present = {name: condition for name, condition in model.conditions.items() if name not in missing}
   condition_params = frozen.get("conditions", {})
   given = conditions.encode(present, condition_params, keys, batch, train=False)
@@ -198,7 +208,7 @@ def check(
     )
   if negative and (not is_guided or "negative" not in names):
     raise ValueError(
-      "Got conditions to guide away from (--negative_classes) without classifier-free guidance; expected a model with"
+      "Got conditions to guide away from (--negative_classes, --negative_prompt) without classifier-free guidance; expected a model with"
       " conditions and a scale such as --guidance_scale=3. Set the scale, and leave --classifier and --weak out."
     )
   if "negative" in names and is_guided:
@@ -265,6 +275,11 @@ def _droppable_images(model: Model) -> list[str]:
   """Return the names of image conditions that have a null value."""
   by_name = model.conditions.items()
   return [name for name, condition in by_name if condition.kind == "image" and condition.null is not None]
+
+
+def _is_known(model: Model, name: str) -> bool:
+  """Return whether a name is that of a condition that the user need not give."""
+  return name in model.conditions and model.conditions[name].is_known
 
 
 def _is_shared(condition: Any) -> bool:

@@ -11,6 +11,9 @@ from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.guided import NEGATIVE_PREFIX
 from ddpm_jax.storage import images
 
+# The tasks of --mode=edit for the conditions of models that edit images.
+_TASKS = {"masked": "inpaint", "source": "instruct"}
+
 
 def parse_inputs(
   conditions: Mapping[str, Condition],
@@ -45,7 +48,7 @@ def parse_inputs(
       )
     if condition.parse is None:
       raise ValueError(
-        f"Got --given {name}=..., a condition without a text form; expected images. Use --mode=edit --task=superres."
+        f"Got --given {name}=..., a condition without a text form; expected images. Use --mode=edit --task={_task(name)}."
       )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} values of {name} for {count} samples; expected at most {count}.")
@@ -60,9 +63,10 @@ def parse_inputs(
     if condition.default is not None:
       inputs[name] = condition.default(count)
     elif not condition.is_source_image:
-      raise ValueError(
-        f"Got no {name} for a model with the condition {name}; expected a value. Set {condition_flag(name)}=<value>."
-      )
+      advice = f"Set {condition_flag(name)}=<value>."
+      if condition.parse is None or name in _TASKS:
+        advice = f"Use --mode=edit --task={_task(name)}, which computes it from images."
+      raise ValueError(f"Got no {name} for a model with the condition {name}; expected a value. {advice}")
   return inputs
 
 
@@ -105,7 +109,17 @@ def host_items(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) ->
 
 def condition_flag(name: str) -> str:
   """Return the command-line flag that sets a condition."""
-  return "--classes" if name == "classes" else f"--given {name}"
+  return {"classes": "--classes", "text": "--prompt"}.get(name, f"--given {name}")
+
+
+def condition_example(name: str) -> str:
+  """Return an example of the command-line flag that sets a condition."""
+  return f'{condition_flag(name)}="a red fox"' if name == "text" else f"{condition_flag(name)}=3"
+
+
+def _task(name: str) -> str:
+  """Return the task of --mode=edit that computes a condition from images."""
+  return _TASKS.get(name, "superres")
 
 
 def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

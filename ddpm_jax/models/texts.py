@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data import Tokenizer, Tokens
+from ddpm_jax.data import Tokenizer, Tokens, prompts
+from ddpm_jax.data.prompts import WeightedTokens
 from ddpm_jax.data.tokens import check_texts
 from ddpm_jax.devices.progress import warn
 from ddpm_jax.models.codecs import Loader, frozen_shapes, load_frozen
 from ddpm_jax.models.conditions import Condition, check_dropout
+from ddpm_jax.models.emphasis import weigh
 from ddpm_jax.storage.frozen_file import COMPUTED
 
 Array = jax.Array
 PyTree = Any
 # `encode(params, tokens) -> values` [B, ...] for the tokens [B, L] of each tokenizer by name.
-Encode = Callable[[PyTree, Mapping[str, Tokens]], PyTree]
+Encode = Callable[[PyTree, Mapping[str, Any]], PyTree]
 
 # The entry of frozen parameters with those of the encoders.
 ENCODERS = "encoders"
@@ -37,6 +39,7 @@ def text(
   kind: PyTree = "tokens",
   dropout: float = 0.0,
   null_text: str | None = "",
+  takes_weights: bool = False,
 ) -> Condition:
   """Return the condition of a text that frozen encoders turn into states.
 
@@ -54,6 +57,8 @@ def text(
     dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
       model that was trained elsewhere, the share of its training, such as 0.1. Guidance needs a share above 0.
     null_text: the text of the null value. None for zeros (Stable Diffusion XL).
+    takes_weights: whether `encode` also takes `data.prompts.WeightedTokens` in place of `data.Tokens`, as `read_tokens`
+      does. The condition then has the form `Condition.weighted`.
 
   Raises:
     ValueError: if there is no tokenizer, or `dropout` is outside [0, 1).
@@ -61,11 +66,36 @@ def text(
   check_dropout(dropout, name)
   if not tokenizers:
     raise ValueError(f"Got no tokenizer of {name}; expected one or more. Pass tokenizers={{{ONLY!r}: ...}}.")
-  host = functools.partial(_tokenize, dict(tokenizers))
+  by_part = dict(tokenizers)
+  make = functools.partial(_encoded, name, encode=encode, load=load, kind=kind, dropout=dropout, null_text=null_text)
+  plain = make(functools.partial(_tokenize, by_part), parse=functools.partial(_parse, name, tuple(by_part.values())))
+
+  def weighted(texts: Sequence[str]) -> Condition:
+    # All texts get equally many chunks, because both branches of guidance need the same shape.
+    tokens = [prompts.tokenize(one, [*texts, null_text or ""]) for one in by_part.values()]
+    chunks = max(one.ids.shape[1] for one in tokens)
+    return make(functools.partial(_tokenize_weighted, by_part, chunks), parse=_check_text)
+
+  return plain._replace(weighted=weighted if takes_weights else None)
+
+
+def _encoded(
+  name: str,
+  host: Callable[[Sequence[str]], dict[str, dict[str, Any]]],
+  *,
+  parse: Callable[[str], str],
+  encode: Encode,
+  load: Callable[[], PyTree],
+  kind: PyTree,
+  dropout: float,
+  null_text: str | None,
+) -> Condition:
+  """Return the condition of `text` with a host function, which returns the fields of each tokenizer's tokens."""
   null_tokens = host([null_text or ""])
 
   def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
-    return encode(params, {part: Tokens(**one) for part, one in arrays.items()})
+    kinds = {part: WeightedTokens if "weights" in one else Tokens for part, one in arrays.items()}
+    return encode(params, {part: kinds[part](**one) for part, one in arrays.items()})
 
   def null_value(params: PyTree) -> PyTree:
     encoded = values(params, null_tokens)
@@ -84,7 +114,7 @@ def text(
     encode=lambda frozen, keys, batch, train: values(frozen[ENCODERS], cast(Any, batch[name])),
     null=(lambda frozen: frozen[COMPUTED]) if dropout else None,
     dropout=dropout,
-    parse=functools.partial(_parse, name, tuple(tokenizers.values())),
+    parse=parse,
     show=shorten,
     load=Loader(lambda: with_null(load()), shapes, lambda mesh: with_null(load_frozen(load, mesh))),
     host=host,
@@ -99,15 +129,40 @@ def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool =
     layer: the number of layers after which to take the states. -1 is the last layer.
     normed: whether the encoder's final normalization is applied to them.
     masked: whether neither the encoder nor the network attends to padding. CLIP's models attend to it. The values are
-      then an array [B, L, C], otherwise a dict of "states" [B, L, C] and "mask", booleans [B, L].
+      then an array [B, L, C], otherwise a dict of "states" [B, L, C] and "mask", booleans [B, L]. Without masks,
+      `encode` also takes weights (see `read_tokens`).
   """
 
-  def encode(params: PyTree, tokens: Mapping[str, Tokens]) -> PyTree:
+  def encode(params: PyTree, tokens: Mapping[str, Any]) -> PyTree:
+    def apply(ids: Array, mask: Array | None = None) -> Any:
+      return encoder.apply({"params": params}, ids, mask, layer=layer, normed=normed)
+
+    if not masked:
+      return read_tokens(apply, tokens[ONLY])[0]
     ids, mask = tokens[ONLY]
-    found = encoder.apply({"params": params}, ids, mask if masked else None, layer=layer, normed=normed).tokens
-    return {"states": found, "mask": mask} if masked else found
+    return {"states": apply(ids, mask).tokens, "mask": mask}
 
   return encode
+
+
+def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) -> tuple[Array, Array | None]:
+  """Return the states of tokens [B, L, D], and their pooled vectors [B, P] or None.
+
+  Weighted tokens come in C chunks of L tokens, which the encoder reads independently. Their states [B, C L, D] are
+  multiplied by the weights (see `emphasis.encode_weighted`). The pooled vector is that of the first chunk, and has no
+  weights.
+
+  Args:
+    apply: `apply(ids [N, L]) -> output` of an encoder of `networks.text`, with `tokens` [N, L, D] and `pooled` [N, P].
+    tokens: the tokens.
+  """
+  if isinstance(tokens, Tokens):
+    found = apply(jnp.asarray(tokens.ids))
+    return found.tokens, found.pooled
+  batch, chunks, length = tokens.ids.shape
+  found = apply(jnp.reshape(tokens.ids, (batch * chunks, length)))
+  pooled = None if found.pooled is None else found.pooled.reshape(batch, chunks, -1)[:, 0]
+  return weigh(found.tokens, jnp.asarray(tokens.weights)), pooled
 
 
 def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Condition:
@@ -187,6 +242,18 @@ def shorten(text: Any) -> str:
 def _tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
   items = [str(text) for text in texts]
   return {part: tokenizer(items)._asdict() for part, tokenizer in tokenizers.items()}
+
+
+def _tokenize_weighted(
+  tokenizers: Mapping[str, Tokenizer], chunks: int, texts: Sequence[str] | np.ndarray
+) -> dict[str, dict[str, Any]]:
+  items = [str(text) for text in texts]
+  return {part: prompts.tokenize(one, items, chunks=chunks)._asdict() for part, one in tokenizers.items()}
+
+
+def _check_text(text: str) -> str:
+  check_texts([text])
+  return text
 
 
 def _parse(name: str, tokenizers: Sequence[Tokenizer], text: str) -> str:

@@ -58,8 +58,9 @@ def text(
   if length > most:
     raise ValueError(f"Got length={length} for a text encoder of {most} positions; expected {most} or less. Lower it.")
   found = found._replace(length=min(found.length, most))
-  encode = texts.states(encoder, layer=layer, normed=normed, masked=not isinstance(encoder, CLIPText))
-  return texts.text(name, {texts.ONLY: found}, encode, load, dropout=dropout)
+  is_clip = isinstance(encoder, CLIPText)
+  encode = texts.states(encoder, layer=layer, normed=normed, masked=not is_clip)
+  return texts.text(name, {texts.ONLY: found}, encode, load, dropout=dropout, takes_weights=is_clip)
 
 
 def _tokenizer_folder(path: str, part: str) -> Path:

@@ -139,7 +139,9 @@ def compile_edit(
 
 def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.ndarray:
   """Return a grid of times with many steps, for edits that act at every step."""
-  if experiment.sampling.grid is not None and sampler.spacing != "ends":
+  # The default sampler of a pretrained model has a grid of its own.
+  has_grid = experiment.sampling.grid is not None or experiment.tree.values["sampler"] is None
+  if has_grid and sampler.spacing != "ends":
     return experiment.times
   return sampling.grids.for_sampler(with_many_steps(sampler), experiment.model.process, experiment.sampling.num_steps)
 

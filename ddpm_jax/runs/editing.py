@@ -12,7 +12,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.guided import is_neutral
-from ddpm_jax.models.inputs import condition_flag
+from ddpm_jax.models.inputs import condition_example, condition_flag
 from ddpm_jax.runs import edit_methods, generation, limits, programs
 from ddpm_jax.runs.model import WeightsChoice
 from ddpm_jax.runs.pretrained import Pretrained
@@ -79,6 +79,8 @@ def run_edit(
       f"Got {'--mask' if edit.mask else 'no --mask'} with --task={edit.task}; expected a mask with --task=inpaint and with"
       " no other task. The mask is an image that is white where new content is painted, or a word such as lower."
     )
+  # Images are read in the size of the model.
+  limits.check_images(experiment.model.data_shape, 1, "a model")
   mesh = programs.sampling_mesh(experiment)
   experiment, method = edit_methods.with_method(experiment, edit.task)
   user_images = _read(experiment, edit)
@@ -200,14 +202,20 @@ def _steer(
     raise ValueError(
       "Got --classifier without --classes; expected one class, or one for each image, such as --classes=3."
     )
+  for task, name in edit_methods.CONDITIONS.items():
+    if name in missing:
+      raise ValueError(
+        f"Got a model with the condition {name}, which --task={task} computes from the images; expected this task. Set"
+        f" --task={task}, or use a model for any task."
+      )
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
-    flag = condition_flag(missing[0])
-    raise ValueError(f"Got guidance without {flag}; expected one value, or one for each image, such as {flag}=3.")
+    flag, example = condition_flag(missing[0]), condition_example(missing[0])
+    raise ValueError(f"Got guidance without {flag}; expected one value, or one for each image, such as {example}.")
   for name in missing:
     if conditions[name].null is None:
       raise ValueError(
         f"Got no {condition_flag(name)} for a model that always takes {name}; expected one value, or one for each image,"
-        f" such as {condition_flag(name)}=3."
+        f" such as {condition_example(name)}."
       )
   is_complete = not missing and not any(name in inputs for name in conditions)
   return steer(experiment, mesh, steering, rows * results, scale, only=not is_complete)

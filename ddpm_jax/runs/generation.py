@@ -70,6 +70,11 @@ def run_sample(
       f"Got --workdir={folder}, the run of a super-resolution model; expected a model that needs no input image. To enlarge that model's samples,"
       f" add --upsampler={folder}. To enlarge images, use --mode=edit --task=superres --input=<image, folder or .npz>."
     )
+  if steering.prompt_weights and upsamplers:
+    raise ValueError(
+      "Got --prompt_weights with --upsampler; expected only one of them, because a model that enlarges images reads texts"
+      " without weights. Leave one out."
+    )
   limits.check_images(experiment.model.data_shape, num_samples, f"--num_samples={num_samples}")
   guided = steer(experiment, mesh, steering, num_samples, scale)
   stages = cascade(guided.experiment, mesh, upsamplers, num_samples)
@@ -92,6 +97,7 @@ def run_sample(
     _write(path, {"samples": samples, **arrays})
     settings = {"sampler": experiment.sampler_name, "num_steps": experiment.sampling.num_steps, "seed": seed}
     settings |= {"guidance_scale": guidance_scale} if isinstance(guidance_scale, float) else {}
+    settings |= {"prompt_weights": True} if steering.prompt_weights else {}
     _write_pictures(path, samples, guided.inputs, settings)
   parallel.wait_for_all("done")
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from ddpm_jax import config, interop
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel
@@ -24,7 +27,8 @@ class Pretrained(NamedTuple):
 
   Attributes:
     model: the model.
-    params: the parameters of its network, in the shards of the config's mesh. None if they were not read.
+    params: the parameters of its network, in the shards of the config's mesh. If they were not read, their shapes
+      and types without shardings.
   """
 
   model: Model
@@ -47,7 +51,7 @@ def _read(
     path: a diffusers folder, or a name on the Hugging Face hub.
     flag: the setting that names the model, for the error if the config's conditions do not match the model's; "" to
       skip this check.
-    weights: whether to read the parameters.
+    weights: whether to read the parameters, or only their shapes.
     choices: options of `diffusers.read` that replace those of the config.
     params_dtype: the type of the parameters, see `diffusers.load`.
   """
@@ -56,7 +60,9 @@ def _read(
     mesh = parallel.make_mesh(**tree.values["parallel"])
     model, params = interop.diffusers.load(path, mesh=mesh, params_dtype=params_dtype, **options)
   else:
-    model, params = interop.diffusers.read(path, **options), None
+    model = interop.diffusers.read(path, **options)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(params_dtype)), shapes)
   if flag:
     _check_conditions(tree, model, flag)
   return _with_model(tree, path, choices), Pretrained(model, params)
@@ -83,7 +89,7 @@ def replace_model(
     tree: the config.
     recipe: whether the user chose the config. If not, the sampler's settings come from the model's defaults.
     keys: the config keys that the user set. They are not changed.
-    weights: whether to read the parameters. A plan needs only the config files.
+    weights: whether to read the parameters. A plan needs only their shapes and types.
     choices: options of `diffusers.read` that replace those of the config: "dtype", "shape" or "variant".
   """
   # Sampling needs no float32 parameters. Other pipelines than those of text keep them.

@@ -12,8 +12,10 @@ from ddpm_jax import config, sampling
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import costs, parallel, plan, sampling_plan
 from ddpm_jax.devices.progress import heartbeat, print_line
+from ddpm_jax.models import Model
 from ddpm_jax.models import guided as guided_models
 from ddpm_jax.models.guided import Parameters
+from ddpm_jax.models.inputs import host_items
 from ddpm_jax.runs import frozen, generation, pretrained, programs, scoring
 from ddpm_jax.runs.plan import choose_devices, with_plain_kernels
 from ddpm_jax.runs.steering import Guided, Steering, steer
@@ -67,14 +69,16 @@ def run_sampling_plan(
     ValueError: if the slice does not exist, or if the model cannot be sampled on it.
   """
   devices = choose_devices(topology_name, num_devices)
-  experiment = _build(model, devices)
+  experiment, params = _build(model, devices)
   mesh = programs.sampling_mesh(experiment, devices)
   if num_samples is not None:
     experiment = generation.limit_batch(experiment, mesh, num_samples)
   size = experiment.sampling.batch_size
-  guided = steer(experiment, mesh, steering, size, scale)
+  # The program is the same for all texts, so none is required.
+  texts = {name: [""] for name, condition in experiment.model.conditions.items() if condition.host is not None}
+  guided = steer(experiment, mesh, steering._replace(given={**texts, **steering.given}), size, scale)
   experiment = guided.experiment
-  batch, parameters = _batch_shapes(guided, size), _parameter_shapes(guided, mesh)
+  batch, parameters = _batch_shapes(guided, size), _parameter_shapes(guided, params, mesh)
   program: Any = programs.generate(experiment, mesh, guided.guides, negative=guided.is_negative)
   count = sum(leaf.size for leaf in jax.tree.leaves(parameters.params))
   print_line(f"{count:,} parameters on {len(devices)} x {devices[0].device_kind}; compiling the sampler ...")
@@ -95,19 +99,21 @@ def run_sampling_plan(
   return result
 
 
-def _build(model: ModelChoice, devices: list[Any]) -> Experiment:
-  """Build the experiment, without the parameters of a pretrained model."""
+def _build(model: ModelChoice, devices: list[Any]) -> tuple[Experiment, PyTree]:
+  """Build the experiment, and return it with the shapes and types of the network's parameters."""
   tree = with_plain_kernels(model.tree, devices)
   if not model.pretrained:
-    return config.build(tree)
+    experiment = config.build(tree)
+    return experiment, _network_shapes(experiment.model)
   options: dict[str, Any] = {"keys": model.keys, "choices": model.choices}
   tree, read = pretrained.replace_model(model.pretrained, tree, recipe=model.is_recipe, weights=False, **options)
-  return config.build(tree, read.model)
+  return config.build(tree, read.model), read.params
 
 
 def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of the inputs of a batch."""
-  shapes = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), guided.inputs)
+  batch = host_items(guided.experiment.model.conditions, guided.inputs)
+  shapes = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), batch)
   low_res = generation.low_res_name(guided.experiment)
   if low_res is not None:
     # Sampling takes the small image from the model before it in a cascade.
@@ -116,18 +122,18 @@ def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:
   return shapes
 
 
-def _parameter_shapes(guided: Guided, mesh: jax.sharding.Mesh) -> Parameters:
-  """Return the shapes and shardings of all parameters that sampling needs."""
+def _network_shapes(model: Model) -> PyTree:
+  return jax.eval_shape(model.init, jax.random.key(0))
 
-  def network_shapes(model: Any) -> PyTree:
-    return jax.eval_shape(model.init, jax.random.key(0))
 
+def _parameter_shapes(guided: Guided, params: PyTree, mesh: jax.sharding.Mesh) -> Parameters:
+  """Return the shapes and shardings of all parameters that sampling needs, from those of the network."""
   model = guided.experiment.model
   guides = {name: guide for name, guide in guided.guides._asdict().items() if guide is not None}
   shapes = Parameters(
-    network_shapes(model),
+    params,
     frozen.model_shapes(model),
-    {name: (network_shapes(guide), frozen.model_shapes(guide)) for name, guide in guides.items()},
+    {name: (_network_shapes(guide), frozen.model_shapes(guide)) for name, guide in guides.items()},
   )
   return parallel.abstract(shapes, parallel.state_shardings(mesh, shapes))
 

@@ -28,6 +28,7 @@ class Steering(NamedTuple):
     weak: the run folder of a weaker model to guide away from. It may be the run folder of the sampled model, to use an
       earlier checkpoint.
     weak_step: the step of the weaker model's checkpoint; "" for the newest.
+    prompt_weights: whether texts have weights such as (word:1.3), and are read to their end (see `data.prompts`).
   """
 
   given: Mapping[str, Sequence[str]] = {}
@@ -35,6 +36,7 @@ class Steering(NamedTuple):
   classifier: Path | None = None
   weak: Path | None = None
   weak_step: str = ""
+  prompt_weights: bool = False
 
 
 class Guided(NamedTuple):
@@ -85,12 +87,16 @@ def steer(
   guide_folders = {"classifier": steering.classifier, "weak": steering.weak}
   folders = {name: folder for name, folder in guide_folders.items() if folder is not None}
   guide_experiments = {name: load_experiment(None, folder, name) for name, folder in folders.items()}
-  guides = Guides(**{name: guide.model for name, guide in guide_experiments.items()})
   experiment.task.check_can_sample("a run")
   if "classifier" in guide_experiments:
     guide_experiments["classifier"].task.check_can_classify("a run in --classifier")
   if "weak" in guide_experiments:
     guide_experiments["weak"].task.check_can_sample("a run in --weak")
+  if steering.prompt_weights:
+    experiment = _with_prompt_weights(experiment, steering)
+    if "weak" in guide_experiments:
+      guide_experiments["weak"] = _with_prompt_weights(guide_experiments["weak"], steering)
+  guides = Guides(**{name: guide.model for name, guide in guide_experiments.items()})
   experiment = _with_rule(experiment, guides, scale)
   two, is_negative = experiment.sampler.two_estimates, bool(steering.negative)
   guided.check(experiment.model, experiment.guidance, two, guides, negative=is_negative)
@@ -111,6 +117,22 @@ def steer(
     return {name: weights.parameters[:2] for name, weights in guide_weights.items()}
 
   return Guided(experiment, guides, load, inputs)
+
+
+def _with_prompt_weights(experiment: Experiment, steering: Steering) -> Experiment:
+  """Return the experiment with conditions that read weights in texts, and texts to their end."""
+  conditions = dict(experiment.model.conditions)
+  names = [name for name, condition in conditions.items() if condition.weighted is not None]
+  if not names:
+    raise ValueError(
+      f"Got --prompt_weights for a model without a text encoder of CLIP (its conditions: {', '.join(conditions) or 'none'});"
+      " expected a model such as Stable Diffusion. Leave it out."
+    )
+  for name in names:
+    weighted = conditions[name].weighted
+    assert weighted is not None
+    conditions[name] = weighted([*steering.given.get(name, ()), *steering.negative.get(name, ())])
+  return experiment._replace(model=experiment.model._replace(conditions=conditions))
 
 
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
