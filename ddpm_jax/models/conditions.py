@@ -8,7 +8,7 @@ argument named after the condition's kind.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -53,6 +53,8 @@ class Condition(NamedTuple):
       user must give them.
     from_data: `from_data(batch) -> items`, computed from the data [B, ...] of the batch. None if the batch must
       contain the condition's name.
+    framing: whether `from_data` reads `data.FRAMING` from the batch if it is there. Sources then tell how they cropped
+      and resized each image.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
       items.
     show: `show(item) -> str`, for reports.
@@ -60,6 +62,8 @@ class Condition(NamedTuple):
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
       a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
       at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
+    unread: `unread(texts) -> texts` returns the end of each text that does not fit and is not read, or "". None if
+      every item fits.
   """
 
   kind: PyTree
@@ -72,10 +76,12 @@ class Condition(NamedTuple):
   parse: Callable[[str], Any] | None = None
   default: Callable[[int], np.ndarray] | None = None
   from_data: Callable[[Mapping[str, Array]], Array] | None = None
+  framing: bool = False
   check: data.Check | None = None
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
   host: data.Host | None = None
+  unread: Callable[[Sequence[str]], list[str]] | None = None
 
   @property
   def num_choices(self) -> int:

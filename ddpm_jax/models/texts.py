@@ -1,5 +1,6 @@
 """Define conditions of text: states of frozen text encoders, and token ids that a network embeds itself."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -61,7 +62,7 @@ def text(
   check_dropout(dropout, name)
   if not tokenizers:
     raise ValueError(f"Got no tokenizer of {name}; expected one or more. Pass tokenizers={{{ONLY!r}: ...}}.")
-  host = functools.partial(_tokenize, dict(tokenizers))
+  host = _Tokenize(dict(tokenizers))
   null_tokens = host([null_text or ""])
 
   def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
@@ -88,6 +89,7 @@ def text(
     show=shorten,
     load=Loader(lambda: with_null(load()), shapes, lambda mesh: with_null(load_frozen(load, mesh))),
     host=host,
+    unread=functools.partial(_unread, tuple(tokenizers.values())),
   )
 
 
@@ -125,7 +127,7 @@ def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Conditio
     ValueError: if `dropout` is outside [0, 1).
   """
   check_dropout(dropout, name)
-  host = functools.partial(_tokenize, {ONLY: tokenizer})
+  host = _Tokenize({ONLY: tokenizer})
   null = {part: array[0] for part, array in host([""])[ONLY].items()}
   return Condition(
     kind="tokens",
@@ -137,6 +139,7 @@ def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Conditio
     parse=functools.partial(_parse, name, (tokenizer,)),
     show=shorten,
     host=host,
+    unread=functools.partial(_unread, (tokenizer,)),
   )
 
 
@@ -184,19 +187,36 @@ def shorten(text: Any) -> str:
   return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
 
 
-def _tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
-  items = [str(text) for text in texts]
-  return {part: tokenizer(items)._asdict() for part, tokenizer in tokenizers.items()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tokenize:
+  """Convert texts to the tokens of each tokenizer by name."""
+
+  tokenizers: Mapping[str, Tokenizer]
+
+  def __call__(self, texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
+    items = [str(text) for text in texts]
+    return {part: tokenizer(items)._asdict() for part, tokenizer in self.tokenizers.items()}
+
+
+def tokenizer_digests(condition: Condition) -> list[str]:
+  """Return the digests of the tokenizers of a condition, or an empty list for other conditions than texts."""
+  host = condition.host
+  return [one.digest for one in host.tokenizers.values()] if isinstance(host, _Tokenize) else []
 
 
 def _parse(name: str, tokenizers: Sequence[Tokenizer], text: str) -> str:
   check_texts([text])
-  dropped = max((tokenizer.dropped([text])[0] for tokenizer in tokenizers), key=len)
+  (dropped,) = _unread(tokenizers, [text])
   if dropped:
     _warn_once(
       f"the {name} {shorten(text)!r} has more tokens than fit, so the model does not read its end, {shorten(dropped)!r}"
     )
   return text
+
+
+def _unread(tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> list[str]:
+  rows = zip(*(tokenizer.dropped(texts) for tokenizer in tokenizers), strict=True)
+  return [max(row, key=len) for row in rows]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,7 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-import jax
 import numpy as np
 
 from ddpm_jax import data, models
@@ -20,8 +19,6 @@ PyTree = Any
 _COMPARED = 64
 # The prefix of the settings of texts.
 _TEXT = "text."
-# Texts whose token ids show that tokenizers are equal.
-_PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
 _AGAIN = "Encode the data again with --mode=prepare, or train without config.data.latents."
 
 
@@ -84,6 +81,11 @@ def _compare_items(path: str, source: data.Source, latents: data.Source) -> None
   """
   rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
   items, own_items = (data.read(one, rows) for one in (source, latents))
+  if data.FRAMING in items and data.FRAMING not in own_items:
+    raise ValueError(
+      f"Got config.data.latents={path!r}, encoded without the sizes of the original images, which a condition of the model needs; expected"
+      f" these sizes. {_AGAIN}"
+    )
   for name in items.keys() & own_items.keys():
     if (name == "classes" or data.is_text(items[name])) and not np.array_equal(items[name], own_items[name]):
       raise ValueError(
@@ -111,7 +113,8 @@ def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyT
 def check_conditions(experiment: Experiment) -> None:
   """Raise a ValueError if a condition of the model is computed from images, which a latent data set lacks."""
   for name, condition in experiment.model.conditions.items():
-    if condition.from_data is not None:
+    # A latent data set holds the sizes of images.
+    if condition.from_data is not None and not condition.framing:
       raise ValueError(
         f"Got the condition {name}, which is computed from images, with a latent data set; expected conditions that the data contain."
         " Train without config.data.latents."
@@ -155,9 +158,7 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
   arguments = {
     key: value for key, value in node.items() if key != "dropout" and experiment.tree.role(f"{path}.{key}") != "place"
   }
-  assert condition.host is not None
-  ids = jax.tree.leaves(condition.host(np.array(_PROBES)))
-  return json.loads(json.dumps(arguments | {"tokens": _digest(ids)}))
+  return json.loads(json.dumps(arguments | {"tokens": models.texts.tokenizer_digests(condition)}))
 
 
 def has_stored_texts(latents: data.Source | None) -> bool:
