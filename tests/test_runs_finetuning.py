@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 import ddpm_jax
-from ddpm_jax import commands, interop
+from ddpm_jax import commands, data, interop, models
+from ddpm_jax import config as configs
 from ddpm_jax.commands import command_line, jax_setup
-from ddpm_jax.runs import scoring
+from ddpm_jax.config import recipes
+from ddpm_jax.models import inputs
+from ddpm_jax.runs import pretrained, reading, scoring, stepping
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
 
@@ -116,3 +119,23 @@ def test_prepared_data_give_the_losses_of_the_images(root, tmp_path, run_command
   run_command(*flags, f"--workdir={tmp_path / 'images'}")
   run_command(*flags, f"--workdir={tmp_path / 'run'}", f"--config.data.latents={tmp_path / 'latents'}")
   np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "images"), rtol=1e-4)
+
+
+def test_sizes_of_xl_are_those_of_each_image_in_training_and_the_default_in_previews(root):
+  text_pipelines.make("xl", root / "tokenizers").save_pretrained(root / "xl")
+  config = recipes.read("configs/sd15_finetune.py")
+  config.init_from = str(root / "xl")
+  config.data.source.path = str(root / "images")
+  config.data.image_size = SIZE * FACTOR
+  tree, _ = pretrained.load_init_from(configs.to_tree(config), weights=False)
+  experiment = configs.build(tree)
+  train, _ = reading.read_data(experiment)
+  batch = next(data.batches(train, 4, seed=0))
+  # Images of 40x36 are scaled to 35.6x32, and cropped.
+  expected = np.tile([40, 36, (40 - 36) / 2 * 32 / 36, 0, 32, 32], (4, 1)).astype(np.float32)
+  known = {"sizes": experiment.model.conditions["sizes"]}
+  given = models.conditions.encode(known, {}, jax.random.key(0), batch, train=True)
+  np.testing.assert_allclose(given["sizes"], expected, rtol=1e-6)
+  assert stepping.batch_shapes(experiment, 4, train)[data.FRAMING].shape == (4, 6)
+  shown = inputs.default_inputs(experiment.model.conditions, 2, train)
+  np.testing.assert_array_equal(shown["sizes"], [[32, 32, 0, 0, 32, 32]] * 2)
