@@ -107,11 +107,15 @@ def test_another_encoder_is_refused(root, trained, tmp_path):
     runs.run_train(tree, trained)
 
 
+def swap_words(folder):
+  """Swap two words of a tokenizer, so that the vocabulary keeps its size."""
+  words = (folder / "vocab.txt").read_text()
+  (folder / "vocab.txt").write_text(words.replace("fox\nbear", "bear\nfox"))
+
+
 def test_another_tokenizer_is_refused(root, trained, tmp_path, run_command):
-  """Two words are swapped, so the vocabulary has the same size."""
   other = shutil.copytree(root / "bert", tmp_path / "bert")
-  words = (other / "vocab.txt").read_text()
-  (other / "vocab.txt").write_text(words.replace("fox\nbear", "bear\nfox"))
+  swap_words(other)
   tree = configs.replace(tree_for(root), "model.conditions.text.path", str(other))
   with pytest.raises(ValueError, match=r"Got tokenizers that differ from those of earlier training in .*run; expected"):
     runs.run_train(tree, trained)
@@ -247,4 +251,7 @@ def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root,
   change_weights(tmp_path / "bert")
   changed = configs.replace(tree, "model.conditions.text.path", str(tmp_path / "bert"))
   with pytest.raises(ValueError, match="with texts encoded by another encoder than the one in config.model.conditions"):
+    runs.run_train(changed, tmp_path / "other")
+  swap_words(tmp_path / "bert")
+  with pytest.raises(ValueError, match=r"encoded with text\.text\.tokenizers=.*; expected text\.text\.tokenizers="):
     runs.run_train(changed, tmp_path / "other")

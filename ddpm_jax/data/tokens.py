@@ -14,7 +14,7 @@ import numpy as np
 # its first character in the text.
 Split = Callable[[str], tuple[Sequence[int], Sequence[int]]]
 # Texts whose ids show how a tokenizer treats case, digits, punctuation, accents and padding.
-_PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
+PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
 
 
 class Tokens(NamedTuple):
@@ -72,7 +72,7 @@ class Tokenizer(NamedTuple):
     """
     # A user's function may not know its vocabulary.
     entries = getattr(self.split, "entries", dict)()
-    content = [sorted(entries.items()), self(_PROBES).ids.tolist()]
+    content = [sorted(entries.items()), self(PROBES).ids.tolist()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
   @property

@@ -4,10 +4,12 @@ import hashlib
 import json
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax import data, models
 from ddpm_jax.config import Experiment
+from ddpm_jax.data.tokens import PROBES
 from ddpm_jax.models import Condition
 from ddpm_jax.runs import reading
 from ddpm_jax.storage import frozen_file
@@ -142,7 +144,9 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
   settings = {"codec": digest if frozen else "", "flip": c.flip, "tile": component.get("tile", 0), **fit}
   texts = storable_texts(experiment)
   encoders = {name: _digest((frozen or {})["conditions"][name]) if frozen else "" for name in texts}
-  return settings | {_TEXT + name: _text_settings(experiment, name) for name in texts} | {"encoders": encoders}
+  settings |= {_TEXT + name: _text_settings(experiment, name) for name in texts}
+  vocabularies = {f"{_TEXT}{name}.tokenizers": models.texts.tokenizer_digests(one) for name, one in texts.items()}
+  return settings | vocabularies | {"encoders": encoders}
 
 
 def storable_texts(experiment: Experiment) -> dict[str, Condition]:
@@ -158,7 +162,9 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
   arguments = {
     key: value for key, value in node.items() if key != "dropout" and experiment.tree.role(f"{path}.{key}") != "place"
   }
-  return json.loads(json.dumps(arguments | {"tokens": models.texts.tokenizer_digests(condition)}))
+  assert condition.host is not None
+  ids = jax.tree.leaves(condition.host(np.array(PROBES)))
+  return json.loads(json.dumps(arguments | {"tokens": _digest(ids)}))
 
 
 def has_stored_texts(latents: data.Source | None) -> bool:
