@@ -1,16 +1,18 @@
-"""Train the U-Net of Stable Diffusion 1.5 on a folder of captioned images (Rombach et al. 2022).
+"""Fine-tune Stable Diffusion 1.5 on a folder of captioned images (Rombach et al. 2022).
 
 python -m ddpm_jax.main --mode=prepare --config=configs/sd15_finetune.py --output=<folder for latents> \
-  --config.data.source.path=<folder> --config.model.codec.path=<pipeline> \
-  --config.model.conditions.text.path=<pipeline>
-python -m ddpm_jax.main --config=configs/sd15_finetune.py --workdir=<run> --config.data.source.path=<folder> \
-  --config.model.codec.path=<pipeline> --config.model.conditions.text.path=<pipeline> \
-  --config.data.latents=<folder for latents>
+  --config.init_from=<pipeline> --config.data.source.path=<folder>
+python -m ddpm_jax.main --config=configs/sd15_finetune.py --workdir=<run> --config.init_from=<pipeline> \
+  --config.data.source.path=<folder> --config.data.latents=<folder for latents>
+python -m ddpm_jax.main --mode=sample --workdir=<run> --prompt="a red fox in snow"
+python -m ddpm_jax.main --mode=export --workdir=<run> --output=<new pipeline>
 
-Data: a folder of images with captions in metadata.jsonl, and the folder of a Stable Diffusion 1.5 pipeline. The
-pipeline provides the autoencoder, the tokenizer and the text encoder. The U-Net starts from random weights, unless
-init_from names a folder that this package can load.
-Hardware: a GPU or a TPU with 32 GB, or several devices with --config.parallel.fsdp. Time: not run.
+Data: a folder of images with captions in metadata.jsonl, and the folder of a Stable Diffusion 1.5 pipeline, or its name
+on the Hugging Face hub. The autoencoder and the text encoder are frozen, and only the U-Net is trained.
+The first command is optional. Without it and without data.latents, each train step encodes images and captions.
+To train a U-Net from random weights, leave init_from out, and set model.codec.path and model.conditions.text.path to
+the pipeline.
+Hardware: a GPU or a TPU with 32 GB, or several devices with --config.parallel.fsdp. Time: not run at full size.
 Score: not measured.
 """
 
@@ -19,7 +21,8 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # Set the paths of the data and of the pipeline with the flags above.
+  # Set the paths of the data and of the pipeline with the flags above. With init_from, the model below is that of the
+  # pipeline, except the dropout of the text and the network's dtype, dropout, remat and attention.
   config.data.source = spec("data.folder", path="")
   config.data.fields.text = "text"
   config.data.update({"image_size": 512, "channels": 3, "flip": False})

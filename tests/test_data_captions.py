@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -181,19 +182,22 @@ def test_a_folder_without_text_files_is_an_error(tmp_path):
   [
     (
       lambda path: path.write_bytes("ä".encode("latin-1")),
-      r"a/0\.txt: Got a caption that is not UTF-8 .*Save it as UTF-8",
+      r"a/0\.txt: it is not UTF-8 ",
     ),
-    (lambda path: path.write_text("x" * 65_537), r"a/0\.txt: Got a caption of more than 65,536 bytes"),
-    (lambda path: path.unlink(), r"Cannot read the caption .*a/0\.txt: No such file"),
+    (lambda path: path.write_text("x" * 65_537), r"a/0\.txt: it has more than 65,536 bytes"),
+    (lambda path: path.unlink(), r"a/0\.txt: No such file"),
   ],
 )
-@pytest.mark.parametrize("broken", ["stop", "skip"])
-def test_a_text_file_that_cannot_be_read_is_an_error(tmp_path, change, message, broken):
+def test_an_image_whose_text_file_cannot_be_read_is_a_broken_image(tmp_path, change, message, capsys):
   write_files(tmp_path, {"a/0.png": "x", "a/1.png": "y"})
   splits = folder(tmp_path, FILES)
   change(tmp_path / "a" / "0.txt")
-  with pytest.raises(ValueError, match=message):
-    data.load(splits, broken=broken)
+  with pytest.raises(ValueError, match=f"Cannot read the caption .*{message}.*broken=skip"):
+    data.load(splits, broken="stop")
+  train = data.load(splits, broken="skip").train
+  assert re.search(message, capsys.readouterr().out)
+  assert [train[index]["text"] for index in range(2)] == ["y", "y"]
+  np.testing.assert_array_equal(train[0]["image"], random_pixels(1))
 
 
 def test_a_replaced_image_has_the_caption_of_its_replacement(tmp_path):

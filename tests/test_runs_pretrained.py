@@ -140,7 +140,7 @@ def test_training_starts_from_a_folder_and_resumes_without_it(tmp_path):
   flags += ["--config.model.prediction=EPS", "--config.optimizer.learning_rate=1e-12"]
   code, output = call(*flags, "--config.training.steps=3")
   assert code == 0, output
-  assert f"the network, the process and the prediction are those of {source}" in output
+  assert f"the model (network, process, prediction, conditions, codec) is that of {source}" in output
   # The run has a copy of the folder's config files, and the run's config names this copy.
   saved = json.loads((run / "config.json").read_text())
   assert (saved["model"]["component"], saved["model"]["path"]) == ("diffusers.read", "<workdir>/start")

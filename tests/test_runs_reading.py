@@ -208,7 +208,7 @@ class Streamed:
 )
 def test_classes_stored_with_images_are_checked_when_they_are_read(monkeypatch, wrong_class, message, broken):
   classes = {"train": [0, 1, 2, wrong_class, 0, 1, 2, 0], "test": [0, wrong_class]}
-  monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit: Streamed(classes[split]))
+  monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit, **others: Streamed(classes[split]))
   # Do not cache the data in memory, as for data sets of more than a gigabyte.
   monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
   train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))

@@ -1,6 +1,7 @@
 """Test runs of networks that read the states of a frozen text encoder."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -16,7 +17,7 @@ from ddpm_jax import config as configs
 from ddpm_jax.commands import command_line, jax_setup
 from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import scoring, stepping
+from ddpm_jax.runs import reading, scoring, stepping
 from tests import user_components
 from tests.parameters import one_device
 from tests.recipes import newest_state, tiny_config, tree_of
@@ -104,6 +105,35 @@ def test_another_encoder_is_refused(root, trained, tmp_path):
   tree = configs.replace(tree, "model.conditions.text.path", str(other))
   with pytest.raises(ValueError, match=r"frozen parameters \(conditions\) that differ"):
     runs.run_train(tree, trained)
+
+
+def swap_words(folder):
+  """Swap two words of a tokenizer, so that the vocabulary keeps its size."""
+  words = (folder / "vocab.txt").read_text()
+  (folder / "vocab.txt").write_text(words.replace("fox\nbear", "bear\nfox"))
+
+
+def test_another_tokenizer_is_refused(root, trained, tmp_path, run_command):
+  other = shutil.copytree(root / "bert", tmp_path / "bert")
+  swap_words(other)
+  tree = configs.replace(tree_for(root), "model.conditions.text.path", str(other))
+  with pytest.raises(ValueError, match=r"Got tokenizers that differ from those of earlier training in .*run; expected"):
+    runs.run_train(tree, trained)
+  with pytest.raises(ValueError, match="Got tokenizers that differ"):
+    run_command(
+      "--mode=sample", f"--workdir={trained}", f"--config.model.conditions.text.path={other}", "--prompt=a fox"
+    )
+
+
+def test_captions_that_are_cut_are_counted_once(root, capsys):
+  tree = configs.replace(tree_for(root), "model.conditions.text.length", 7)
+  reading.read_data(configs.build(tree))
+  lines = [line for line in capsys.readouterr().err.splitlines() if "more tokens than fit" in line]
+  # A quarter of the captions has six words, and five fit.
+  (line,) = lines
+  assert re.search(r"^warning: [1-6] of 16 training texts .* such as 'fox' of the text 'a bear left of a fox'$", line)
+  reading.read_data(configs.build(tree_for(root)))
+  assert "more tokens" not in capsys.readouterr().err
 
 
 def test_a_network_with_its_own_embedding_trains(root, tmp_path, unscored):
@@ -221,4 +251,7 @@ def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root,
   change_weights(tmp_path / "bert")
   changed = configs.replace(tree, "model.conditions.text.path", str(tmp_path / "bert"))
   with pytest.raises(ValueError, match="with texts encoded by another encoder than the one in config.model.conditions"):
+    runs.run_train(changed, tmp_path / "other")
+  swap_words(tmp_path / "bert")
+  with pytest.raises(ValueError, match=r"encoded with text\.text\.tokenizers=.*; expected text\.text\.tokenizers="):
     runs.run_train(changed, tmp_path / "other")

@@ -28,7 +28,11 @@ def run(args: flags.Args) -> None:
   from ddpm_jax import config, runs
 
   tree = flags.read_recipe(args, flags.config_keys(args))
-  if tree.short_name("model.codec") == "pixels":
+  if tree.values["init_from"]:
+    # The codec and the text encoders are those of the folder.
+    jax_setup.start_devices(args)
+    tree, _ = runs.pretrained.load_init_from(tree, weights=False)
+  elif tree.short_name("model.codec") == "pixels":
     # Building a config runs small computations. Run them on the CPU, so that no accelerator is occupied.
     jax.config.update("jax_platforms", "cpu")
   else:

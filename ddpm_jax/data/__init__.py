@@ -15,6 +15,7 @@ from ddpm_jax.data.preparing import prepare
 from ddpm_jax.data.readers import read_arrays, read_digits, read_mnist
 from ddpm_jax.data.sources import (
   A_TENTH,
+  FRAMING,
   LATENT,
   NO_CLASS,
   ArraySource,
@@ -31,12 +32,14 @@ from ddpm_jax.data.sources import (
   proportional_classes,
   read,
   read_images,
+  read_texts,
 )
 from ddpm_jax.data.tfds_records import TfdsSource, prepare_tfds
 from ddpm_jax.data.tokens import Tokenizer, Tokens
 
 __all__ = [
   "A_TENTH",
+  "FRAMING",
   "INDEX",
   "LATENT",
   "NO_CLASS",
@@ -94,6 +97,7 @@ __all__ = [
   "read_inputs",
   "read_mask",
   "read_mnist",
+  "read_texts",
   "run_hosts",
   "tfds",
   "tokenizers",

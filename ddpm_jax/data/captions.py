@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax.data.sources import BrokenCaption
 from ddpm_jax.storage import jsonfiles
 
 # The value of `data.fields.text` that selects the text file beside each image, with the name of the image and this
@@ -124,17 +125,21 @@ def read_beside(image: str) -> str:
   """Read the caption in the text file beside an image, without spaces and line breaks at both ends.
 
   Raises:
-    ValueError: if the file cannot be read, is not UTF-8, or is larger than 64 KiB.
+    BrokenCaption: if the file cannot be read, is not UTF-8, or is larger than 64 KiB.
   """
   path = f"{os.path.splitext(image)[0]}{SUFFIX}"
   try:
     with open(path, "rb") as file:
       content = file.read(_MAX_BYTES + 1)
   except OSError as error:
-    raise ValueError(
-      f"Cannot read the caption {path}: {error.strerror}. Make the file readable, or restore it."
-    ) from error
-  return decode(content.removeprefix(b"\xef\xbb\xbf"), path).strip()
+    raise BrokenCaption(path, error.strerror or type(error).__name__) from error
+  content = content.removeprefix(b"\xef\xbb\xbf")
+  if len(content) > _MAX_BYTES:
+    raise BrokenCaption(path, f"it has more than {_MAX_BYTES:,} bytes, so it is probably no caption")
+  try:
+    return content.decode().strip()
+  except UnicodeDecodeError as error:
+    raise BrokenCaption(path, f"it is not UTF-8 ({error})") from error
 
 
 def decode(value: Any, where: str) -> str:

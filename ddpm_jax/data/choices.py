@@ -22,7 +22,7 @@ from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import PackedSource
 from ddpm_jax.data.pairs import read_digit_pairs
-from ddpm_jax.data.sources import ArraySource, Source
+from ddpm_jax.data.sources import FRAMING, ArraySource, Source
 from ddpm_jax.data.tfds_records import TfdsSource
 from ddpm_jax.storage.places import user_path
 
@@ -137,7 +137,7 @@ def folder(
   splits = _read_splits(
     root,
     (train_split, eval_split),
-    lambda folder, names: FolderSource(folder, *fit, names, fields),
+    lambda folder, names: FolderSource(folder, *fit[:4], names, fields, framing=fit.framing),
     has_class_folders=not fields.in_metadata,
   )
   if fields.classes and isinstance(splits.train, FolderSource):
@@ -208,7 +208,7 @@ def tfds(
     )
   data_dir = path and str(_resolve(path))
   train, held_out = (
-    TfdsSource(name, split, *fit[:2], data_dir, *fit[2:], fields) if split else None
+    TfdsSource(name, split, *fit[:2], data_dir, *fit[2:4], fields, framing=fit.framing) if split else None
     for split in (train_split, eval_split)
   )
   assert train is not None
@@ -246,6 +246,11 @@ def _check_settings(source: PackedSource, fit: Fit, fields: Fields) -> None:
     raise ValueError(
       "Got data.source=packed with a folder of encoded images; expected packed images. Set --config.data.latents to this"
       " folder instead, and data.source to the images."
+    )
+  if fit.framing and FRAMING not in source.names:
+    raise ValueError(
+      "Got packed images without the sizes that they had before they were cropped and resized, for a model with a"
+      " condition that needs them; expected a pack that --mode=prepare wrote with this model. Pack the images again."
     )
   # A config without fields accepts the fields of the pack.
   if settings != {key: value for key, value in settings.items() if key.startswith("fields.")} | expected:

@@ -21,12 +21,14 @@ class Fit(NamedTuple):
     crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
       box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm" (see `fit`).
+    framing: whether sources that resize images add the item `framing` (see `data.sources`).
   """
 
   image_size: tuple[int, int]
   channels: int = 3
   crop: int = 0
   resize: str = "bicubic"
+  framing: bool = False
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -90,20 +92,26 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
     ValueError: if an argument is out of range, the image is smaller than the crop, or its pixels have an unknown range
       (see `decoding.eight_bits`).
   """
-  return fit_to(image, check_fit(image_size, channels, crop, resize))
+  return fit_to(image, check_fit(image_size, channels, crop, resize))[0]
 
 
-def fit_to(image: Any, target: Fit) -> np.ndarray:
-  """Crop and resize a PIL image as `fit` does, with arguments that `check_fit` has already checked."""
-  from PIL import Image, ImageOps
+def fit_to(image: Any, target: Fit) -> tuple[np.ndarray, np.ndarray]:
+  """Crop and resize a PIL image as `fit` does, with arguments that `check_fit` has already checked.
+
+  Returns:
+    The image, uint8 [H, W, channels], and its framing, float32 [6] (see `data.sources`).
+  """
+  from PIL import Image
 
   height, width = target.image_size
   image = eight_bits(image)
   if image.mode == "P":
     image = image.convert("RGBA")  # Pillow warns when a conversion drops the transparency of a palette.
-  image = image.convert(_MODES[target.channels])
+  image, original = image.convert(_MODES[target.channels]), (image.height, image.width)
+  # The part of the original image that is visible.
+  box = _Box(0, 0, *original)
   if target.crop:
-    image = _crop(image, target)
+    image, box = _crop(image, target, box)
   if image.size != (width, height):
     if target.resize == "box":
       image = image.resize((width, height), Image.Resampling.BOX)
@@ -112,22 +120,47 @@ def fit_to(image: Any, target: Fit) -> np.ndarray:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
       scale = max(width / image.width, height / image.height)
       image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-      image = _crop_center(image, width, height)
+      image, box = _crop_center(image, width, height, box)
     else:
-      image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-  return np.asarray(image).reshape(target.shape)
+      image, box = _cover(image, width, height, box)
+  framing = (*original, box.top * height / box.height, box.left * width / box.width, height, width)
+  return np.asarray(image).reshape(target.shape), np.array(framing, np.float32)
 
 
-def _crop(image: Any, target: Fit) -> Any:
+class _Box(NamedTuple):
+  """Describe a part of an image in pixels, which may be fractions."""
+
+  top: float
+  left: float
+  height: float
+  width: float
+
+  def inside(self, image: Any, outer: "_Box") -> "_Box":
+    """Return this part of an image in the pixels of the original image, of which the image shows the part `outer`."""
+    down, across = outer.height / image.height, outer.width / image.width
+    return _Box(outer.top + self.top * down, outer.left + self.left * across, self.height * down, self.width * across)
+
+
+def _crop(image: Any, target: Fit, box: _Box) -> tuple[Any, _Box]:
   height, width = (round(target.crop * side / min(target.image_size)) for side in target.image_size)
   if width > image.width or height > image.height:
     raise ValueError(
       f"Got an image of {image.width}x{image.height} for data.crop={target.crop}, a box of {width}x{height}; expected"
       " an image at least as large as the box. Lower data.crop."
     )
-  return _crop_center(image, width, height)
+  return _crop_center(image, width, height, box)
 
 
-def _crop_center(image: Any, width: int, height: int) -> Any:
+def _crop_center(image: Any, width: int, height: int, box: _Box) -> tuple[Any, _Box]:
   left, top = (image.width - width) // 2, (image.height - height) // 2
-  return image.crop((left, top, left + width, top + height))
+  return image.crop((left, top, left + width, top + height)), _Box(top, left, height, width).inside(image, box)
+
+
+def _cover(image: Any, width: int, height: int, box: _Box) -> tuple[Any, _Box]:
+  """Scale an image so that it just covers a height and width, and crop the center."""
+  from PIL import Image, ImageOps
+
+  scale = max(width / image.width, height / image.height)
+  shown_height, shown_width = height / scale, width / scale
+  shown = _Box((image.height - shown_height) / 2, (image.width - shown_width) / 2, shown_height, shown_width)
+  return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC), shown.inside(image, box)

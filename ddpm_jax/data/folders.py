@@ -13,7 +13,7 @@ from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.listing import Folder, count_skipped, walk
 from ddpm_jax.data.metadata import FILE, Fields, number_classes, read_fields
-from ddpm_jax.data.sources import NO_CLASS
+from ddpm_jax.data.sources import FRAMING, NO_CLASS, BrokenCaption
 
 _NO_FIELDS = Fields()
 
@@ -43,6 +43,8 @@ class FolderSource:
       contain images, in alphabetical order, or the sorted values of the field `fields.classes`.
     fields: the fields of metadata.jsonl in `path` to read (see `metadata.read_fields`). If `fields.text` is set, each
       item has the caption of its image as `text`. An image without a caption has the empty caption.
+    framing: whether each item has `framing`, the sizes of its image before and after it was cropped and resized (see
+      `sources`).
 
   Attributes:
     class_names: names of the classes, by number.
@@ -54,7 +56,8 @@ class FolderSource:
   Raises:
     ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, metadata.jsonl
       is missing or wrong, or no image has a caption. When an image is read: if its file cannot be decoded (a
-      BrokenImage with the name of the file), it is smaller than the crop, or the text file beside it cannot be read.
+      BrokenImage with the name of the file), the text file beside it cannot be read (a BrokenCaption), or it is smaller
+      than the crop.
   """
 
   def __init__(
@@ -66,8 +69,10 @@ class FolderSource:
     resize: str = "bicubic",
     classes: Sequence[str] | None = None,
     fields: Fields = _NO_FIELDS,
+    *,
+    framing: bool = False,
   ):
-    self._fit = check_fit(image_size, channels, crop, resize)
+    self._fit = check_fit(image_size, channels, crop, resize)._replace(framing=framing)
     self._root = os.fsencode(os.path.abspath(path))
     self.fields = fields
     folders = _walk(self._root, str(path))
@@ -135,13 +140,27 @@ class FolderSource:
       return self._captions[index]
     return captions.read_beside(self.file(index)) if self._has_text[index] else ""
 
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    """Return the captions of images, "" for a text file that cannot be read, or None for another name than "text"."""
+    if name != "text":
+      return None
+    texts = []
+    for index in indices:
+      try:
+        texts.append(self.caption(int(index)))
+      except BrokenCaption:
+        texts.append("")
+    return texts
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     path = self.file(index)
     image = decode(path)
     try:
-      item = {"image": fit_to(image, self._fit), "classes": int(self.classes[index])}
+      pixels, framing = fit_to(image, self._fit)
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
+    item = {"image": pixels, "classes": int(self.classes[index])}
+    item |= {FRAMING: framing} if self._fit.framing else {}
     return item | {"text": self.caption(index)} if self.fields.text else item
 
 

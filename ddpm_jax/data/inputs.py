@@ -100,7 +100,7 @@ def _read(file: Path, image_size: tuple[int, int] | None, channels: int) -> tupl
   image = _decode(file, f"the image {file}")
   file_size = (image.height, image.width)
   target = image_size or file_size
-  return fit_to(image, check_fit(target, channels, 0, "bicubic")), file_size != target
+  return fit_to(image, check_fit(target, channels, 0, "bicubic"))[0], file_size != target
 
 
 def _decode(file: str | Path, name: str) -> Any:

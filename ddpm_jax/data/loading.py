@@ -133,6 +133,9 @@ class _CheckedSource:
   def __len__(self) -> int:
     return len(self._source)
 
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    return sources.known_texts(self._source, name, indices)
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     item = self._source[index]
     try:

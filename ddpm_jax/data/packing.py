@@ -96,9 +96,14 @@ class PackedSource:
     self._readers: dict[int, Any] = {}
 
   @property
+  def names(self) -> tuple[str, ...]:
+    """Return the names of the arrays of an item, without its class and its texts."""
+    return self._record.names or ()
+
+  @property
   def is_encoded(self) -> bool:
     """Return whether the folder holds encoded images, for `config.data.latents`."""
-    return LATENT in (self._record.names or ())
+    return LATENT in self.names
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_readers": {}}
@@ -128,7 +133,7 @@ class PackedSource:
         rows[position] = np.frombuffer(record, self._record, count=1)[0]
         if self._texts:
           texts[position] = json.loads(record[self._record.itemsize :])
-    batch = {name: rows[name] for name in self._record.names or ()} | {"classes": self.classes[indices]}
+    batch = {name: rows[name] for name in self.names} | {"classes": self.classes[indices]}
     return batch | {name: texts[:, column].astype(str) for column, name in enumerate(self._texts)}
 
   def _reader(self, number: int) -> Any:

@@ -5,6 +5,9 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 - `image`, uint8 or floats in [-1, 1],
 - `classes`, an integer, if the images have classes,
 - `text`, a caption, if the images have captions,
+- `framing`, six floats, if the source cropped and resized the images and `data.Fit` asks for it: the height and width
+  of the original image, the top and left of the crop, and the height and width of the image. The top and left count
+  pixels of the resized image (Podell et al. 2023, section 2.2),
 - other arrays, numbers or texts, such as `vector`, for conditions or objectives. A text is one string.
 
 An item of a latent data set has `latent`, the encoded image, in place of `image`.
@@ -13,7 +16,8 @@ All items of a source have the same names, and arrays of the same name have the 
 
 A source that can read many items at once also has a method `__getitems__(indices)`, which must return a dict of
 arrays [B, ...] with the same names as an item. A source that knows all classes without reading images has an attribute
-`classes` [N].
+`classes` [N]. A source that knows texts without reading images has a method `texts(name, indices)`, which returns the
+texts of the item `name`, or None.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +34,8 @@ Batch = dict[str, np.ndarray]
 NO_CLASS = -1
 # The name of the encodings [F, ...] in an item: F = 1 for the image alone, F = 2 for the image and the mirrored image.
 LATENT = "latent"
+# The name of the sizes of an image before and after it was cropped and resized.
+FRAMING = "framing"
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
 _MAX_TENTH = 500
@@ -69,6 +75,29 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
 def read_images(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
   """Read the images at `indices` [B] as uint8 [B, H, W, C], the type that metrics and pictures need."""
   return as_uint8(read(source, indices)["image"])
+
+
+def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> list[str]:
+  """Read texts of items that are spread evenly over a source.
+
+  Args:
+    source: a source whose items have a text of this name.
+    name: the name of the text, such as "text".
+    most: the number of texts, if there are as many.
+    most_slow: the same for a source that reads images with the texts.
+  """
+
+  def spread(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
+
+  texts = known_texts(source, name, spread(most))
+  return [str(text) for text in read(source, spread(most_slow))[name]] if texts is None else texts
+
+
+def known_texts(source: Source, name: str, indices: np.ndarray) -> list[str] | None:
+  """Return the texts of items, or None if the source has to read images for them."""
+  find = getattr(source, "texts", None)
+  return None if find is None else find(name, indices)
 
 
 def image_chunks(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
@@ -163,6 +192,21 @@ class BrokenImage(ValueError):
     return (
       f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or skip all images that cannot be"
       " decoded: --config.data.broken=skip."
+    )
+
+
+class BrokenCaption(BrokenImage):
+  """Report an image whose caption cannot be read.
+
+  Attributes:
+    name: the file of the caption.
+    reason: why it cannot be read.
+  """
+
+  def __str__(self) -> str:
+    return (
+      f"Cannot read the caption {self.name}: {self.reason}. Correct or remove it, or skip all images with broken files:"
+      " --config.data.broken=skip."
     )
 
 
@@ -279,6 +323,10 @@ class SkipBroken:
     self.report(errors)
     return batch
 
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    """Return the texts of items, those of broken images included, or None if the source has to read images for them."""
+    return known_texts(self.source, name, indices)
+
   def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
     """Return the first item that can be decoded, starting at `index`, and the errors of the broken images before it.
 
@@ -335,6 +383,9 @@ class _InMemory:
 
   def __getitems__(self, indices: np.ndarray) -> Batch:
     return {name: array[indices] for name, array in self._items.items()}
+
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    return [str(text) for text in self._items[name][indices]] if name in self._items else None
 
 
 class ArraySource(_InMemory):
@@ -403,6 +454,9 @@ class _Subset:
 
   def __getitems__(self, indices: np.ndarray) -> Batch:
     return read(self.source, self.indices[indices])
+
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    return known_texts(self.source, name, self.indices[indices])
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:

@@ -18,7 +18,7 @@ from ddpm_jax.data import captions
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.metadata import Fields
-from ddpm_jax.data.sources import NO_CLASS, BrokenImage, check_classes
+from ddpm_jax.data.sources import FRAMING, NO_CLASS, BrokenImage, check_classes
 from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
 
@@ -39,6 +39,8 @@ class TfdsSource:
     resize: "bicubic", "box" or "adm".
     fields: the features with the class and the caption. By default, the class is the feature "label", and items have no
       caption.
+    framing: whether each item has `framing`, the sizes of its image before and after it was cropped and resized (see
+      `sources`).
 
   Raises:
     ValueError: if the data set is unknown, not prepared, has no images or lacks a feature. When an image is read: if it
@@ -55,10 +57,12 @@ class TfdsSource:
     crop: int = 0,
     resize: str = "bicubic",
     fields: Fields = _NO_FIELDS,
+    *,
+    framing: bool = False,
   ):
     import tensorflow_datasets as tfds
 
-    self._fit, self._fields = check_fit(image_size, channels, crop, resize), fields
+    self._fit, self._fields = check_fit(image_size, channels, crop, resize)._replace(framing=framing), fields
     self._arguments = {"name": name, "split": split, "data_dir": data_dir or None}
     try:
       self.records: Any = tfds.data_source(**self._arguments, download=False)
@@ -106,9 +110,11 @@ class TfdsSource:
     except Exception as error:
       raise BrokenImage(name, _first_line(error)) from error
     try:
-      item = {"image": fit_to(image, self._fit), "classes": _class_of(record, self._fields.classes or "label")}
+      pixels, framing = fit_to(image, self._fit)
+      item = {"image": pixels, "classes": _class_of(record, self._fields.classes or "label")}
     except ValueError as error:
       raise ValueError(f"{name}: {error}") from error
+    item |= {FRAMING: framing} if self._fit.framing else {}
     field = self._fields.text
     return item | {"text": captions.decode(record[field], f"{name}, feature {field!r}")} if field else item
 

@@ -132,6 +132,10 @@ class LibrarySplit:
       encoding = self._tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, [start for start, _ in encoding.offsets]
 
+  def entries(self) -> dict[str, int]:
+    """Return the id of each token."""
+    return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Lookup:
@@ -145,6 +149,10 @@ class _Lookup:
     matches = list(re.finditer(self.pattern, text, re.DOTALL))
     names = [match[0].lower() if self.is_lower else match[0] for match in matches]
     return [self.ids.get(name, UNKNOWN) for name in names], [match.start() for match in matches]
+
+  def entries(self) -> dict[str, int]:
+    """Return the id of each entry."""
+    return dict(self.ids)
 
 
 # A run of letters and digits, or another character.

@@ -3,6 +3,8 @@
 Tokenizers run on the host, in the workers that read data, so they can be pickled.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ import numpy as np
 # `split(text) -> (ids, starts)`: the ids of a text without special tokens at its ends, and for each token the index of
 # its first character in the text.
 Split = Callable[[str], tuple[Sequence[int], Sequence[int]]]
+# Texts whose ids show how a tokenizer treats case, digits, punctuation, accents and padding.
+PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
 
 
 class Tokens(NamedTuple):
@@ -49,6 +53,18 @@ class Tokenizer(NamedTuple):
   prefix: tuple[int, ...] = ()
   suffix: tuple[int, ...] = ()
   padding_side: str = "right"
+
+  @property
+  @property
+  def digest(self) -> str:
+    """Return the SHA-256 of the vocabulary and of the ids of a few texts.
+
+    It differs for another vocabulary, length or padding.
+    """
+    # A user's function may not know its vocabulary.
+    entries: dict[str, int] = getattr(self.split, "entries", dict)()
+    content = [sorted(entries.items()), self(PROBES).ids.tolist()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
   @property
   def capacity(self) -> int:

@@ -24,6 +24,7 @@ from ddpm_jax.interop import pipeline_index, saving, schedulers, stable_diffusio
 from ddpm_jax.interop.codec_folders import load_codec, read_codec, save_codec, shapes_of
 from ddpm_jax.interop.folders import AUTOENCODERS, check_output, find_folder, pipeline_files, weight_files
 from ddpm_jax.interop.saving import check_exportable, save
+from ddpm_jax.interop.stable_diffusion import TEXT_DROPOUT
 from ddpm_jax.interop.unet_folders import load_params, load_unet, save_unet
 from ddpm_jax.models import Condition, Model, codecs, conditions, networks
 from ddpm_jax.networks import UNet
@@ -58,6 +59,7 @@ def load(
   *,
   shape: tuple[int, int, int] | None = None,
   class_dropout: float = 0.0,
+  text_dropout: float = TEXT_DROPOUT,
   dropout: float = 0.0,
   dtype: str = "float32",
   remat: str = "none",
@@ -81,6 +83,8 @@ def load(
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
       network means "no class", so the model has one class fewer than the network.
+    text_dropout: for text pipelines, the share of samples that training gives the null text, see
+      `stable_diffusion.read`.
     dropout: the dropout rate of the U-Net in training.
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
@@ -100,8 +104,9 @@ def load(
   options: dict[str, Any] = {"shape": shape, "dropout": dropout, "dtype": dtype, "remat": remat, "attention": attention}
   if is_text_pipeline(path):
     _check_no_classes(class_dropout)
-    return stable_diffusion.load(path, variant=variant, params_dtype=params_dtype, mesh=mesh, **options)
-  _check_pixel_options(path, variant, params_dtype)
+    options |= {"text_dropout": text_dropout, "variant": variant}
+    return stable_diffusion.load(path, params_dtype=params_dtype, mesh=mesh, **options)
+  _check_pixel_options(path, variant, text_dropout, params_dtype)
   folder = find_folder(path)
   model = read(folder, class_dropout=class_dropout, **options)
   channels = model.shape[-1] + sum(model.conditions[name].shape.shape[-1] for name in saving.image_conditions(model))
@@ -113,6 +118,7 @@ def read(
   *,
   shape: tuple[int, int, int] | None = None,
   class_dropout: float = 0.0,
+  text_dropout: float = TEXT_DROPOUT,
   dropout: float = 0.0,
   dtype: str = "float32",
   remat: Annotated[str, "speed"] = "none",
@@ -125,6 +131,7 @@ def read(
     path: see `load`. A folder that `copy_config` wrote is enough.
     shape: see `load`.
     class_dropout: see `load`.
+    text_dropout: see `load`.
     dropout: see `load`.
     dtype: see `load`.
     remat: see `load`.
@@ -140,8 +147,8 @@ def read(
   if is_text_pipeline(path):
     _check_no_classes(class_dropout)
     options: dict[str, Any] = {"remat": remat, "attention": attention, "variant": variant}
-    return stable_diffusion.read(path, shape=shape, dropout=dropout, dtype=dtype, **options)
-  _check_pixel_options(path, variant)
+    return stable_diffusion.read(path, shape=shape, text_dropout=text_dropout, dropout=dropout, dtype=dtype, **options)
+  _check_pixel_options(path, variant, text_dropout)
   jax_type = tensors.choose_dtype(dtype)
   folder = find_folder(path, weights=False)
   unet_path, scheduler_path, autoencoder = pipeline_files(folder)
@@ -224,9 +231,13 @@ def _check_no_classes(class_dropout: float) -> None:
     )
 
 
-def _check_pixel_options(path: str | Path, variant: str, params_dtype: str = "float32") -> None:
-  if variant or params_dtype != "float32":
-    option = f"variant={variant!r}" if variant else f"params_dtype={params_dtype!r}"
+def _check_pixel_options(path: str | Path, variant: str, text_dropout: float, params_dtype: str = "float32") -> None:
+  options = {"variant": (variant, ""), "text_dropout": (text_dropout, TEXT_DROPOUT)}
+  options["params_dtype"] = (params_dtype, "float32")
+  for name, (value, default) in options.items():
+    if value == default:
+      continue
+    option = f"{name}={value!r}"
     raise ValueError(f"Got {option} for {path}, which is no text pipeline; expected the default. Leave it out.")
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import gaussian, predictions
-from ddpm_jax.data import tokenizers
+from ddpm_jax.data import FRAMING, tokenizers
 from ddpm_jax.data.tokens import Tokenizer
 from ddpm_jax.interop import (
   folders,
@@ -45,6 +45,8 @@ Array = jax.Array
 PyTree = Any
 # The aesthetic scores of the refiner's two branches of guidance (Podell et al. 2023, and diffusers' defaults).
 _SCORE, _NULL_SCORE = 6.0, 2.5
+# The share of samples that the published models were trained with the null text, roughly.
+TEXT_DROPOUT = 0.1
 
 
 class Encoder(NamedTuple):
@@ -89,7 +91,7 @@ def read(
   path: str | Path,
   *,
   shape: tuple[int, int, int] | None = None,
-  text_dropout: float = 0.1,
+  text_dropout: float = TEXT_DROPOUT,
   dropout: float = 0.0,
   dtype: str = "float32",
   remat: str = "none",
@@ -175,7 +177,7 @@ def load(
   return model, unet_folders.load_params(folder, network, channels, jax_type, variant, mesh)
 
 
-def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = 0.1) -> Model:
+def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = TEXT_DROPOUT) -> Model:
   """Return the model of a pipeline's parts.
 
   Args:
@@ -246,12 +248,16 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
   words = {part: one.tokenizer for part, one in encoders.items()}
   kind = {"tokens": "tokens", "vector": "vector"} if is_xl else "tokens"
   null_text = None if index.options.get("force_zeros_for_empty_prompt") else ""
-  loader, settings = Loader(load, shapes, load), {"kind": kind, "dropout": dropout, "null_text": null_text}
+  loader = Loader(load, shapes, load)
+  settings: dict[str, Any] = {"kind": kind, "dropout": dropout, "null_text": null_text}
   return texts.text("text", words, encode, loader, takes_weights=True, **settings)
 
 
 def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
   """Return the condition of the sizes of Stable Diffusion XL (Podell et al. 2023, section 2.2).
+
+  In training, the sizes are those of each image, if the data have the item `data.FRAMING`. In sampling, the default
+  describes an image of `data_shape` that was not cropped.
 
   Args:
     number: 6 for the height and width of the original image, the top and left of its crop, and the height and width of
@@ -267,11 +273,16 @@ def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
     return np.tile(np.array(row, np.float32), (count, 1))
 
   def from_data(batch: Mapping[str, Any]) -> Array:
-    return jnp.asarray(repeat(jax.tree.leaves(batch)[0].shape[0]))
+    rows = jnp.asarray(repeat(jax.tree.leaves(batch)[0].shape[0]))
+    if FRAMING not in batch:
+      return rows
+    framing = jnp.asarray(batch[FRAMING])
+    # The data have no aesthetic scores.
+    return framing if number == 6 else jnp.concatenate([framing[:, :4], rows[:, 4:]], axis=-1)
 
   vector = conditions.vector("sizes", number)
   null = None if number == 6 else lambda frozen: jnp.asarray(repeat(1, (*base, _NULL_SCORE))[0])
-  return vector._replace(default=repeat, from_data=from_data, null=null)
+  return vector._replace(default=repeat, from_data=from_data, framing=True, null=null)
 
 
 def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:

@@ -53,6 +53,8 @@ class Condition(NamedTuple):
       user must give them.
     from_data: `from_data(batch) -> items`, computed from the data [B, ...] of the batch. None if the batch must
       contain the condition's name.
+    framing: whether `from_data` reads `data.FRAMING` from the batch if it is there. Sources then tell how they cropped
+      and resized each image.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
       items.
     show: `show(item) -> str`, for reports.
@@ -63,6 +65,8 @@ class Condition(NamedTuple):
     weighted: `weighted(texts) -> condition`, for texts with weights such as (word:1.3) that are read to their end (see
       `data.prompts`). The texts are all texts of a command, because their values get the same shape. None if the
       condition takes no such texts.
+    unread: `unread(texts) -> texts` returns the end of each text that does not fit and is not read, or "". None if
+      every item fits.
   """
 
   kind: PyTree
@@ -75,11 +79,13 @@ class Condition(NamedTuple):
   parse: Callable[[str], Any] | None = None
   default: Callable[[int], np.ndarray] | None = None
   from_data: Callable[[Mapping[str, Array]], Array] | None = None
+  framing: bool = False
   check: data.Check | None = None
   show: Callable[[Any], str] = str
   load: Callable[[], PyTree] | None = None
   host: data.Host | None = None
   weighted: Callable[[Sequence[str]], "Condition"] | None = None
+  unread: Callable[[Sequence[str]], list[str]] | None = None
 
   @property
   def num_choices(self) -> int:

@@ -136,7 +136,8 @@ def default_inputs(
   """Return values [count, ...] of all conditions by name, for use where the user gives no values.
 
   If every condition has a `default` and none is computed from data, the values are these defaults, such as each class
-  in turn. Otherwise the values of all conditions come from real data.
+  in turn. Otherwise the values of the conditions come from real data, except those that the user never needs to give,
+  such as the sizes of Stable Diffusion XL.
 
   Args:
     conditions: the conditions by name.
@@ -146,7 +147,9 @@ def default_inputs(
   """
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    return inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
+    inputs = inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
+    known = {name: one.default for name, one in conditions.items() if one.from_data is not None and one.default}
+    return inputs | {name: default(count) for name, default in known.items()}
   inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
     inputs["classes"] = data.proportional_classes(counts, count)

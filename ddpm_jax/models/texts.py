@@ -1,5 +1,6 @@
 """Define conditions of text: states of frozen text encoders, and token ids that a network embeds itself."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -68,7 +69,8 @@ def text(
     raise ValueError(f"Got no tokenizer of {name}; expected one or more. Pass tokenizers={{{ONLY!r}: ...}}.")
   by_part = dict(tokenizers)
   make = functools.partial(_encoded, name, encode=encode, load=load, kind=kind, dropout=dropout, null_text=null_text)
-  plain = make(functools.partial(_tokenize, by_part), parse=functools.partial(_parse, name, tuple(by_part.values())))
+  parts = tuple(by_part.values())
+  plain = make(_Tokenize(by_part), parse=functools.partial(_parse, name, parts))
 
   def weighted(texts: Sequence[str]) -> Condition:
     # All texts get equally many chunks, because both branches of guidance need the same shape.
@@ -76,12 +78,12 @@ def text(
     chunks = max(one.ids.shape[1] for one in tokens)
     return make(functools.partial(_tokenize_weighted, by_part, chunks), parse=_check_text)
 
-  return plain._replace(weighted=weighted if takes_weights else None)
+  return plain._replace(unread=functools.partial(_unread, parts), weighted=weighted if takes_weights else None)
 
 
 def _encoded(
   name: str,
-  host: Callable[[Sequence[str]], dict[str, dict[str, Any]]],
+  host: data.Host,
   *,
   parse: Callable[[str], str],
   encode: Encode,
@@ -180,7 +182,7 @@ def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Conditio
     ValueError: if `dropout` is outside [0, 1).
   """
   check_dropout(dropout, name)
-  host = functools.partial(_tokenize, {ONLY: tokenizer})
+  host = _Tokenize({ONLY: tokenizer})
   null = {part: array[0] for part, array in host([""])[ONLY].items()}
   return Condition(
     kind="tokens",
@@ -192,6 +194,7 @@ def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Conditio
     parse=functools.partial(_parse, name, (tokenizer,)),
     show=shorten,
     host=host,
+    unread=functools.partial(_unread, (tokenizer,)),
   )
 
 
@@ -239,9 +242,21 @@ def shorten(text: Any) -> str:
   return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
 
 
-def _tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
-  items = [str(text) for text in texts]
-  return {part: tokenizer(items)._asdict() for part, tokenizer in tokenizers.items()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tokenize:
+  """Convert texts to the tokens of each tokenizer by name."""
+
+  tokenizers: Mapping[str, Tokenizer]
+
+  def __call__(self, texts: Sequence[str] | np.ndarray) -> dict[str, dict[str, Any]]:
+    items = [str(text) for text in texts]
+    return {part: tokenizer(items)._asdict() for part, tokenizer in self.tokenizers.items()}
+
+
+def tokenizer_digests(condition: Condition) -> list[str]:
+  """Return the digests of the tokenizers of a condition, or an empty list for other conditions than texts."""
+  host = condition.host
+  return [one.digest for one in host.tokenizers.values()] if isinstance(host, _Tokenize) else []
 
 
 def _tokenize_weighted(
@@ -258,12 +273,17 @@ def _check_text(text: str) -> str:
 
 def _parse(name: str, tokenizers: Sequence[Tokenizer], text: str) -> str:
   check_texts([text])
-  dropped = max((tokenizer.dropped([text])[0] for tokenizer in tokenizers), key=len)
+  (dropped,) = _unread(tokenizers, [text])
   if dropped:
     _warn_once(
       f"the {name} {shorten(text)!r} has more tokens than fit, so the model does not read its end, {shorten(dropped)!r}"
     )
   return text
+
+
+def _unread(tokenizers: Sequence[Tokenizer], texts: Sequence[str]) -> list[str]:
+  rows = zip(*(tokenizer.dropped(texts) for tokenizer in tokenizers), strict=True)
+  return [max(row, key=len) for row in rows]
 
 
 @functools.lru_cache(maxsize=1024)

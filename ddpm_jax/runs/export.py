@@ -9,7 +9,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.interop import autoencoder_kl
-from ddpm_jax.runs import codecs, model
+from ddpm_jax.runs import codecs, frozen, model
 from ddpm_jax.runs.tasks import Autoencode
 from ddpm_jax.storage import scores
 
@@ -35,14 +35,20 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   interop.diffusers.check_exportable(experiment.model)
   interop.diffusers.check_output(output)
   clip = _clip(experiment)
-  weights = model.load_weights(experiment, folder, parallel.make_mesh(), choice)
+  mesh = parallel.make_mesh()
+  weights = model.load_weights(experiment, folder, mesh, choice)
+  exported, frozen_params = experiment.model, weights.parameters.frozen
+  if experiment.tree.values["model"].get("dtype", "float32") != "float32":
+    # The run holds the autoencoder and the text encoders in its own dtype. Do not round what it did not train.
+    exported = experiment.replace(model__dtype="float32").model
+    frozen_params = frozen.load_for_model(experiment._replace(model=exported), None, mesh)
   if parallel.is_main():
     report = scores.read(folder)
     interop.diffusers.save(
       output,
-      experiment.model,
+      exported,
       weights.parameters.params,
-      frozen=weights.parameters.frozen,
+      frozen=frozen_params,
       clip=clip,
       variance=(experiment.tree.values["sampler"] or {}).get("variance"),
       config={"step": weights.step, "weights": weights.name} | experiment.tree.values,

@@ -14,6 +14,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import Model
 from ddpm_jax.models.codecs import frozen_shapes, load_frozen
+from ddpm_jax.models.texts import tokenizer_digests
 from ddpm_jax.storage import frozen_file
 
 PyTree = Any
@@ -75,5 +76,12 @@ def load_for_model(experiment: Experiment, folder: Path | None, mesh: jax.shardi
   with _as_value_error():
     frozen = experiment.model.load_frozen(mesh)
   if folder is not None:
-    frozen_file.check(folder, frozen)
+    frozen_file.check(folder, digests_of(experiment, frozen))
   return frozen
+
+
+def digests_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, list[str]]:
+  """Return the digests of frozen parameters and of the tokenizers of texts, for `frozen_file`."""
+  conditions = experiment.model.conditions
+  tokenizers = [digest for name in sorted(conditions) for digest in tokenizer_digests(conditions[name])]
+  return frozen_file.compute(frozen) | ({frozen_file.TOKENIZERS: tokenizers} if tokenizers else {})

@@ -9,6 +9,7 @@ import numpy as np
 
 from ddpm_jax import data, models
 from ddpm_jax.config import Experiment
+from ddpm_jax.data.tokens import PROBES
 from ddpm_jax.models import Condition
 from ddpm_jax.runs import reading
 from ddpm_jax.storage import frozen_file
@@ -20,8 +21,6 @@ PyTree = Any
 _COMPARED = 64
 # The prefix of the settings of texts.
 _TEXT = "text."
-# Texts whose token ids show that tokenizers are equal.
-_PROBES = ("", "A photo of 7 red foxes in the snow, isn't it? Größe: 3/4!")
 _AGAIN = "Encode the data again with --mode=prepare, or train without config.data.latents."
 
 
@@ -84,6 +83,11 @@ def _compare_items(path: str, source: data.Source, latents: data.Source) -> None
   """
   rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
   items, own_items = (data.read(one, rows) for one in (source, latents))
+  if data.FRAMING in items and data.FRAMING not in own_items:
+    raise ValueError(
+      f"Got config.data.latents={path!r}, encoded without the sizes of the original images, which a condition of the model needs; expected"
+      f" these sizes. {_AGAIN}"
+    )
   for name in items.keys() & own_items.keys():
     if (name == "classes" or data.is_text(items[name])) and not np.array_equal(items[name], own_items[name]):
       raise ValueError(
@@ -111,7 +115,8 @@ def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyT
 def check_conditions(experiment: Experiment) -> None:
   """Raise a ValueError if a condition of the model is computed from images, which a latent data set lacks."""
   for name, condition in experiment.model.conditions.items():
-    if condition.from_data is not None:
+    # A latent data set holds the sizes of images.
+    if condition.from_data is not None and not condition.framing:
       raise ValueError(
         f"Got the condition {name}, which is computed from images, with a latent data set; expected conditions that the data contain."
         " Train without config.data.latents."
@@ -139,7 +144,9 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
   settings = {"codec": digest if frozen else "", "flip": c.flip, "tile": component.get("tile", 0), **fit}
   texts = storable_texts(experiment)
   encoders = {name: _digest((frozen or {})["conditions"][name]) if frozen else "" for name in texts}
-  return settings | {_TEXT + name: _text_settings(experiment, name) for name in texts} | {"encoders": encoders}
+  settings |= {_TEXT + name: _text_settings(experiment, name) for name in texts}
+  vocabularies = {f"{_TEXT}{name}.tokenizers": models.texts.tokenizer_digests(one) for name, one in texts.items()}
+  return settings | vocabularies | {"encoders": encoders}
 
 
 def storable_texts(experiment: Experiment) -> dict[str, Condition]:
@@ -156,7 +163,7 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
     key: value for key, value in node.items() if key != "dropout" and experiment.tree.role(f"{path}.{key}") != "place"
   }
   assert condition.host is not None
-  ids = jax.tree.leaves(condition.host(np.array(_PROBES)))
+  ids = jax.tree.leaves(condition.host(np.array(PROBES)))
   return json.loads(json.dumps(arguments | {"tokens": _digest(ids)}))
 
 

@@ -126,11 +126,16 @@ def _options(tree: Tree, path: str) -> dict[str, Any]:
   if not interop.diffusers.has_size(path):
     size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
     shape = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
+  # A model without texts refuses the share of samples without text.
+  dropouts = {"class_dropout": "classes"} | (
+    {"text_dropout": "text"} if interop.diffusers.is_text_pipeline(path) else {}
+  )
   if "component" in values:
-    return {name: values[name] for name in (*_OPTIONS, "class_dropout") if name in values} | shape
-  network, classes = values["network"], values["conditions"].get("classes", {})
+    return {name: values[name] for name in (*_OPTIONS, *dropouts) if name in values} | shape
+  network, conditions = values["network"], values["conditions"]
   options = {name: network[name] for name in _OPTIONS if name in network} | shape
-  return options | ({"class_dropout": classes["dropout"]} if "dropout" in classes else {})
+  nodes = {option: conditions.get(name, {}) for option, name in dropouts.items()}
+  return options | {option: node["dropout"] for option, node in nodes.items() if "dropout" in node}
 
 
 def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
@@ -155,10 +160,14 @@ def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
       )
 
 
-def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
+def load_init_from(tree: Tree, *, weights: bool = True) -> tuple[Tree, Pretrained | None]:
   """Replace a new run's model by the model of `init_from`, and return the config and the model.
 
   Without `init_from` the config is returned unchanged, and the model is None.
+
+  Args:
+    tree: the config.
+    weights: whether to read the parameters. The data of a run are prepared without them.
   """
   path = tree.values["init_from"]
   if not path:
@@ -169,7 +178,7 @@ def load_init_from(tree: Tree) -> tuple[Tree, Pretrained | None]:
       " start a run from. Leave it out."
     )
   config.make(tree, "task").check_can_sample(f"config.init_from={path!r}")
-  return _read(tree, path, f"config.init_from={path!r}")
+  return _read(tree, path, f"config.init_from={path!r}", weights=weights)
 
 
 def copy_config(tree: Tree, folder: Path) -> Tree:

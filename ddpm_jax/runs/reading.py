@@ -1,5 +1,6 @@
 """Prepare and read the data of an experiment, and check that the data fit the model."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,11 +8,15 @@ import jax
 
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
+from ddpm_jax.devices.progress import warn
+from ddpm_jax.models.texts import shorten
 from ddpm_jax.names import choose
 from ddpm_jax.runs import limits
 
 # Names that training adds to the batch of an objective (see `losses.Objective`). Data must not use them.
 _RESERVED = ("x", "given", "times", data.LATENT)
+# The number of training texts whose lengths are checked. A thousand take about 0.1 s.
+_CHECKED_TEXTS = 10_000
 
 
 class Run(NamedTuple):
@@ -42,9 +47,9 @@ class Run(NamedTuple):
 def fit_of(experiment: Experiment) -> data.Fit:
   """Return how images are resized and cropped to the experiment's shape."""
   c = experiment.data
-  return data.Fit(
-    data.check_image_size(c.space), c.channels, c.crop, choose(c.resize, data.RESIZES, "config.data.resize")
-  )
+  resize = choose(c.resize, data.RESIZES, "config.data.resize")
+  framing = any(condition.framing for condition in experiment.model.conditions.values())
+  return data.Fit(data.check_image_size(c.space), c.channels, c.crop, resize, framing)
 
 
 def check_of(experiment: Experiment) -> data.Check | None:
@@ -110,4 +115,20 @@ def read_data(experiment: Experiment) -> data.Splits:
         f"Got data with text as the item {name!r} for a model with the condition {name}, which takes numbers; expected a condition of"
         f" text. Set another --config.model.conditions.{name}, or read numbers from the data."
       )
+    if condition.unread is not None and name in item:
+      _report_unread(name, condition.unread, splits.train)
   return splits
+
+
+def _report_unread(name: str, unread: Callable[[Sequence[str]], list[str]], source: data.Source) -> None:
+  """Warn once about texts with more tokens than fit."""
+  texts = data.read_texts(source, name, _CHECKED_TEXTS)
+  cut = [(text, end) for text, end in zip(texts, unread(texts), strict=True) if end]
+  if cut:
+    longest = max(cut, key=lambda pair: len(pair[1]))
+    text, end = shorten(longest[0]), shorten(longest[1])
+    checked = "" if len(texts) == len(source) else " checked"
+    warn(
+      f"{len(cut):,} of {len(texts):,}{checked} training texts have more tokens than fit, so the model does not read their ends, such as"
+      f" {end!r} of the {name} {text!r}"
+    )

@@ -124,9 +124,9 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   scorer = task.scorer(run)
   frozen_params = frozen.load(experiment, mesh)
   latents.check_codec(experiment, run.latents, frozen_params)
+  digests = frozen.digests_of(experiment, frozen_params)
   if resuming:
-    frozen_file.check(folder, frozen_params)
-  digests = frozen_file.compute(frozen_params)
+    frozen_file.check(folder, digests)
   # Previews and scores load the text encoders again.
   frozen_params = latents.without_encoders(experiment, run.latents, frozen_params)
   init, template = model.make_state(experiment, mesh, frozen_params, None if start is None else start.params)
@@ -156,7 +156,7 @@ class _Trainer:
     template: the shapes and shardings of the state.
     batch: the shapes of a batch.
     frozen: the frozen parameters of the train step, or None.
-    digests: the digests of all frozen parameters of the run.
+    digests: the digests of all frozen parameters and tokenizers of the run.
     damaged: messages to the user about damaged files.
   """
 
@@ -208,7 +208,7 @@ class _Trainer:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(self.template.params))
     print_line(f"{num_params:,} parameters on {parallel.describe(self.run.mesh)}")
     if experiment.init_from:
-      print_line(f"the network, the process and the prediction are those of {experiment.init_from}")
+      print_line(f"the model (network, process, prediction, conditions, codec) is that of {experiment.init_from}")
 
   def begin(self, stack: contextlib.ExitStack, resuming: bool) -> training.TrainState:
     """Open the checkpoints and the batches, and return the first or the saved state."""

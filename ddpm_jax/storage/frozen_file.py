@@ -1,4 +1,4 @@
-"""Record digests of a run's frozen parameters, and check them when training resumes."""
+"""Record digests of a run's frozen parameters and tokenizers, and check them when training resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ PyTree = Any
 # The entry of frozen parameters with values that are computed from the others when these are loaded. They have no
 # digest, because their last bits may differ between devices.
 COMPUTED = "computed"
+# The entry of the record with the digests of tokenizers.
+TOKENIZERS = "tokenizers"
 
 
 def compute(frozen: PyTree | None) -> dict[str, list[str]]:
@@ -27,13 +29,17 @@ def compute(frozen: PyTree | None) -> dict[str, list[str]]:
   return {name: digests.compute(arrays(part)) for name, part in (frozen or {}).items()}
 
 
-def check(folder: Path, frozen: PyTree | None) -> None:
-  """Check that the frozen parameters are the same as when the run was last trained.
+def check(folder: Path, current: dict[str, list[str]]) -> None:
+  """Check that the frozen parameters and tokenizers are the same as when the run was last trained.
 
   A run without a record is not checked. Parts without an earlier record are not checked either.
 
+  Args:
+    folder: the run's folder.
+    current: the digests, as `compute` returns them, and those of the tokenizers.
+
   Raises:
-    ValueError: if the parameters differ, or the record is damaged.
+    ValueError: if the digests differ, or the record is damaged.
   """
   path = workdir.frozen_path(folder)
   if not path.exists():
@@ -42,15 +48,16 @@ def check(folder: Path, frozen: PyTree | None) -> None:
     recorded = sealed.read_json(path)
   except sealed.DamagedFileError as error:
     raise ValueError(f"Cannot read {path}: {error}. Restore the file from a copy, or start a new run.") from error
-  for name, current in compute(frozen).items():
-    if name in recorded and recorded[name] != current:
+  for name, digest in current.items():
+    if name in recorded and recorded[name] != digest:
+      what = "tokenizers" if name == TOKENIZERS else f"frozen parameters ({name})"
       raise ValueError(
-        f"Got frozen parameters ({name}) that differ from those of earlier training in {folder}; expected the same parameters."
-        " Restore the file that they are loaded from, or start a new run in another --workdir."
+        f"Got {what} that differ from those of earlier training in {folder}; expected the same files. Restore the files that"
+        " they are loaded from, or start a new run in another --workdir."
       )
 
 
 def write(folder: Path, current: dict[str, list[str]]) -> None:
-  """Write the digests of a run's frozen parameters, as `compute` returns them, unless there are none."""
+  """Write the digests of a run (see `check`), unless there are none."""
   if current and jax.process_index() == 0:
     sealed.write_json(workdir.frozen_path(folder), current)

@@ -1,0 +1,141 @@
+"""Fine-tune a small text pipeline on captioned images, from its folder to a folder that diffusers opens."""
+
+import json
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddpm_jax
+from ddpm_jax import commands, data, interop, models
+from ddpm_jax import config as configs
+from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax.config import recipes
+from ddpm_jax.models import inputs
+from ddpm_jax.runs import pretrained, reading, scoring, stepping
+from tests import text_pipelines
+from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
+
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
+CAPTIONS = ("a red fox", "a bear in snow", "")
+RATE, STEPS = 1e-3, 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """Return a folder with a pipeline and captioned images."""
+  root = tmp_path_factory.mktemp("finetune")
+  (root / "images").mkdir()
+  (root / "tokenizers").mkdir()
+  text_pipelines.make("sd1", root / "tokenizers").save_pretrained(root / "pipeline")
+  rng = np.random.default_rng(0)
+  lines = [{"file_name": f"{index:02}.png", "text": CAPTIONS[index % 3]} for index in range(12)]
+  for line in lines:
+    Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(root / "images" / line["file_name"])
+  (root / "images" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  return root
+
+
+@pytest.fixture
+def run_command(monkeypatch):
+  """Return a function that runs a command in this process."""
+  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
+  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
+  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
+
+  def run(*words):
+    args = command_line.parse([str(word) for word in words])
+    commands.command(args.mode).run(args)
+
+  return run
+
+
+def flags_for(root):
+  keys = {
+    "init_from": root / "pipeline",
+    "data.source.path": root / "images",
+    "data.image_size": SIZE * FACTOR,
+    "data.hold_out": 4,
+    "model.conditions.text.dropout": 0.3,
+    "model.network.remat": "none",
+    "training.batch_size": 4,
+    "training.steps": STEPS,
+    "training.log_every": 1,
+    "training.checkpoint_every": STEPS,
+    "sampling.num_steps": 2,
+    "optimizer.learning_rate": RATE,
+    "optimizer.warmup_steps": 0,
+    "evaluation.num_samples": 4,
+    "evaluation.k": 2,
+  }
+  return ["--config=configs/sd15_finetune.py", *(f"--config.{name}={value}" for name, value in keys.items())]
+
+
+def losses_of(folder):
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return [line["loss"] for line in lines if "loss" in line]
+
+
+def largest_change(tree, other):
+  return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), tree, other)))
+
+
+def state_of(module):
+  return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+
+
+def test_a_pipeline_is_fine_tuned_sampled_and_exported(root, tmp_path, run_command):
+  flags, run, exported = flags_for(root), tmp_path / "run", tmp_path / "exported"
+  run_command(*flags, f"--workdir={run}")
+  model, params, _ = ddpm_jax.load(run)
+  assert model.conditions["text"].dropout == 0.3
+  _, start = interop.diffusers.load(root / "pipeline")
+  # Each step of Adam changes a parameter by at most about the learning rate.
+  assert 0 < largest_change(params, start) < 1.1 * STEPS * RATE
+  run_command("--mode=sample", f"--workdir={run}", "--prompt=a red fox", "--num_samples=2")
+  pictures = [Image.open(path) for path in sorted(run.glob("samples/*/*.png"))]
+  assert [picture.info["prompt"] for picture in pictures] == ["a red fox"] * 2
+  run_command("--mode=export", f"--workdir={run}", f"--output={exported}")
+  peer, before = (diffusers.StableDiffusionPipeline.from_pretrained(path) for path in (exported, root / "pipeline"))
+  # Training in bfloat16 does not round the frozen parts of the export.
+  for part in ("vae", "text_encoder"):
+    jax.tree.map(np.testing.assert_array_equal, state_of(getattr(peer, part)), state_of(getattr(before, part)))
+  x, states = noise(), np.random.default_rng(1).standard_normal((2, 77, 24)).astype(np.float32)
+  with torch.no_grad():
+    theirs = peer.unet(as_torch(x), 500, torch.tensor(states)).sample.numpy()
+  apply = jax.jit(interop.diffusers.read(exported).network.apply)
+  ours = apply(params, x, np.full(2, 500.0), {"text": states})
+  np.testing.assert_allclose(np.moveaxis(theirs, 1, -1), ours, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_prepared_data_give_the_losses_of_the_images(root, tmp_path, run_command):
+  flags = flags_for(root)
+  flags.append("--config.model.network.dtype=float32")
+  run_command("--mode=prepare", *flags, f"--output={tmp_path / 'latents'}")
+  run_command(*flags, f"--workdir={tmp_path / 'images'}")
+  run_command(*flags, f"--workdir={tmp_path / 'run'}", f"--config.data.latents={tmp_path / 'latents'}")
+  np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "images"), rtol=1e-4)
+
+
+def test_sizes_of_xl_are_those_of_each_image_in_training_and_the_default_in_previews(root):
+  text_pipelines.make("xl", root / "tokenizers").save_pretrained(root / "xl")
+  config = recipes.read("configs/sd15_finetune.py")
+  config.init_from = str(root / "xl")
+  config.data.source.path = str(root / "images")
+  config.data.image_size = SIZE * FACTOR
+  tree, _ = pretrained.load_init_from(configs.to_tree(config), weights=False)
+  experiment = configs.build(tree)
+  train, _ = reading.read_data(experiment)
+  batch = next(data.batches(train, 4, seed=0))
+  # Images of 40x36 are scaled to 35.6x32, and cropped.
+  expected = np.tile([40, 36, (40 - 36) / 2 * 32 / 36, 0, 32, 32], (4, 1)).astype(np.float32)
+  known = {"sizes": experiment.model.conditions["sizes"]}
+  given = models.conditions.encode(known, {}, jax.random.key(0), batch, train=True)
+  np.testing.assert_allclose(given["sizes"], expected, rtol=1e-6)
+  assert stepping.batch_shapes(experiment, 4, train)[data.FRAMING].shape == (4, 6)
+  shown = inputs.default_inputs(experiment.model.conditions, 2, train)
+  np.testing.assert_array_equal(shown["sizes"], [[32, 32, 0, 0, 32, 32]] * 2)
