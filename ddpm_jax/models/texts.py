@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data import Tokenizer, Tokens, prompts
+from ddpm_jax.data import Host, Tokenizer, Tokens, prompts
 from ddpm_jax.data.prompts import WeightedTokens
 from ddpm_jax.data.tokens import check_texts
 from ddpm_jax.devices.progress import warn
@@ -83,7 +83,7 @@ def text(
 
 def _encoded(
   name: str,
-  host: data.Host,
+  host: Host,
   *,
   parse: Callable[[str], str],
   encode: Encode,
