@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.5 on a folder of captioned images (Rombach et al. 2022).
+"""Train Stable Diffusion 1.5 further on a folder of captioned images (Rombach et al. 2022).
 
 python -m ddpm_jax.main --mode=prepare --config=configs/sd15_finetune.py --output=<folder for latents> \
   --config.init_from=<pipeline> --config.data.source.path=<folder>

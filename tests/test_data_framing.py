@@ -26,7 +26,8 @@ def start(values):
   return (first + 0.5) / slope - 0.5
 
 
-@pytest.mark.parametrize("size", [(90, 120), (123, 64), (20, 26)])
+# With even sides, halving is exact. Otherwise box filters move pixels by up to half a pixel.
+@pytest.mark.parametrize("size", [(90, 120), (124, 64), (20, 26)])
 @pytest.mark.parametrize(
   ("fit", "least"),
   [
@@ -34,7 +35,7 @@ def start(values):
     (data.Fit((24, 24), resize="adm"), 0),
     (data.Fit((24, 20), resize="box"), 0),
     (data.Fit((20, 30), crop=40), 60),
-    (data.Fit((24, 20), crop=51, resize="adm"), 62),
+    (data.Fit((24, 20), crop=52, resize="adm"), 62),
     (data.Fit((30, 30), crop=33, resize="box"), 33),
   ],
 )

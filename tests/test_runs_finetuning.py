@@ -1,4 +1,4 @@
-"""Fine-tune a small text pipeline on captioned images, from its folder to a folder that diffusers opens."""
+"""Train a small text pipeline on captioned images, from its folder to a folder that diffusers opens."""
 
 import json
 
