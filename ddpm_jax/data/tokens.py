@@ -55,7 +55,6 @@ class Tokenizer(NamedTuple):
   padding_side: str = "right"
 
   @property
-  @property
   def digest(self) -> str:
     """Return the SHA-256 of the vocabulary and of the ids of a few texts.
 

@@ -93,7 +93,7 @@ def _encoded(
   null_text: str | None,
 ) -> Condition:
   """Return the condition of `text` with a host function, which returns the fields of each tokenizer's tokens."""
-  null_tokens = host([null_text or ""])
+  null_tokens = host(np.array([null_text or ""]))
 
   def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
     kinds = {part: WeightedTokens if "weights" in one else Tokens for part, one in arrays.items()}
