@@ -33,8 +33,8 @@ def get_config():
   config.model.conditions.text = spec("conditions.text", path="", length=16, dropout=0.1)
   config.model.network = spec(
     "networks.ConditionalUNet",
-    channels=64,
-    multipliers=(1, 2, 2),
+    channels=32,
+    multipliers=(1, 2, 4),
     blocks=1,
     attention_levels=(1, 2),
     heads=4,
