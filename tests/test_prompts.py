@@ -11,6 +11,9 @@ import pytest
 from ddpm_jax import models
 from ddpm_jax.data import prompts, tokenizers
 from ddpm_jax.data.prompts import Piece
+from ddpm_jax.models import conditions, inputs, texts
+from ddpm_jax.networks import ConditionalUNet
+from ddpm_jax.networks.text import TextStates
 
 WORDS = ("red", "fox", "in", "snow", "a", "(", ")", "[", "]", ":", ",", "b", "c", "d")
 TOKENIZER = tokenizers.words(WORDS, length=8)._replace(prefix=(1,), vocabulary=20)
@@ -137,9 +140,9 @@ def test_tokens_beyond_the_last_chunk_are_dropped():
 
 
 def test_wrong_arguments():
-  for texts, chunks in (([], None), (["a"], 0)):
+  for items, chunks in (([], None), (["a"], 0)):
     with pytest.raises(ValueError, match="expected one or more of both"):
-      prompts.tokenize(TOKENIZER, texts, chunks=chunks)
+      prompts.tokenize(TOKENIZER, items, chunks=chunks)
   with pytest.raises(ValueError, match="Pass \\[text\\]"):
     prompts.tokenize(TOKENIZER, "a cat")
 
@@ -209,3 +212,26 @@ def test_wrong_shapes():
 
 def test_pieces_are_tuples():
   assert prompts.parse("a (b:2)") == [Piece("a ", 1.0), Piece("b", 2.0)]
+
+
+def test_a_network_reads_as_many_chunks_as_the_texts_need():
+  def read(params, tokens):
+    return texts.read_tokens(lambda ids: TextStates(params[ids], None, ()), tokens["words"])[0]
+
+  condition = texts.text("text", {"words": TOKENIZER}, read, lambda: TABLE, dropout=0.1, takes_weights=True)
+  prompts_with_weights = ["a (red:1.5) fox in snow , b c d", "snow"]
+  weighted = condition.weighted(prompts_with_weights)
+  batch, frozen = inputs.host_items({"text": weighted}, {"text": prompts_with_weights}), weighted.load()
+  found = weighted.encode(frozen, None, batch, False)
+  ids, _, weights = prompts.tokenize(TOKENIZER, prompts_with_weights)
+  np.testing.assert_allclose(found, models.encode_weighted(lambda ids: TABLE[ids], ids, weights), rtol=1e-6)
+  assert (condition.shape.shape, weighted.shape.shape, weighted.null(frozen).shape) == ((8, 3), (16, 3), (16, 3))
+  # The network was made with the condition of one chunk.
+  options = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention_levels": (0,), "heads": 1, "groups": 4}
+  network = models.networks.from_linen(ConditionalUNet(1, context_features=3, **options), {"text": condition})
+  x, time = jnp.zeros((2, 8, 8, 1)), jnp.ones((2,))
+  params = jax.eval_shape(network.init, jax.random.key(0), x, time, {"text": jnp.zeros((2, 8, 3))})
+  assert jax.eval_shape(network.apply, params, x, time, {"text": found}).shape == x.shape
+  conditions.check_given({"text": weighted}, {"text": found})
+  with pytest.raises(ValueError, match=r"Got text of shape \(2, 16, 3\); expected \[B, 8, 3\]"):
+    conditions.check_given({"text": condition}, {"text": found})
