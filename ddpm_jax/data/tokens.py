@@ -71,7 +71,7 @@ class Tokenizer(NamedTuple):
     It differs for another vocabulary, length or padding.
     """
     # A user's function may not know its vocabulary.
-    entries = getattr(self.split, "entries", dict)()
+    entries: dict[str, int] = getattr(self.split, "entries", dict)()
     content = [sorted(entries.items()), self(PROBES).ids.tolist()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

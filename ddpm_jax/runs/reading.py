@@ -125,9 +125,9 @@ def _report_unread(name: str, unread: Callable[[Sequence[str]], list[str]], sour
   texts = data.read_texts(source, name, _CHECKED_TEXTS)
   cut = [(text, end) for text, end in zip(texts, unread(texts), strict=True) if end]
   if cut:
-    text, end = map(shorten, max(cut, key=lambda pair: len(pair[1])))
+    text, end = max(cut, key=lambda pair: len(pair[1]))
     checked = "" if len(texts) == len(source) else " checked"
     warn(
       f"{len(cut):,} of {len(texts):,}{checked} training texts have more tokens than fit, so the model does not read their ends, such as"
-      f" {end!r} of the {name} {text!r}"
+      f" {shorten(end)!r} of the {name} {shorten(text)!r}"
     )
