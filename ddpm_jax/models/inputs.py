@@ -148,7 +148,7 @@ def default_inputs(
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
     real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
     inputs = inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
-    known = {name: one.default for name, one in conditions.items() if one.from_data is not None and one.default}
+    known = {name: one.default for name, one in conditions.items() if one.is_known and one.default is not None}
     return inputs | {name: default(count) for name, default in known.items()}
   inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
