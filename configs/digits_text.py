@@ -36,6 +36,7 @@ def get_config():
     heads=2,
     groups=8,
     time_embedding="sin_cos",
+    vocabulary_layers=2,
   )
   config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
   config.ema.decay = 0.998

@@ -162,7 +162,7 @@ def test_inpainting_and_inversion_save_their_results(run):
     (["--mode=sample", "--given=clases=3"], "Got clases 3 for a model .*Did you mean 'classes'"),
     (
       ["--mode=sample", "--negative=classes=3"],
-      r"guide away from \(--negative_classes\) without classifier-free guidance",
+      r"guide away from \(--negative_classes, --negative_prompt\) without classifier-free guidance",
     ),
     (
       ["--mode=export", "--output=/tmp/x", "--given=classes=3"],

@@ -282,7 +282,7 @@ def check_guidance(config, others, *, negative=False):
 )
 def test_negative_conditions_need_classifier_free_guidance(config, others):
   with pytest.raises(
-    ValueError, match=r"\(--negative_classes\) without classifier-free guidance|without classes or another condition"
+    ValueError, match=r"--negative_prompt\) without classifier-free guidance|without classes or another condition"
   ):
     check_guidance(config, guides_of(**others), negative=True)
 

@@ -12,6 +12,9 @@ from ddpm_jax import data, models
 from ddpm_jax.models import conditions, inputs, texts
 from ddpm_jax.models.codecs import frozen_shapes
 from ddpm_jax.networks import ConditionalUNet
+from ddpm_jax.networks.kernels.attention import mask_bias
+from ddpm_jax.networks.text import blocks
+from ddpm_jax.networks.text.bert import EncoderLayer
 from ddpm_jax.runs import conditions as choices
 from ddpm_jax.storage import frozen_file
 from tests.parameters import random_like
@@ -131,21 +134,30 @@ def test_a_network_embeds_token_ids_itself():
   derived = models.networks.derived_arguments({"text": condition}, (8, 8, 1), 1)
   assert (derived["vocabulary"], derived["context_features"], derived["num_classes"]) == (len(WORDS) + 3, 0, 0)
   options = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention_levels": (0,), "heads": 1, "groups": 4}
-  network = ConditionalUNet(1, vocabulary=derived["vocabulary"], context_features=12, **options)
+  vocabulary = derived["vocabulary"]
+  network = ConditionalUNet(1, vocabulary=vocabulary, vocabulary_layers=1, context_features=12, **options)
   given = {"text": encode(condition, None, TEXTS)}
   wrapped = models.networks.from_linen(network, {"text": condition})
   apply = jax.jit(wrapped.apply)
   x, time = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full((4,), 3.0)
   params = random_like(jax.eval_shape(wrapped.init, jax.random.key(0), x, time, given))
   found = apply(params, x, time, given)
-  # The same network with the embeddings as its states.
-  embedded = params["tokens"]["embedding"][given["text"]["ids"]] + params["token_positions"]["embedding"][None]
+  # The same network with states from a layer of the embeddings.
+  own = ("tokens", "token_positions", "token_layer_0")
+  table, positions, layer_params = (params[name] for name in own)
+  embedded = table["embedding"][given["text"]["ids"]] + positions["embedding"][None]
+  layer = EncoderLayer(1, 48, "gelu", 1e-5, blocks.Options(jnp.float32, None, "plain"))
+  states = layer.apply({"params": layer_params}, embedded, mask_bias(given["text"]["mask"]))
   plain = ConditionalUNet(1, context_features=12, **options)
-  rest = {name: leaf for name, leaf in params.items() if name not in ("tokens", "token_positions")}
-  tokens = {"states": embedded, "mask": given["text"]["mask"]}
+  rest = {name: leaf for name, leaf in params.items() if name not in own}
+  tokens = {"states": states, "mask": given["text"]["mask"]}
   np.testing.assert_allclose(found, jax.jit(plain.apply)({"params": rest}, x, time, tokens), atol=1e-5)
   with pytest.raises(ValueError, match="Got tokens without ids for a network with vocabulary"):
     network.apply({"params": params}, x, time, tokens)
+  with pytest.raises(ValueError, match="Got vocabulary_layers=1 without a vocabulary"):
+    ConditionalUNet(vocabulary_layers=1).check_input((8, 8, 4))
+  with pytest.raises(ValueError, match="Got tokens of 12 features with heads=5"):
+    network.clone(heads=5).check_input((8, 8, 1))
 
 
 @pytest.mark.parametrize(

@@ -449,29 +449,16 @@ def null_values(conditions: Mapping[str, Condition], frozen: Mapping[str, PyTree
   return values
 
 
-def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:
+def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree], *, any_length: bool = False) -> None:
   """Check that `given` has a value of the right structure and shape for each condition, and no other entries.
+
+  Args:
+    conditions: the conditions by name.
+    given: their values by name.
+    any_length: whether conditions of the kind "tokens" may have any number of tokens.
 
   Raises:
     ValueError: if an entry is missing, unknown or has the wrong structure, shape or number of samples.
-  """
-  check_structure(conditions, given)
-  sizes = {}
-  for name, condition in conditions.items():
-    for like, leaf in zip(jax.tree.leaves(condition.shape), jax.tree.leaves(given[name]), strict=True):
-      if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[1:] != tuple(like.shape):
-        shape = ", ".join(map(str, ("B", *like.shape)))
-        raise ValueError(f"Got {name} of shape {jnp.shape(leaf)}; expected [{shape}], one value for each sample.")
-      sizes[name] = jnp.shape(leaf)[0]
-  if len(set(sizes.values())) > 1:
-    raise ValueError(f"Got conditions of {sizes} samples; expected the same number for each condition.")
-
-
-def check_structure(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]) -> None:
-  """Check that `given` has a value of the right structure for each condition, of any shape, and no other entries.
-
-  Raises:
-    ValueError: if an entry is missing, unknown or has the wrong structure.
   """
   for name in given:
     _check_name(conditions, name)
@@ -480,12 +467,23 @@ def check_structure(conditions: Mapping[str, Condition], given: Mapping[str, PyT
     raise ValueError(
       f"Got no {', '.join(missing)} for a model with the conditions {', '.join(conditions)}; expected a value for each. Pass given={{{missing[0]!r}: ...}}."
     )
+  sizes = {}
   for name, condition in conditions.items():
     expected, actual = (str(jax.tree.structure(tree)) for tree in (condition.shape, given[name]))
     if expected != actual:
       raise ValueError(
         f"Got {name} of the structure {actual}; expected {expected}. Use the values that model.encode_conditions returns."
       )
+    kinds = jax.tree.map(lambda kind, part: jax.tree.map(lambda _: kind, part), condition.kind, condition.shape)
+    rows = zip(*map(jax.tree.leaves, (kinds, condition.shape, given[name])), strict=True)
+    for kind, like, leaf in rows:
+      shape, first = jnp.shape(leaf), 2 if any_length and kind == "tokens" else 1
+      if len(shape) != 1 + len(like.shape) or shape[first:] != tuple(like.shape)[first - 1 :]:
+        wanted = ", ".join(map(str, ("B", "L", *like.shape[1:]) if first == 2 else ("B", *like.shape)))
+        raise ValueError(f"Got {name} of shape {shape}; expected [{wanted}], one value for each sample.")
+      sizes[name] = shape[0]
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"Got conditions of {sizes} samples; expected the same number for each condition.")
 
 
 def _check_name(conditions: Mapping[str, Condition], name: str) -> None:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from flax.core import meta
 
 from ddpm_jax.losses import Autoencoder
-from ddpm_jax.models.conditions import Condition, check_structure
+from ddpm_jax.models.conditions import Condition, check_given
 from ddpm_jax.names import hint
 
 Array = jax.Array
@@ -210,7 +210,7 @@ def from_nnx(component: Any, arguments: Mapping[str, Any], conditions: Mapping[s
 
   def init(key, x, time, given):
     del x, time
-    check_structure(conditions, given)
+    check_given(conditions, given, any_length=True)
     leaves = {path: node.get_value() for path, node in variables(make(key)) if isinstance(node, nnx.Param)}
     return _nested(_name(component), leaves)
 
@@ -268,7 +268,7 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
 
   def init(key, x, time, given):
     del x, time
-    check_structure(conditions, given)
+    check_given(conditions, given, any_length=True)
     return _nested(_name(component), params_of(make(key)))
 
   def call(params, x, time, options, keys, train):
@@ -325,10 +325,10 @@ def keywords(
 
   Raises:
     ValueError: if the network has no argument for a condition, if several conditions need the same argument and their
-      values cannot be concatenated, or if `given` does not match the conditions except for shapes.
+      values cannot be concatenated, or if `given` does not match the conditions.
   """
-  # A model checks shapes. It may take more tokens than the conditions that the network was made with.
-  check_structure(conditions, given)
+  # A network may get more tokens than its conditions were made with (see `Condition.weighted`).
+  check_given(conditions, given, any_length=True)
   values: dict[str, list[Any]] = {}
   for name, condition in conditions.items():
     if accepted is not None and name in accepted and name not in (*KINDS, *_OPTIONS):

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import layers, options
+from ddpm_jax.networks.kernels.attention import mask_bias
+from ddpm_jax.networks.text import blocks
+from ddpm_jax.networks.text.bert import EncoderLayer
 from ddpm_jax.networks.transformers import Transformer
 
 Array = jax.Array
@@ -40,6 +43,9 @@ class ConditionalUNet(nn.Module):
     context_features: the number of features of the tokens. 0 accepts any number.
     vocabulary: the number of token ids that the network embeds, together with their positions. 0 for a network whose
       tokens are states. If `context_features` is 0, the embeddings have `embedding_width` features.
+    vocabulary_layers: for a network with a vocabulary, the number of transformer layers over the embedded tokens (as in
+      BERT, see `networks.text`). Without them a token has no context, so that the image cannot tell which words belong
+      together.
     dropout: the dropout rate inside residual blocks during training.
     groups: the number of groups in every group normalization. 0 selects `layers.default_groups`.
     epsilon: the constant added to the variance in residual blocks and at the output. Before transformers it is 1e-6,
@@ -73,6 +79,7 @@ class ConditionalUNet(nn.Module):
   linear_projections: bool = False
   context_features: int = 0
   vocabulary: int = 0
+  vocabulary_layers: int = 0
   dropout: float = 0.0
   groups: int = 32
   epsilon: float = 1e-5
@@ -291,7 +298,7 @@ class ConditionalUNet(nn.Module):
     return embedding
 
   def _embed_ids(self, tokens: Tokens | None) -> tuple[Array, Array]:
-    """Return the embeddings [B, L, C'] of token ids with their positions, and the mask."""
+    """Return the states [B, L, C'] of token ids, from their embeddings and positions, and the mask."""
     if not isinstance(tokens, Mapping) or set(tokens) != {"ids", "mask"}:
       raise ValueError(
         f"Got tokens without ids for a network with vocabulary={self.vocabulary}; expected a dict of ids and mask, such as"
@@ -300,7 +307,17 @@ class ConditionalUNet(nn.Module):
     ids, features = tokens["ids"], self.context_features or self.embedding_width
     states = nn.Embed(self.vocabulary, features, name="tokens")(ids)
     positions = nn.Embed(ids.shape[1], features, name="token_positions")(jnp.arange(ids.shape[1]))
-    return states + positions[None], tokens["mask"]
+    states, bias = states + positions[None], mask_bias(tokens["mask"])
+    for number in range(self.vocabulary_layers):
+      states = EncoderLayer(
+        heads=options.per_level(self.heads, len(self.multipliers))[-1],
+        hidden_channels=4 * features,
+        activation="gelu",
+        epsilon=1e-5,
+        options=blocks.options_of(self),
+        name=f"token_layer_{number}",
+      )(states, bias)
+    return states, tokens["mask"]
 
   def _residual(self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str) -> Array:
     block = layers.rematerialize(layers.ResidualBlock, self.remat)

@@ -75,8 +75,9 @@ def check_conditional(network: Any) -> None:
     ValueError: if an option is invalid or conflicts with another one, or the network is too large.
   """
   n, levels = network, len(network.multipliers)
-  counts = ("context_features", "vocabulary", "embedding_features", "num_classes", "vector_features", "size_features")
-  _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), (*counts, "guidance_features"))
+  tokens = ("context_features", "vocabulary", "vocabulary_layers")
+  vectors = ("embedding_features", "num_classes", "vector_features", "size_features", "guidance_features")
+  _check_numbers(n, ("multipliers", "frequency_shift", "epsilon"), (*tokens, *vectors))
   _check_ranges(n)
   _check_attention_levels(n)
   for name in ("heads", "transformer_layers"):
@@ -88,6 +89,16 @@ def check_conditional(network: Any) -> None:
   _check_choices(
     n, ("time_embedding", (n.time_embedding,), _EMBEDDINGS[:2]), ("vector_embedding", (n.vector_embedding,), _VECTORS)
   )
+  if n.vocabulary_layers and not n.vocabulary:
+    raise ValueError(
+      f"Got vocabulary_layers={n.vocabulary_layers} without a vocabulary; expected token ids, as the condition 'words' makes."
+      " Set vocabulary_layers=0."
+    )
+  features, heads = n.context_features or n.embedding_width, per_level(n.heads, levels)[-1]
+  if n.vocabulary_layers and features % heads:
+    raise ValueError(
+      f"Got tokens of {features} features with heads={heads}; expected a multiple. Set context_features."
+    )
   if n.size_features and n.vector_embedding != "dense":
     raise ValueError(
       f"Got size_features={n.size_features} with vector_embedding={n.vector_embedding!r}; expected vector_embedding='dense',"
@@ -137,7 +148,8 @@ def _check_conditional_size(network: Any) -> None:
   count = n.blocks * sum(9 * width**2 for width in widths) + n.embedding_width * (n.embedding_width + n.channels)
   count += sum(16 * n.blocks * depths[level] * widths[level] ** 2 for level in n.attention_levels)
   count += (n.num_classes + n.vocabulary) * n.embedding_width + n.guidance_features * n.channels
-  _check_blocks(n, n.blocks * levels + sum(n.blocks * depths[level] for level in n.attention_levels), count)
+  number = n.blocks * levels + sum(n.blocks * depths[level] for level in n.attention_levels) + n.vocabulary_layers
+  _check_blocks(n, number, count)
   memory.check(f"a network of channels={n.channels}", 4 * count, None, "Set fewer channels or transformer_layers.")
 
 

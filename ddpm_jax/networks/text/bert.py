@@ -87,7 +87,9 @@ class BERT(nn.Module):
     bias = mask_bias(mask)
 
     def block(number: int) -> Callable[[Array], Array]:
-      module = _Layer(self.heads, self.hidden_channels, self.activation, self.epsilon, options, name=f"layer_{number}")
+      module = EncoderLayer(
+        self.heads, self.hidden_channels, self.activation, self.epsilon, options, name=f"layer_{number}"
+      )
       return lambda x: module(x, bias)
 
     chosen, last, hidden = blocks.run_layers([block(n) for n in range(self.layers)], x, layer, all_layers)
@@ -95,7 +97,17 @@ class BERT(nn.Module):
     return blocks.TextStates(chosen.astype(jnp.float32), pooled.astype(jnp.float32), hidden)
 
 
-class _Layer(nn.Module):
+class EncoderLayer(nn.Module):
+  """Attend from every token to every token, and apply a feed-forward block, each followed by a normalization.
+
+  Attributes:
+    heads: the number of heads.
+    hidden_channels: the features inside the feed-forward block.
+    activation: the activation of the feed-forward block (see `blocks.ACTIVATIONS`).
+    epsilon: the constant added to the variance in both normalizations.
+    options: the options of all layers.
+  """
+
   heads: int
   hidden_channels: int
   activation: str
@@ -104,7 +116,7 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, bias: Array | None) -> Array:
-    """Map x [B, N, C] to [B, N, C]."""
+    """Map x [B, N, C] to [B, N, C], with a bias of the scores (see `attention.attend`)."""
     o, features = self.options, x.shape[-1]
     h = blocks.SelfAttention(features, self.heads, o, name="attention")(x, bias)
     x = o.layer_norm(self.epsilon, "norm1")(x + h)
