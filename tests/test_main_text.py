@@ -1,6 +1,7 @@
 """Test the command line with small text pipelines of random parameters."""
 
 import functools
+import shutil
 import traceback
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from ddpm_jax import commands, interop, randomness, runs
 from ddpm_jax.commands import command_line, jax_setup
@@ -73,8 +75,8 @@ def test_prompt_weights_and_long_prompts_are_an_option(sample, tmp_path, capsys)
   # These differ after the 90th token only.
   first, second = ("a red fox " * 30 + end for end in ("at night", "in snow"))
   plain = sample(*options, prompts=[SHORT, SHORT, first])
-  assert "has more tokens than fit" in capsys.readouterr().err
   np.testing.assert_array_equal(sample(*options, prompts=[SHORT, SHORT, second]), plain)
+  assert capsys.readouterr().err.count("has more tokens than fit") == 2
   weighted = sample(*options, weights, prompts=[SHORT, "a (red:1.5) fox in snow", SHORT])
   np.testing.assert_array_equal(weighted[0], plain[0])
   assert (weighted[1] != plain[1]).any()
@@ -104,8 +106,9 @@ def edit(folder_of, run_command, tmp_path):
   """Return a function that edits two pictures by a prompt, and returns the arrays."""
   pictures = write_pictures(tmp_path / "pictures")
 
-  def run(task, *words, name="sd1"):
-    common = ["--mode=edit", f"--workdir={tmp_path}", f"--pretrained={folder_of(name)}", f"--prompt={SHORT}"]
+  def run(task, *words, folder=None):
+    folder = folder or folder_of("sd1")
+    common = ["--mode=edit", f"--workdir={tmp_path}", f"--pretrained={folder}", f"--prompt={SHORT}"]
     run_command(*common, f"--task={task}", f"--input={tmp_path / 'pictures'}", *words)
     return newest(tmp_path / "edits")[1]
 
@@ -122,18 +125,35 @@ def reconstruction(folder, pictures):
   return images.to_uint8(model.decode(x, frozen))
 
 
-def test_inversion_returns_to_the_picture(edit, folder_of):
-  expected = reconstruction(folder_of("sd1"), edit.pictures).astype(float)
-  options = ("--guidance_scale=1", "--sampler=ddim")
+def smooth_copy(folder, target):
+  """Copy a pipeline, and make the output of its U-Net small, so that few steps follow the probability flow.
+
+  Estimates of the data at the largest time multiply the output by 15.
+  """
+  shutil.copytree(folder, target)
+  path = target / "unet" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(path)
+  save_file({name: 0.01 * value if "conv_out" in name else value for name, value in tensors.items()}, path)
+  return target
+
+
+def test_inversion_returns_to_the_picture(edit, folder_of, tmp_path):
+  folder = smooth_copy(folder_of("sd1"), tmp_path / "smooth")
+  pictures = edit.pictures
+  expected = reconstruction(folder, pictures).astype(float)
+  edit, options = functools.partial(edit, folder=folder), ("--guidance_scale=1", "--sampler=ddim")
   errors = []
   for steps in (10, 80):
     arrays = edit("invert", f"--num_steps={steps}", *options)
     errors.append(np.abs(arrays["output"][:, 0] - expected).mean())
     assert arrays["latent"].shape == (2, SIZE, SIZE, 4)
-  assert errors[1] < 1.5 < 4 * errors[1] < errors[0]
-  # Between the pictures, interpolation starts and ends at the reconstructions.
+  # DDIM is of order 1.
+  assert errors[1] < 1.5
+  assert errors[1] < errors[0] / 4
+  # Interpolation starts and ends at the reconstructions. It encodes both pictures with the key of the first row.
+  ends = np.concatenate([reconstruction(folder, picture[None]) for picture in pictures]).astype(float)
   frames = edit("interpolate", "--num_steps=80", "--config.editing.frames=3", *options)["output"][0, 0]
-  assert np.abs(frames[[0, 2]] - expected).mean() < 3
+  assert np.abs(frames[[0, 2]] - ends).mean() < 1.5
 
 
 def test_img2img_of_full_strength_is_a_sample(edit, sample):
