@@ -479,8 +479,8 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
     for kind, like, leaf in rows:
       shape, first = jnp.shape(leaf), 2 if any_length and kind == "tokens" else 1
       if len(shape) != 1 + len(like.shape) or shape[first:] != tuple(like.shape)[first - 1 :]:
-        wanted = ", ".join(map(str, ("B", "L", *like.shape[1:]) if first == 2 else ("B", *like.shape)))
-        raise ValueError(f"Got {name} of shape {shape}; expected [{wanted}], one value for each sample.")
+        expected_shape = ", ".join(map(str, ("B", "L", *like.shape[1:]) if first == 2 else ("B", *like.shape)))
+        raise ValueError(f"Got {name} of shape {shape}; expected [{expected_shape}], one value for each sample.")
       sizes[name] = shape[0]
   if len(set(sizes.values())) > 1:
     raise ValueError(f"Got conditions of {sizes} samples; expected the same number for each condition.")
