@@ -112,7 +112,11 @@ def test_the_notebook_of_latent_diffusion_runs_from_start_to_end():
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_of_captions_runs_from_start_to_end():
-  smaller = {"model.times(25)": "model.times(2)", '"training.batch_size": "64"': '"training.batch_size": "8"'}
+  network = '"model.network.multipliers": "(1,)", "model.network.attention_levels": "(0,)"'
+  smaller = {
+    "model.times(25)": "model.times(2)",
+    '"training.batch_size": "64"': f'"training.batch_size": "8", {network}',
+  }
   smaller |= {"(0.0, 1.0, 2.0, 5.0)": "(2.0, 5.0)"}
   pictures, text = execute("text_to_image.ipynb", 2, smaller)
   assert len(pictures) == 5

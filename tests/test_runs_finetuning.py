@@ -112,6 +112,7 @@ def test_a_pipeline_is_fine_tuned_sampled_and_exported(root, tmp_path, run_comma
   np.testing.assert_allclose(np.moveaxis(theirs, 1, -1), ours, atol=1e-4 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_prepared_data_give_the_losses_of_the_images(root, tmp_path, run_command):
   flags = flags_for(root)
   flags.append("--config.model.network.dtype=float32")
