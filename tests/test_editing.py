@@ -23,7 +23,7 @@ RULE_KINDS = (
   "ancestral", "ddim", "ddim_half", "heun", "dpm_solver_2", "dpm_solver_3", "dpmpp_2s", "dpmpp_2m", "unipc_3", "dpmpp_sde", "heun_churn", "langevin_heun",
 )  # fmt: skip
 # Prefixes of the names of rules with memory. `repaint` refuses these rules.
-MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "deis", "unipc", "dpmpp_2m_sde", "langevin_unipc")
+MULTISTEP = ("dpmpp_2m", "dpmpp_3m", "deis", "plms", "unipc", "dpmpp_2m_sde", "langevin_unipc")
 WRAPPED = [
   (wrapper, name)
   for wrapper in WRAPPERS
