@@ -52,6 +52,6 @@ def get_config():
   # Latents have no range, so estimates are not clipped.
   config.sampling.clip = None
   config.guidance = spec("guidance.classifier_free", scale=2.0)
-  # Pixels have more dimensions than there are emoji, so no Frechet distance is computed.
+  # The Frechet distance needs more images than an image has values, so it is not computed.
   config.evaluation.update({"num_samples": 199, "features": "pixels"})
   return config

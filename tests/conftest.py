@@ -99,3 +99,27 @@ def dense_module():
   with pytest.MonkeyPatch.context() as patch:
     use_dense(patch)
     yield
+
+
+@pytest.fixture
+def run_command(monkeypatch):
+  """Return a function that runs a command in this process."""
+  from ddpm_jax import commands
+  from ddpm_jax.commands import command_line, jax_setup
+
+  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
+  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
+
+  def run(*words):
+    args = command_line.parse([str(word) for word in words])
+    commands.command(args.mode).run(args)
+
+  return run
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+  """Skip scores of diffusion models at the end of runs."""
+  from ddpm_jax.runs import scoring
+
+  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)

@@ -11,7 +11,7 @@ import pytest
 from ddpm_jax import config as configs
 from ddpm_jax import data, runs
 from ddpm_jax.config import spec
-from ddpm_jax.runs import codecs, latents, scoring
+from ddpm_jax.runs import codecs, latents
 from tests.parameters import one_device
 from tests.pictures import truncate, write_folder
 from tests.recipes import newest_state, tiny_config, tree_of
@@ -46,12 +46,6 @@ def run(trained, tmp_path):
   shutil.copytree(trained, tmp_path / "autoencoder")
   codecs._experiment.cache_clear()
   return tmp_path / "autoencoder"
-
-
-@pytest.fixture
-def unscored(monkeypatch):
-  """Skip scores of diffusion models at the end of runs."""
-  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
 def latent_tree(run, **keys):

@@ -11,7 +11,7 @@ import ddpm_jax
 from ddpm_jax import config as configs
 from ddpm_jax import runs, sampling
 from ddpm_jax.devices import parallel
-from ddpm_jax.runs import frozen, scoring, stepping
+from ddpm_jax.runs import frozen, stepping
 from tests import user_components
 from tests.conftest import ROOT
 from tests.recipes import newest_state, tiny_config, tree_of
@@ -41,12 +41,6 @@ def tree_with(path, name, **training):
     # Test the condition with a custom network that accepts a vector.
     config.model.network = f"{path}:Linen"
   return configs.replace(tree_of(config), key, f"{path}:{text}" if "/" in str(path) else text)
-
-
-@pytest.fixture
-def unscored(monkeypatch):
-  """Skip scores at the end of runs."""
-  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)

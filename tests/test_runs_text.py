@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 import ddpm_jax
-from ddpm_jax import commands, data, models, runs
 from ddpm_jax import config as configs
-from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax import data, models, runs
 from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import scoring, stepping
@@ -141,19 +140,6 @@ def test_packed_images_and_latents_give_the_losses_of_the_images(images, trained
 
 
 # Samples, edits and scores
-
-
-@pytest.fixture
-def run_command(monkeypatch):
-  """Return a function that runs a command in this process."""
-  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
-  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
-
-  def run(*words):
-    args = command_line.parse([str(word) for word in words])
-    commands.command(args.mode).run(args)
-
-  return run
 
 
 def samples_of(folder):

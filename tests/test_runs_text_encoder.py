@@ -12,9 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ddpm_jax
-from ddpm_jax import commands, runs
 from ddpm_jax import config as configs
-from ddpm_jax.commands import command_line, jax_setup
+from ddpm_jax import runs
 from ddpm_jax.config import spec
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import reading, scoring, stepping
@@ -144,19 +143,6 @@ def test_a_network_with_its_own_embedding_trains(root, tmp_path, unscored):
   assert params["tokens"]["embedding"].shape == (len(WORDS) + 3, 32)
   assert not frozen
   assert all(np.isfinite(losses_of(tmp_path / "run")))
-
-
-@pytest.fixture
-def run_command(monkeypatch):
-  """Return a function that runs a command in this process."""
-  monkeypatch.setattr(jax_setup, "join_processes", lambda given: None)
-  monkeypatch.setattr(jax_setup, "start_devices", lambda given: None)
-
-  def run(*words):
-    args = command_line.parse([str(word) for word in words])
-    commands.command(args.mode).run(args)
-
-  return run
 
 
 def newest_samples(folder):

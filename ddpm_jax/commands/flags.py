@@ -29,7 +29,7 @@ SHORT_FORMS = {
   "inception_weights": "evaluation.inception_weights",
   "fsdp": "parallel.fsdp",
 }
-# The size of the largest file of prompts.
+# The largest size of a file of prompts, in bytes.
 _MAX_PROMPT_BYTES = 2**24
 # The mesh of a run's config suits the devices that trained it. Sampling uses this one unless flags set another.
 _SAMPLING_MESH = {"parallel.data": "0", "parallel.fsdp": "1"}

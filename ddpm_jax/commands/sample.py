@@ -15,7 +15,7 @@ EXAMPLES = (
   "--mode=sample --workdir=/tmp/samples --pretrained=/tmp/large_model --fsdp=8",
 )
 
-# The number of samples without --num_samples and --prompt.
+# The number of samples if neither --num_samples nor prompts are given.
 _NUM_SAMPLES = 64
 
 FLAGS = (

@@ -88,7 +88,7 @@ class Inception(nn.Module):
     return {tap: outputs[tap] for tap in self.taps}
 
   def _maps(self, x: Array, stages: Sequence[Callable[[Array, dict[str, Array]], Array]]) -> list[Array]:
-    # The smallest sides of images for which the last stage has at least one position, for 1 to 4 stages.
+    # Stages shrink images. This is the smallest side whose features after 1, 2, 3 or 4 stages are not empty.
     smallest = (11, 27, 43, 75)[len(stages) - 1]
     if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < smallest:
       raise ValueError(
