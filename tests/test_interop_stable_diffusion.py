@@ -52,14 +52,19 @@ def written(tmp_path_factory):
   return write
 
 
+def defaults_of(model, scheduler):
+  """Return the sampler and grid of a scheduler in `SAMPLERS`."""
+  if SAMPLERS[scheduler] is None:
+    return model.defaults
+  config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
+  return schedulers.from_config(config).defaults(model.process)
+
+
 @functools.cache
 def sampling_program(model_id, scheduler, steps, skipped):
   """Return a compiled function that samples from noise by a scheduler in `SAMPLERS`."""
   model = MODELS[model_id]
-  defaults = model.defaults
-  if SAMPLERS[scheduler] is not None:
-    config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
-    defaults = schedulers.from_config(config).defaults(model.process)
+  defaults = defaults_of(model, scheduler)
   times = defaults.times(steps)[skipped:]
 
   @functools.partial(jax.jit, static_argnames="rule")
@@ -174,41 +179,47 @@ def use_mode(monkeypatch, module):
 
 
 @pytest.mark.parametrize(
-  ("name", "module"),
-  [("inpaint", pipeline_stable_diffusion_inpaint), ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint)],
+  ("name", "module", "scheduler"),
+  [("inpaint", pipeline_stable_diffusion_inpaint, "own"), ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint, "own")]
+  + [
+    pytest.param("inpaint", pipeline_stable_diffusion_inpaint, name, marks=pytest.mark.slow)
+    for name in ("ddim", "euler", "dpmpp_2m")
+  ],
 )
-def test_inpainting_matches_the_pipeline(name, module, written, monkeypatch):
+def test_inpainting_matches_the_pipeline(name, module, scheduler, written, monkeypatch):
   one, (pictures, mask) = written(name), pictures_and_mask()
   use_mode(monkeypatch, module)
-  ours = sample_ours(one, "own", 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
+  ours = sample_ours(one, scheduler, 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
   options = {"image": as_torch(pictures / 2 + 0.5), "mask_image": as_torch(mask), "strength": 1.0}
   side = pictures.shape[1]
-  theirs = sample_peer(one[0], "own", 7.5, prompt=PROMPTS, height=side, width=side, **options)
+  theirs = sample_peer(one[0], scheduler, 7.5, prompt=PROMPTS, height=side, width=side, **options)
   assert_one_gray_level(ours, theirs)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmpp_2m"])
-def test_img2img_matches_the_pipeline(scheduler, written, monkeypatch):
-  """Both start from the same noise, and encode the image by the mean of its posterior."""
+@pytest.mark.parametrize(("scheduler", "strength"), [("own", 1.0), ("ddim", 0.5), ("euler", 0.5), ("dpmpp_2m", 0.5)])
+def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch):
+  """Both start from the same noise, and encode the image by the mean of its posterior.
+
+  With another strength than 1, PNDM of diffusers calls the network at times that differ from the noise of x.
+  """
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
   eps = randomness.normal(randomness.fold_in(keys, 0), (2, *model.shape), np.float32)
   peer = diffusers.StableDiffusionImg2ImgPipeline(
-    **pipeline.components | {"scheduler": SAMPLERS[scheduler]}, requires_safety_checker=False
+    **pipeline.components | {"scheduler": SAMPLERS[scheduler] or pipeline.scheduler}, requires_safety_checker=False
   )
   peer.set_progress_bar_config(disable=True)
   use_mode(monkeypatch, pipeline_stable_diffusion_img2img)
   monkeypatch.setattr(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *args, **options: as_torch(eps))
-  options = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
+  options = {"strength": strength, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
   theirs = peer(prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5), **options).images
-  config = dict(SAMPLERS[scheduler].config) | {"_class_name": type(SAMPLERS[scheduler]).__name__}
-  defaults = schedulers.from_config(config).defaults(model.process)
+  defaults = defaults_of(model, scheduler)
 
   @jax.jit
   def run(parameters, batch, pictures):
     denoise = guided.denoise(model, rule_of(7.5), keys, batch, parameters)
     x = model.encode(keys, pictures, parameters.frozen)
-    return editing.img2img(keys, defaults.sampler, denoise, model.process, x, defaults.times(4), 0.5)
+    return editing.img2img(keys, defaults.sampler, denoise, model.process, x, defaults.times(4), strength)
 
   x = run(parameters, inputs.host_items(model.conditions, {"text": PROMPTS}), pictures)
   ours = jax.jit(model.decode)(x, parameters.frozen)

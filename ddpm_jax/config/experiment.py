@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ddpm_jax import guidance, losses, models, sampling
@@ -11,7 +12,7 @@ from ddpm_jax.config import components, sections, slots
 from ddpm_jax.config import tree as trees
 from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
-from ddpm_jax.data import Fields, Fit, Splits
+from ddpm_jax.data import Fields, Fit, Splits, check_buckets
 from ddpm_jax.models import Model
 from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
@@ -100,6 +101,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
     if one.section not in (None, Data, Parts)
   }
   sampler = _sampler(tree, model)
+  _check_buckets(data, model)
   _check_clip(model, parts["sampling"].clip)
   if parts["sampling"].clip is not None:
     # Call the rule once, because it checks its arguments only when it is called.
@@ -160,6 +162,27 @@ def _model(tree: Tree, data: Data) -> Model:
   with _named_errors(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)
+
+
+def _check_buckets(data: Data, model: Model) -> None:
+  """Raise a ValueError if a model cannot be trained on images of the sizes in `data.buckets`."""
+  if not data.buckets:
+    return
+  if data.latents:
+    raise ValueError(
+      f"Got config.data.latents={data.latents!r} with config.data.buckets; expected only one of them, because encoded images have one size."
+      " Set --config.data.buckets=() or --config.data.latents=''."
+    )
+  for name, condition in model.conditions.items():
+    if "image" in jax.tree.leaves(condition.kind):
+      raise ValueError(
+        f"Got config.data.buckets for a model with the condition {name}, which is an image of one size; expected a model without such"
+        " conditions. Set --config.data.buckets=()."
+      )
+  for size in check_buckets(data.buckets):
+    with components.named_errors("config.data.buckets", str(size)):
+      check_space(size, data.channels)
+      model.network.check(model.codec.shape((*size, data.channels)))
 
 
 def _check_clip(model: Model, rule: Any) -> None:

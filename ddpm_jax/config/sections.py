@@ -14,6 +14,7 @@ Roles decide which keys may change when a run is resumed, and which results an i
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -174,6 +175,9 @@ class Data:
   fields: data.Fields = section(Fields)
   image_size: int | tuple[int, int] = count(32, MODEL)  # the side of a square, or (height, width)
   channels: int = count(3, MODEL)
+  # (height, width) of several sizes to train at: each image has the one closest to its aspect ratio, and each batch has
+  # one size. Samples and held-out images have image_size. (): train at image_size.
+  buckets: Sequence[tuple[int, int]] = key(())
   crop: int = key(0)  # the shorter side of the box to which images are cropped before resizing; 0: no crop
   # A folder that --mode=prepare has encoded with the model's codec. Training reads it instead of images.
   latents: str = key("", PLACE)
@@ -196,6 +200,11 @@ class Data:
   def shape(self) -> tuple[int, int, int]:
     """Return the shape of an image, [H, W, C]."""
     return (*self.space, self.channels)
+
+  @property
+  def train_shape(self) -> tuple[int, int, int]:
+    """Return the shape [H, W, C] of the training images with the most pixels."""
+    return (*max(self.buckets, key=math.prod, default=self.space), self.channels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
 from ddpm_jax.data import prompts, tokenizers
+from ddpm_jax.data.buckets import Buckets, check_buckets
 from ddpm_jax.data.choices import Place, Splits, arrays, digit_pairs, digits, fit_settings, folder, mnist, packed, tfds
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.hosts import Host, run_hosts
 from ddpm_jax.data.inputs import Inputs, read_inputs, read_mask
-from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load
+from ddpm_jax.data.loading import Check, check_split_classes, classes_below, load, split
 from ddpm_jax.data.metadata import Fields
 from ddpm_jax.data.packing import INDEX, PackedSource, pack, pack_items
 from ddpm_jax.data.pairs import read_digit_pairs
@@ -26,6 +27,7 @@ from ddpm_jax.data.sources import (
   cache_in_memory,
   class_counts,
   complete_classes,
+  group_members,
   hold_out,
   image_chunks,
   is_text,
@@ -48,6 +50,7 @@ __all__ = [
   "Batch",
   "Batches",
   "BrokenImage",
+  "Buckets",
   "Check",
   "Fields",
   "Fit",
@@ -66,6 +69,7 @@ __all__ = [
   "arrays",
   "batches",
   "cache_in_memory",
+  "check_buckets",
   "check_image_size",
   "check_split_classes",
   "class_counts",
@@ -77,6 +81,7 @@ __all__ = [
   "fit",
   "fit_settings",
   "folder",
+  "group_members",
   "hold_out",
   "image_chunks",
   "is_text",
@@ -99,6 +104,7 @@ __all__ = [
   "read_mnist",
   "read_texts",
   "run_hosts",
+  "split",
   "tfds",
   "tokenizers",
 ]

@@ -1,6 +1,8 @@
 """Decode image files of data sets, inputs and masks."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ _COMMON = {"JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"}
 # Formats whose 16-bit values are unsigned. None is the format of an image from an array. FITS is missing, because it
 # stores measurements of any sign and scale.
 _UNSIGNED = {"PNG", "TIFF", "JPEG2000", None}
+# The EXIF orientations of images that are stored turned by 90 degrees.
+_SIDEWAYS = (5, 6, 7, 8)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339, 0, 2
 
 
@@ -49,16 +53,33 @@ def decode(path: str | Path) -> Any:
     BrokenImage: if the file cannot be decoded, its image exceeds Pillow's size limit, or `eight_bits` rejects its
       pixels.
   """
+  with _opened(path) as image:
+    # Read the bit depth first, because a rotated image no longer has a format.
+    bits = _bits(image)
+    image.load()
+    return _to_eight_bits(_upright(image), bits)
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+  """Return the height and width of the upright image in a file, without decoding the image.
+
+  Raises:
+    BrokenImage: if the file cannot be opened, or its image exceeds Pillow's size limit.
+  """
+  with _opened(path) as image:
+    return (image.width, image.height) if _orientation(image) in _SIDEWAYS else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+  """Open an image file, and turn all errors in the context into a BrokenImage."""
   from PIL import Image, UnidentifiedImageError
 
   try:
     # Pass an open file. Given a path, Pillow memory-maps raw gray TIFFs, and corrupts them when EXIF rotates them by
     # 90 degrees.
-    with open(path, "rb") as file, Image.open(file, formats=_formats()) as opened:
-      # Read the bit depth first, because a rotated image no longer has a format.
-      bits = _bits(opened)
-      opened.load()
-      return _to_eight_bits(_upright(opened), bits)
+    with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+      yield image
   except UnidentifiedImageError as error:
     raise BrokenImage(str(path), "unknown format or pixel type") from error
   except Exception as error:
@@ -107,14 +128,20 @@ def _to_eight_bits(image: Any, bits: int) -> Any:
   return image if bits == 8 else Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
 
 
+def _orientation(image: Any) -> int | None:
+  """Return the EXIF orientation of an image, or None."""
+  from PIL import ExifTags
+
+  try:
+    return image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:
+    return None  # Image viewers ignore damaged EXIF too.
+
+
 def _upright(image: Any) -> Any:
-  from PIL import ExifTags, Image
+  from PIL import Image
 
   transpose = Image.Transpose
-  try:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-  except Exception:
-    return image  # Image viewers ignore damaged EXIF too.
   # ImageOps.exif_transpose also rewrites the EXIF, and fails if any other tag is malformed.
   method = {
     2: transpose.FLIP_LEFT_RIGHT,
@@ -124,5 +151,5 @@ def _upright(image: Any) -> Any:
     6: transpose.ROTATE_270,
     7: transpose.TRANSVERSE,
     8: transpose.ROTATE_90,
-  }.get(orientation)
+  }.get(_orientation(image) or 1)
   return image if method is None else image.transpose(method)

@@ -36,8 +36,12 @@ class Fit(NamedTuple):
     return (*check_image_size(self.image_size), self.channels)
 
 
-def check_image_size(image_size: Any) -> tuple[int, int]:
+def check_image_size(image_size: Any, key: str = "data.image_size") -> tuple[int, int]:
   """Check a height and width and return them as two integers.
+
+  Args:
+    image_size: the height and width in pixels.
+    key: the config key to set, for the error message.
 
   Raises:
     ValueError: if `image_size` is not a sequence of two integers of at least 1.
@@ -49,7 +53,7 @@ def check_image_size(image_size: Any) -> tuple[int, int]:
   if not are_integers or min(image_size) < 1:
     raise ValueError(
       f"Got {image_size!r} as the size of images; expected height and width in pixels, each at least 1, such as (32,"
-      " 32). Set data.image_size."
+      f" 32). Set {key}."
     )
   return int(image_size[0]), int(image_size[1])
 

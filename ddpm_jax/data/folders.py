@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data import captions
-from ddpm_jax.data.decoding import decode
+from ddpm_jax.data.decoding import decode, size_of
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.listing import Folder, count_skipped, walk
 from ddpm_jax.data.metadata import FILE, Fields, number_classes, read_fields
@@ -152,11 +152,23 @@ class FolderSource:
         texts.append("")
     return texts
 
+  def image_size(self, index: int) -> tuple[int, int]:
+    """Return the height and width of the image with this index before it is cropped and resized.
+
+    Raises:
+      BrokenImage: if the file cannot be opened.
+    """
+    return size_of(self.file(index))
+
   def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.read_at(index, self._fit.image_size)
+
+  def read_at(self, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the item with this index, with its image cropped and resized to another height and width."""
     path = self.file(index)
     image = decode(path)
     try:
-      pixels, framing = fit_to(image, self._fit)
+      pixels, framing = fit_to(image, self._fit._replace(image_size=image_size))
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
     item = {"image": pixels, "classes": int(self.classes[index])}

@@ -44,11 +44,9 @@ def load(
   """
   if broken not in ("stop", "skip"):
     raise ValueError(f"Got broken={broken!r}; expected 'stop' or 'skip'. Set --config.data.broken.")
-  train, held_out = splits
   check_split_classes(splits, check)
-  if held_out is None and hold_out:
-    # Split before broken images are replaced, so that no held-out image replaces a training image or vice versa.
-    train, held_out = sources.hold_out(train, hold_out)
+  # Split before broken images are replaced, so that no held-out image replaces a training image or vice versa.
+  train, held_out = split(splits, hold_out)
 
   def finish(source: Source) -> Source:
     cached = sources.cache_in_memory(source, broken)
@@ -67,6 +65,19 @@ def load(
     return SkipBroken(cached) if broken == "skip" else cached
 
   return Splits(finish(train), None if held_out is None else finish(held_out))
+
+
+def split(splits: Splits, count: int) -> Splits:
+  """Hold out images of the training split, if there is no evaluation split.
+
+  Args:
+    splits: the splits of a data set.
+    count: the number of images to hold out, see `load`.
+
+  Raises:
+    ValueError: if `count` is too large.
+  """
+  return Splits(*sources.hold_out(splits.train, count)) if splits.held_out is None and count else splits
 
 
 def classes_below(number: int, key: str = "model.conditions.classes.number") -> Check:

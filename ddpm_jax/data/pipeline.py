@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from ddpm_jax.data.hosts import Host, run_hosts
-from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, read
+from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, group_members, read
 from ddpm_jax.storage.images import as_floats
 
 # While the main process waits for a batch, it checks at this interval in seconds whether the workers are alive.
@@ -202,6 +202,9 @@ def batches(
 
   The same source, batch size, seed and `flip` give the same batches.
 
+  If the source has `groups`, all samples of a batch are of one group. The groups take turns in proportion to their
+  sizes, so that all samples are read equally often.
+
   Args:
     source: the images. A source with `__getitems__` is read one batch at a time.
     batch_size: images per batch, summed over all processes.
@@ -251,15 +254,8 @@ def batches(
     batch = finish_batch(batch, flips)
     return batch if hosts is None else run_hosts(hosts, batch), [error.args for error in errors], os.getpid()
 
-  dataset = (
-    grain.MapDataset.range(len(source))
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    # Batch indices rather than images, so that a source in memory is read with one gather.
-    .batch(batch_size)
-    .random_map(load)
-  )
+  # Batch indices rather than images, so that a source in memory is read with one gather.
+  dataset = _index_batches(source, batch_size, seed).random_map(load)
 
   def start(batch: int) -> Iterator[Any]:
     # The content of a batch depends only on its index, so iteration may start at any batch.
@@ -275,6 +271,19 @@ def batches(
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
   return Batches(start, source, position, put)
+
+
+def _index_batches(source: Source, batch_size: int, seed: int) -> grain.MapDataset:
+  """Return endless batches of the shuffled indices of a source, each batch from one group."""
+
+  def shuffled(count: int) -> grain.MapDataset:
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch_size)
+
+  members = group_members(source)
+  if len(members) == 1:
+    return shuffled(len(source))
+  parts = [shuffled(len(indices)).map(indices.__getitem__) for indices in members]
+  return grain.MapDataset.mix(parts, [float(len(indices)) for indices in members]).seed(seed)
 
 
 def finish_batch(batch: Batch, flips: np.ndarray | None = None) -> Batch:

@@ -12,15 +12,21 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 
 An item of a latent data set has `latent`, the encoded image, in place of `image`.
 
-All items of a source have the same names, and arrays of the same name have the same shape.
+All items of a source have the same names, and arrays of the same name have the same shape, unless the source has
+`groups`.
 
-A source that can read many items at once also has a method `__getitems__(indices)`, which must return a dict of
-arrays [B, ...] with the same names as an item. A source that knows all classes without reading images has an attribute
-`classes` [N]. A source that knows texts without reading images has a method `texts(name, indices)`, which returns the
-texts of the item `name`, or None.
+A source may have more than a length and items:
+
+- A method `__getitems__(indices)` reads many items at once. It returns a dict of arrays [B, ...] with the same names as
+  an item.
+- An attribute `classes` [N] holds all classes, if they are known without reading images.
+- A method `texts(name, indices)` returns the texts of the item `name`, or None if they are not known without reading
+  images.
+- An attribute `groups` [N] holds an integer for each item, if the images have several shapes. Items of the same group
+  have the same shapes, and a batch holds items of one group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -92,6 +98,14 @@ def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> lis
 
   texts = known_texts(source, name, spread(most))
   return [str(text) for text in read(source, spread(most_slow))[name]] if texts is None else texts
+
+
+def group_members(source: Source) -> list[np.ndarray]:
+  """Return the indices of each group of a source, which is one group if the source has no `groups`."""
+  groups = getattr(source, "groups", None)
+  if groups is None:
+    return [np.arange(len(source))]
+  return [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
 
 def known_texts(source: Source, name: str, indices: np.ndarray) -> list[str] | None:
@@ -308,6 +322,7 @@ class SkipBroken:
 
   def __init__(self, source: Source):
     self.source, self.classes = source, getattr(source, "classes", None)
+    self.groups: np.ndarray | None = getattr(source, "groups", None)
     self.broken: dict[str, str] = {}
 
   def __len__(self) -> int:
@@ -333,12 +348,19 @@ class SkipBroken:
     The errors are not reported.
     """
     errors: list[BrokenImage] = []
-    for step in range(len(self)):
+    for other in self._from(index):
       try:
-        return self.source[(index + step) % len(self)], errors
+        return self.source[other], errors
       except BrokenImage as error:
         errors.append(error)
-    raise broken_error(errors, len(self))
+    raise broken_error(errors, len(errors))
+
+  def _from(self, index: int) -> Iterable[int]:
+    """Return `index` and then, in order, all other indices of its group."""
+    if self.groups is None:
+      return ((index + step) % len(self) for step in range(len(self)))
+    members = np.flatnonzero(self.groups == self.groups[index])
+    return map(int, np.roll(members, -int(np.searchsorted(members, index))))
 
   def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
     """Return a batch with broken images replaced, and the errors of the broken images.
@@ -457,6 +479,19 @@ class _Subset:
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
     return known_texts(self.source, name, self.indices[indices])
+
+  def image_size(self, index: int) -> tuple[int, int]:
+    source: Any = self.source
+    return source.image_size(int(self.indices[index]))
+
+  def read_at(self, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    source: Any = self.source
+    return source.read_at(int(self.indices[index]), image_size)
+
+
+def is_resizable(source: Source) -> bool:
+  """Return whether a source can read its images at any size."""
+  return hasattr(source.source if isinstance(source, _Subset) else source, "read_at")
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:

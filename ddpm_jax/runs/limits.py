@@ -23,9 +23,9 @@ _THREAD, _PROCESS = 2**23, 2**26
 
 def check_training(experiment: Experiment, devices: Sequence[Any]) -> None:
   """Raise a ValueError if a training batch, or the workers that read it, do not fit into the available memory."""
-  c, shape = experiment.training, experiment.data.shape
+  c, shape = experiment.training, experiment.data.train_shape
   advice = "Lower the batch size, the image size or the network's channels, or use more devices."
-  needed = c.batch_size * math.prod(shape) * _FLOAT + c.batch_size / c.accumulate * _features(experiment)
+  needed = c.batch_size * math.prod(shape) * _FLOAT + c.batch_size / c.accumulate * _features(experiment, shape)
   what = f"config.training.batch_size={c.batch_size} {_for_images(shape)}"
   memory.check(f"{what}{_channels(experiment)}", needed, memory.device_bytes(devices), advice)
   images = c.batch_size / jax.process_count() * math.prod(shape)
@@ -83,8 +83,14 @@ def _channels(experiment: Experiment) -> str:
   return f" and network.channels={channels}" if channels else ""
 
 
-def _features(experiment: Experiment) -> int:
-  """Return the bytes of the first layer's features of a sample, or 0 if the network has no attribute `channels`."""
-  module, space = experiment.model.network.module, experiment.model.shape[:-1]
+def _features(experiment: Experiment, shape: tuple[int, ...] | None = None) -> int:
+  """Return the bytes of the first layer's features of a sample, or 0 if the network has no attribute `channels`.
+
+  Args:
+    experiment: the experiment with the model.
+    shape: the shape of the data; None for the shape that the model generates.
+  """
+  model = experiment.model
+  module, space = model.network.module, (model.shape if shape is None else model.codec.shape(shape))[:-1]
   size = jnp.dtype(getattr(module, "dtype", None) or jnp.float32).itemsize
   return math.prod(space) * int(getattr(module, "channels", 0) or 0) * size

@@ -42,6 +42,11 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
     ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
   """
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
+  if experiment.data.buckets:
+    raise ValueError(
+      f"Got config.data.buckets={experiment.data.buckets} with --mode=prepare, which stores images of one size; expected no buckets. Train"
+      " on the folder of images without preparing it, or set --config.data.buckets=()."
+    )
   tree = experiment.tree
   source, keys = tree.components["data.source"].value, tree.arguments("data.source")
   fit, check = reading.fit_of(experiment), reading.check_of(experiment)
@@ -70,7 +75,7 @@ def _encode(experiment: Experiment, output: Path) -> None:
     ValueError: if the data or the codec cannot be read, an encoded image is not finite, or the output folder exists.
   """
   files.check_new_folder(output)
-  source, _ = reading.read_data(experiment)
+  source = reading.read_data(experiment).train
   latents.check_conditions(experiment)
   if jax.process_count() > 1:
     raise ValueError(

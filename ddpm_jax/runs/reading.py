@@ -28,6 +28,7 @@ class Run(NamedTuple):
     mesh: the mesh of all devices.
     source: the training data.
     held_out: the held-out data, or None.
+    buckets: the training data at several sizes, or None (see `read_buckets`).
     latents: the encoded training data; None to encode images in every train step.
   """
 
@@ -36,12 +37,13 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   source: data.Source
   held_out: data.Source | None
+  buckets: data.Source | None = None
   latents: data.Source | None = None
 
   @property
   def training_source(self) -> data.Source:
-    """Return the source of training batches: the encoded data if there are any, otherwise the images."""
-    return self.source if self.latents is None else self.latents
+    """Return the source of training batches: encoded images, images at several sizes, or images of one size."""
+    return next(source for source in (self.latents, self.buckets, self.source) if source is not None)
 
 
 def fit_of(experiment: Experiment) -> data.Fit:
@@ -72,15 +74,36 @@ def read_sources(experiment: Experiment) -> data.Splits:
   return splits
 
 
-def read_data(experiment: Experiment) -> data.Splits:
+def read_buckets(experiment: Experiment, splits: data.Splits) -> data.Source | None:
+  """Return the training images at the sizes of `config.data.buckets`, or None if the config has no buckets.
+
+  Args:
+    experiment: the experiment with the data.
+    splits: the splits that `read_sources` returned.
+
+  Raises:
+    ValueError: if the images cannot be read at other sizes.
+  """
+  c = experiment.data
+  if not c.buckets:
+    return None
+  buckets = data.Buckets(data.split(splits, c.hold_out).train, c.buckets)
+  return data.SkipBroken(buckets) if c.broken == "skip" else buckets
+
+
+def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data.Splits:
   """Read the training data and the held-out data (or None), and check their shapes, classes and other items.
+
+  Args:
+    experiment: the experiment with the data.
+    splits: the splits that `read_sources` returned; None to read them.
 
   Raises:
     ValueError: if the data are missing or unreadable, or if they lack a condition of the model.
   """
   c, conditions = experiment.data, experiment.model.conditions
   broken = choose(c.broken, ("stop", "skip"), "config.data.broken")
-  splits, check = read_sources(experiment), check_of(experiment)
+  splits, check = splits or read_sources(experiment), check_of(experiment)
   splits = data.load(splits, broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
   item = data.read(splits.train, [0])
   if reserved := [name for name in _RESERVED if name in item]:

@@ -162,20 +162,21 @@ def flops_per_image(experiment: Experiment, batch: Batch) -> float:
   return costs.matmul_flops(jax.make_jaxpr(gradient)(jax.eval_shape(model.init, key), key, batch, frozen))
 
 
-def batch_shapes(experiment: Experiment, size: int, source: Any = None) -> Batch:
+def batch_shapes(experiment: Experiment, size: int, source: Any = None, index: int = 0) -> Batch:
   """Return the shapes of a training batch.
 
   Args:
     experiment: the experiment to train.
     size: the number of samples in the batch.
-    source: a data source to read the shapes of one sample from. If None, the batch has images, classes and the items
-      that the conditions read.
+    source: a data source to read the shapes of one sample from. If None, the batch has images of the largest training
+      size, classes and the items that the conditions read.
+    index: the index of the sample in the source.
   """
   conditions = experiment.model.conditions
   if source is not None:
-    first = host_items(conditions, data.finish_batch(data.read(source, [0])))
+    first = host_items(conditions, data.finish_batch(data.read(source, [index])))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), first)
-  shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.shape), jnp.float32)}
+  shapes = {"image": jax.ShapeDtypeStruct((size, *experiment.data.train_shape), jnp.float32)}
   shapes["classes"] = jax.ShapeDtypeStruct((size,), jnp.int32)
   for name, condition in conditions.items():
     if condition.host is not None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   limits.check_evaluation(experiment, devices, folder)
   task = experiment.task
   task.check(experiment, mesh)
-  run = Run(experiment, folder, mesh, *reading.read_data(experiment))
+  splits = reading.read_sources(experiment)
+  buckets = reading.read_buckets(experiment, splits)
+  run = Run(experiment, folder, mesh, *reading.read_data(experiment, splits), buckets)
   run = run._replace(latents=latents.open_latents(experiment, run.source))
   trained = latents.with_stored_texts(experiment, run.latents)
   step = stepping.step(trained, mesh)
@@ -134,8 +137,10 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
   needed = len(devices) * sum(map(plan.state_bytes, (template, template.params, template.extra, frozen_params)))
   advice = "Make the network smaller, or shard the state over more devices (--config.parallel.fsdp)."
   memory.check("the state of this network and its optimizer", needed, memory.device_bytes(devices), advice)
-  batch = stepping.batch_shapes(trained, c.batch_size, run.training_source)
-  trainer = _Trainer(run, trained, scorer, preview, step, init, template, batch, frozen_params, digests)
+  source = run.training_source
+  groups = data.group_members(source)
+  batches = [stepping.batch_shapes(trained, c.batch_size, source, int(members[0])) for members in groups]
+  trainer = _Trainer(run, trained, scorer, preview, step, init, template, batches, frozen_params, digests)
   trainer.check_best_metric()
   records.check_wandb(c.wandb)
   workdir.check_writable(folder)
@@ -154,7 +159,7 @@ class _Trainer:
     step: the train step.
     init: the function that makes the first state.
     template: the shapes and shardings of the state.
-    batch: the shapes of a batch.
+    batch_shapes: the shapes of a batch, for each group of the data (see `data.sources`).
     frozen: the frozen parameters of the train step, or None.
     digests: the digests of all frozen parameters and tokenizers of the run.
     damaged: messages to the user about damaged files.
@@ -167,7 +172,7 @@ class _Trainer:
   step: Callable
   init: Callable[[], training.TrainState]
   template: training.TrainState
-  batch: PyTree
+  batch_shapes: list[PyTree]
   frozen: PyTree | None
   digests: dict[str, list[str]]
   damaged: list[str] = dataclasses.field(default_factory=list)
@@ -177,7 +182,7 @@ class _Trainer:
     c, every = self.run.experiment.training, self.run.experiment.evaluation.every
     if not c.best_metric.startswith("eval/"):
       if c.best_metric != "loss":  # every step has a loss
-        _, metrics = jax.eval_shape(self.step, self.template, self.batch, self.frozen)
+        _, metrics = jax.eval_shape(self.step, self.template, self.batch_shapes[0], self.frozen)
         names = [name for name in metrics if not name.startswith("skipped")]
         choose(c.best_metric, names, "config.training.best_metric")
       return
@@ -195,6 +200,10 @@ class _Trainer:
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
+    if self.run.buckets is not None:
+      groups = zip(data.group_members(self.run.buckets), self.batch_shapes, strict=True)
+      sizes = [f"{len(members):,} of {_size(batch)}" for members, batch in groups]
+      print_line(f"training reads images of {len(sizes)} sizes: {', '.join(sizes)}")
     if self.run.latents is not None:
       print_line(f"training reads encoded images from {experiment.data.latents}")
     counts = generation.class_counts(experiment, source)
@@ -290,8 +299,16 @@ class _Trainer:
     experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
     c, first = experiment.training, int(state.step)
     jitted = parallel.jit_step(self.step, mesh, state, self.frozen)
-    arguments = (self.batch,) if self.frozen is None else (self.batch, self.frozen)
-    program = progress.compile_with_progress("the train step", lambda: jitted.lower(self.template, *arguments))
+    arguments = () if self.frozen is None else (self.frozen,)
+    programs = {}
+    for batch in self.batch_shapes:
+      name = "the train step" + (f" for images of {_size(batch)}" if self.run.buckets is not None else "")
+      lower = partial(jitted.lower, self.template, batch, *arguments)
+      programs[_shapes(batch)] = progress.compile_with_progress(name, lower)
+
+    def step(state, batch, *arguments):
+      return programs[_shapes(batch)](state, batch, *arguments)
+
     writer = None
     if parallel.is_main():
       writer = records.MetricLog(folder, first, wandb=c.wandb, config=experiment.tree.values)
@@ -305,7 +322,7 @@ class _Trainer:
       signals = stack.enter_context(watching.Signals(self.batches.cancel))
       state = training.fit(
         state,
-        program,
+        step,
         self.batches,
         self.frozen,
         num_steps=c.steps,
@@ -337,8 +354,7 @@ class _Work:
     self._scores: tuple[int, Metrics] = (-1, {})
     experiment = self._run.experiment
     self._rate, self._chip = stepping.schedule(experiment), hardware.chip_of(self._run.mesh.devices.flat[0].device_kind)
-    single = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), trainer.batch)
-    self._flops = stepping.flops_per_image(trainer.trained, single) if self._chip else 0.0
+    self._flops = _mean_flops(trainer) if self._chip else 0.0
 
   def callbacks(self) -> list[training.Callback]:
     """Return the callbacks of the training loop.
@@ -412,6 +428,25 @@ class _Work:
     if self._writer is not None:
       images.save_grid(self._run.folder / "samples" / f"step_{step:07d}.png", picture)
       self._writer.image(step, "samples", images.grid(picture))
+
+
+def _mean_flops(trainer: _Trainer) -> float:
+  """Return the mean FLOPs of the train step for one sample."""
+  counts = [len(members) for members in data.group_members(trainer.run.training_source)]
+  singles = [
+    jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)
+    for batch in trainer.batch_shapes
+  ]
+  flops = [stepping.flops_per_image(trainer.trained, single) for single in singles]
+  return float(np.average(flops, weights=counts))
+
+
+def _shapes(batch: PyTree) -> tuple[tuple[int, ...], ...]:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def _size(batch: PyTree) -> str:
+  return "x".join(map(str, batch["image"].shape[1:]))
 
 
 def _num_skipped(state: training.TrainState) -> int:

@@ -44,19 +44,26 @@ def plms(process: Process) -> Sampler:
   """
 
   def step(key, denoise, x_t, memory: _Past, t, s):
-    x_0, eps = estimate(process, denoise, x_t, t)
-    values = (eps.astype(x_t.dtype), *memory.values)
+    t, s = jnp.asarray(t), jnp.asarray(s)
+    is_twice = (memory.steps == 0) & (process.sigma(s) > 0)
+
+    def call(carry, is_needed):
+      # Estimate the data and the noise at `carry`, and go with them from x_t to x_s for the next call.
+      def run(carry):
+        x_0, eps = (one.astype(x_t.dtype) for one in estimate(process, denoise, *carry))
+        x_s = step_along_noise(process, x_t, x_0, eps, t, s).astype(x_t.dtype)
+        return (x_s, s.astype(t.dtype)), (x_0, eps)
+
+      return jax.lax.cond(is_needed, run, lambda carry: (carry, (x_t, x_t)), carry)
+
+    # A loop compiles the network once. Two calls in the code would compile it twice.
+    calls = jnp.stack([jnp.array(True), is_twice])
+    _, (x_0, eps) = jax.lax.scan(call, (x_t, t), calls)
+    values = (eps[0], *memory.values)
     weights = jnp.asarray(_WEIGHTS, x_t.dtype)[jnp.minimum(memory.steps, 3)]
-
-    def combine():
-      return sum(weight * value for weight, value in zip(weights, values, strict=True))
-
-    def average():
-      x_s = step_along_noise(process, x_t, x_0, eps, t, s).astype(x_t.dtype)
-      return (0.5 * (eps + estimate(process, denoise, x_s, s)[1])).astype(x_t.dtype)
-
-    eps = jax.lax.cond((memory.steps == 0) & (process.sigma(s) > 0), average, combine)
-    return step_along_noise(process, x_t, x_0, eps, t, s), _Past(values[:3], memory.steps + 1)
+    combined = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    mean = jnp.where(is_twice, 0.5 * (eps[0] + eps[1]), combined)
+    return step_along_noise(process, x_t, x_0[0], mean, t, s), _Past(values[:3], memory.steps + 1)
 
   def init(x):
     return _Past((jnp.zeros_like(x),) * 3, jnp.array(0))

@@ -1,0 +1,96 @@
+"""Read images at several sizes, each at the size closest to its own aspect ratio."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ddpm_jax.data.fitting import check_image_size
+from ddpm_jax.data.sources import BrokenImage, Source, is_resizable, known_texts
+
+Size = tuple[int, int]
+
+
+class Buckets:
+  """Read each image at the size of its bucket, whose aspect ratio is the closest to the image's own.
+
+  Items of one bucket have images of one shape. `batches` takes all items of a batch from one bucket. The distance
+  between two aspect ratios is the difference of their logarithms (Podell et al. 2023, section 2.3).
+
+  Args:
+    source: images that can be read at any size: a `FolderSource`, or a part of one that `hold_out` returned.
+    sizes: the height and width in pixels of each bucket.
+
+  Attributes:
+    sizes: the argument `sizes`.
+    groups: the bucket of each image, [N] int. An image that cannot be opened is in bucket 0.
+    classes: the classes [N] of the source.
+
+  Raises:
+    ValueError: if the images cannot be read at any size, or `sizes` are wrong (see `check_buckets`).
+  """
+
+  def __init__(self, source: Source, sizes: Sequence[Size]):
+    if not is_resizable(source):
+      raise ValueError(
+        "Got config.data.buckets with a data source whose images have one size; expected a folder of image files. Set"
+        " --config.data.source='folder(path=<folder>)', or --config.data.buckets=() to use one size."
+      )
+    self.source: Any = source
+    self.sizes = check_buckets(sizes)
+    self.classes = getattr(source, "classes", None)
+    self.groups = _nearest(_image_sizes(source), self.sizes)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.source.read_at(index, self.sizes[self.groups[index]])
+
+  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    """Return the texts of items, see `FolderSource.texts`."""
+    return known_texts(self.source, name, indices)
+
+
+def check_buckets(sizes: Sequence[Any]) -> tuple[Size, ...]:
+  """Check the sizes of buckets, and return them as pairs of integers.
+
+  Raises:
+    ValueError: if there are no sizes, one is not a height and a width of at least 1, or two have the same aspect ratio.
+  """
+  if not len(sizes):
+    raise ValueError("Got no sizes of buckets; expected at least one, such as (512, 512). Set data.buckets.")
+  checked = tuple(check_image_size(size, "data.buckets") for size in sizes)
+  for number, (height, width) in enumerate(checked):
+    for other_height, other_width in checked[:number]:
+      if height * other_width == width * other_height:
+        raise ValueError(
+          f"Got the buckets {(other_height, other_width)} and {(height, width)} in data.buckets, which have the same"
+          " aspect ratio; expected different ones, because the aspect ratio of an image selects its bucket. Remove one."
+        )
+  return checked
+
+
+def _image_sizes(source: Any) -> np.ndarray:
+  """Read the height and width of each image [N, 2]. The size of an image that cannot be opened is 0."""
+
+  def read(index: int) -> Size:
+    try:
+      return source.image_size(index)
+    except BrokenImage:
+      return 0, 0
+
+  count = len(source)
+  with ThreadPoolExecutor() as pool:
+    results = pool.map(read, range(count), chunksize=64)
+    return np.array(list(tqdm(results, total=count, desc="reading sizes", unit=" images", disable=count < 5000)))
+
+
+def _nearest(image_sizes: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
+  """Return the index of the size with the closest aspect ratio for each image [N]."""
+  is_known = np.all(image_sizes > 0, axis=1)
+  heights, widths = np.where(is_known[:, None], image_sizes, np.array(sizes[0])).T
+  ratios = np.array([height / width for height, width in sizes])
+  return np.argmin(np.abs(np.log(heights / widths)[:, None] - np.log(ratios)), axis=1)
