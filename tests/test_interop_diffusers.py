@@ -178,8 +178,8 @@ def test_models_are_read_from_a_copy_of_their_configs(folder, tmp_path):
   assert from_copy.network.module == model.network.module
   assert (from_copy.network.module.dropout, from_copy.network.module.dtype) == (0.1, jnp.bfloat16)
   assert jax.tree.map(jnp.shape, jax.eval_shape(from_copy.init, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
-  # Existing files can be overwritten, even by themselves.
-  interop.diffusers.copy_config(tmp_path / "copy", tmp_path / "copy")
+  with pytest.raises(ValueError, match="not an empty folder"):
+    interop.diffusers.copy_config(tmp_path / "copy", tmp_path / "copy" / ".." / "copy")
   for wrong, message in (
     ({"dtype": "int8"}, "dtype='int8'; expected 'float32' or 'bfloat16'"),
     ({"remat": "some"}, "remat='some'"),

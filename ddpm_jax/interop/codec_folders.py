@@ -62,7 +62,7 @@ def read_codec(
     posterior: see `load_codec`.
     dtype: see `load_codec`.
     tile: see `load_codec`.
-    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
+    variant: the variant of the weights, such as "fp16". Plain weights are read if the variant does not exist.
 
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
@@ -83,8 +83,9 @@ def read_codec(
 
   def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
-    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS, variant=variant))
-    weights = folders.weights_path(found, variant=variant)
+    options: dict[str, Any] = {"variant": variant, "needs_variant": False}
+    found = folders.autoencoder_folder(folders.find_folder(path, parts=folders.AUTOENCODERS, **options))
+    weights = folders.weights_path(found, **options)
     file = tensors.open_weights(weights, "encoder.conv_in.weight", "AutoencoderKL of diffusers")
     layout = autoencoder_kl.layout(len(network.multipliers))
     return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=jax_type, mesh=mesh)

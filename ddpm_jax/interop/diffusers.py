@@ -186,37 +186,35 @@ def read(
 
 
 def copy_config(path: str | Path, folder: str | Path, variant: str = "") -> None:
-  """Copy the config files of a model to a folder, as unet/config.json and scheduler/scheduler_config.json.
+  """Copy a model to a folder, without the weights of its network.
 
-  `read` needs only these two files. The folders of an autoencoder and of text encoders are copied too, with their
-  weights, because training does not change them. So are the tokenizers.
+  `read` accepts the copy. The config files of the network and the scheduler become unet/config.json and
+  scheduler/scheduler_config.json. An autoencoder and text encoders are copied with their weights, because training does
+  not change them.
 
   Args:
     path: the model, see `load`.
-    folder: the destination. Existing config files are replaced.
+    folder: the destination, new or empty.
     variant: the variant of the weights to copy, see `load`.
 
   Raises:
-    ValueError: if the model does not exist.
+    ValueError: if the model does not exist, or the destination is not empty.
     WriteError: if the files cannot be written.
   """
+  target = check_output(folder)
   if is_text_pipeline(path):
-    text_saving.copy_frozen(path, user_path(folder), variant)
+    text_saving.copy_frozen(path, target, variant)
     return
   *configs, autoencoder = pipeline_files(find_folder(path, weights=False))
-  if autoencoder is not None:
-    source, target = find_folder(path, parts=AUTOENCODERS) / autoencoder.name, user_path(folder) / autoencoder.name
-    if target.absolute() != source.absolute():
-      shutil.rmtree(target, ignore_errors=True)
-      with files.atomic_folder(target) as temporary:
-        for file in weight_files(source):
-          shutil.copyfile(file, temporary / file.name)
-        shutil.copyfile(source / "config.json", temporary / "config.json")
-  for source, relative_path in zip(configs, _CONFIGS, strict=True):
-    target = user_path(folder) / relative_path
-    with files.named_errors(target):
-      target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(target, jsonfiles.read_text(source))
+  with files.atomic_folder(target) as copy:
+    for source, relative_path in zip(configs, _CONFIGS, strict=True):
+      (copy / relative_path).parent.mkdir(exist_ok=True)
+      shutil.copyfile(source, copy / relative_path)
+    if autoencoder is not None:
+      source, part = find_folder(path, parts=AUTOENCODERS) / autoencoder.name, copy / autoencoder.name
+      part.mkdir()
+      for file in (source / "config.json", *weight_files(source)):
+        shutil.copyfile(file, part / file.name)
 
 
 def is_text_pipeline(path: str | Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_jax.interop import hub
+from ddpm_jax.interop import hub, tensors
 from ddpm_jax.storage import files, jsonfiles
 from ddpm_jax.storage.places import user_path
 
@@ -111,6 +111,7 @@ def find_folder(
   names: Names = DIFFUSERS,
   files: Sequence[str] = (),
   variant: str = "",
+  needs_variant: bool = True,
 ) -> Path:
   """Return the folder of a model, downloaded from the Hugging Face hub if necessary.
 
@@ -123,6 +124,7 @@ def find_folder(
     names: the names of weights files.
     files: patterns of further files to download.
     variant: the variant of the weights to download, such as "fp16". Empty for the plain weights if there are any.
+    needs_variant: see `weights_path`.
 
   Raises:
     ValueError: if the folder does not exist and the hub does not provide a model of this name, or if
@@ -135,7 +137,7 @@ def find_folder(
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
     hint = " In Python, interop.single_file.load reads files of Stable Diffusion." if folder.is_file() else ""
     raise ValueError(
-      f"Got {name}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32.{hint}"
+      f"Got {path}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32.{hint}"
     )
   small = ["*.json", *files]
 
@@ -145,20 +147,24 @@ def find_folder(
   if not weights:
     return download()
   # A repository can contain the same weights in several forms. Download only the first form that exists.
-  for form in _forms(names, variant):
-    downloaded = download(*([form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]))
-    if any(downloaded.rglob(form)):
+  for form in _forms(names, variant, needs_variant):
+    patterns = [form, *(f"{part}/{form}" for part in parts)] if parts else [f"*{form}"]
+    downloaded = download(*patterns)
+    # The folder may hold weights of other parts from earlier downloads, so look only for these patterns.
+    if any(any(downloaded.glob(pattern)) for pattern in (patterns if parts else [f"**/{form}"])):
       break
   return downloaded
 
 
-def _forms(names: Names, variant: str = "") -> list[str]:
+def _forms(names: Names, variant: str = "", needs_variant: bool = True) -> list[str]:
   """Return patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16."""
   forms = (f".{variant}", f".{variant}-*-of-*") if variant else ("", "-*-of-*", ".*")
+  if variant and not needs_variant:
+    forms = (*forms, "", "-*-of-*")
   return [f"{name}{form}.{suffix}" for suffix, name in names.items() for form in forms]
 
 
-def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> Path:
+def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "", *, needs_variant: bool = True) -> Path:
   """Return the path of the weights file, or of the index of sharded weights.
 
   Safetensors files have priority over .bin files. Among files of one type, plain names have priority over variants such
@@ -167,7 +173,9 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> P
   Args:
     folder: the folder of the weights.
     names: the names of weights files.
-    variant: the variant to return. Empty for the plain weights, or for the only variant.
+    variant: the variant to return. Empty selects the plain weights or, if there are none, the only variant.
+    needs_variant: whether a folder without the variant is an error. Otherwise, its plain weights are returned. In
+      published pipelines, a variant such as "non_ema" often exists for the network alone.
 
   Raises:
     ValueError: if the folder has no weights, not the variant, or several variants and none is chosen.
@@ -178,7 +186,8 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> P
     # A variant name, such as fp16 or non_ema, comes before ".safetensors" in the name of a weights file, but after
     # ".safetensors.index" in the name of an index.
     plain = (f"{name}.{suffix}", f"{name}.{suffix}.index.json")
-    for patterns in (_variants(name, suffix, variant),) if variant else (plain, _variants(name, suffix)):
+    choices = (_variants(name, suffix, variant),) if variant else (plain, _variants(name, suffix))
+    for patterns in choices if needs_variant or not variant else (*choices, plain):
       matches = sorted(file for pattern in patterns for file in folder.glob(pattern) if "-of-" not in file.name)
       if len(matches) > 1:
         raise ValueError(
@@ -201,13 +210,18 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> P
   )
 
 
-def weight_files(folder: Path, names: Names = DIFFUSERS, variant: str = "") -> list[Path]:
-  """Return the paths of the files that `weights_path` selects: one file, or an index and its shards."""
-  path = weights_path(folder, names, variant)
+def weight_files(
+  folder: Path, names: Names = DIFFUSERS, variant: str = "", *, needs_variant: bool = True
+) -> list[Path]:
+  """Return the paths of the files that `weights_path` selects: one file, or an index and its shards.
+
+  Raises:
+    ValueError: see `weights_path`; or if the index is malformed, or a shard is missing.
+  """
+  path = weights_path(folder, names, variant, needs_variant=needs_variant)
   if path.suffix != ".json":
     return [path]
-  shards = jsonfiles.read(path).get("weight_map", {})
-  return [path, *(folder / shard for shard in sorted(set(shards.values())))]
+  return [path, *tensors.shards_of(path).values()]
 
 
 def _variants(name: str, suffix: str, variant: str = "*") -> tuple[str, str]:

@@ -96,12 +96,15 @@ def count(file: tensors.TensorFile, part: str) -> int:
   """Return the number of numbered children of a part.
 
   Raises:
-    ValueError: if there are none.
+    ValueError: if there are none, or a number is missing.
   """
-  indices = [int(match[1]) for name in file.shapes if (match := re.match(rf"{re.escape(part)}\.(\d+)\.", name))]
-  if not indices:
+  found = {match[1] for name in file.shapes if (match := re.match(rf"{re.escape(part)}\.(\d+)\.", name))}
+  if not found:
     raise _missing(file, part)
-  return max(indices) + 1
+  for number in range(len(found)):
+    if str(number) not in found:
+      raise _missing(file, f"{part}.{number}")
+  return len(found)
 
 
 def has(file: tensors.TensorFile, prefix: str) -> bool:

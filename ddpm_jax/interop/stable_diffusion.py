@@ -112,7 +112,8 @@ def read(
       "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
-    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
+    variant: the variant of the weights, such as "fp16". The U-Net must have it. The other parts may have plain weights
+      only. Empty selects the plain weights or, if there are none, the only variant.
     posterior: how images are encoded, see `codecs.latent`.
 
   Raises:

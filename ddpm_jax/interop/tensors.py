@@ -150,14 +150,8 @@ class ShardedFile:
 
   def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
     self.path = Path(path)
-    index = jsonfiles.read(self.path)
-    file_names = index.get("weight_map")
-    if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
-      raise ValueError(
-        f"Got {self.path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of"
-        " each tensor. Download the index again."
-      )
-    self._files = {name: TensorFile(self.path.parent / name) for name in sorted(set(file_names.values()))}
+    file_names, shards = _read_index(self.path), shards_of(self.path)
+    self._files = {name: TensorFile(shard) for name, shard in shards.items()}
     shapes: Shapes = {}
     for name, file in self._files.items():
       listed = {tensor for tensor, file_name in file_names.items() if file_name == name}
@@ -180,6 +174,32 @@ class ShardedFile:
     for file in self._files.values():
       for name, value in file.items([name for name in file.shapes if name in short_names]):
         yield short_names[name], value
+
+
+def shards_of(path: Path) -> dict[str, Path]:
+  """Return the paths of the files that an index lists, by name.
+
+  Raises:
+    ValueError: if the index is malformed, or a file is missing.
+  """
+  shards = {name: path.parent / name for name in sorted(set(_read_index(path).values()))}
+  missing = [name for name, shard in shards.items() if not shard.is_file()]
+  if missing:
+    raise ValueError(
+      f"Got {path}, which lists {_shorten(missing)}; expected all files of the index beside it. Download the folder again."
+    )
+  return shards
+
+
+def _read_index(path: Path) -> dict[str, str]:
+  """Return the file name of each tensor."""
+  file_names = jsonfiles.read(path).get("weight_map")
+  if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
+    raise ValueError(
+      f"Got {path} with weight_map={jsonfiles.shorten(file_names)}; expected an object with the file name of each tensor."
+      " Download the index again."
+    )
+  return file_names
 
 
 def _is_file_name(name: Any) -> bool:
@@ -401,7 +421,8 @@ def _check_shapes(path: Path, expected: Shapes, shapes: Shapes) -> None:
     raise ValueError(
       f"Cannot load {path}: its {len(shapes)} tensors do not match the network, which has {len(expected)}:\n"
       + "\n".join(lines)
-      + "\nThe weights and the config belong to different models, or one of the files is damaged."
+      + "\nThe weights and the config belong to different models, the model has an option that is not supported, or a file"
+      " is damaged."
     )
 
 

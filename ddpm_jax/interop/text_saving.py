@@ -81,26 +81,24 @@ def copy_frozen(path: str | Path, target: Path, variant: str = "") -> None:
 
   Args:
     path: the folder of the pipeline, or a name on the Hugging Face hub.
-    target: the destination, which the copy replaces.
+    target: the destination, new or empty.
     variant: the variant of the weights to copy. Empty for the plain weights, or for the only variant.
 
   Raises:
-    ValueError: if the pipeline or a part does not exist.
+    ValueError: if the pipeline or a part does not exist, or the destination is not empty.
     WriteError: if the files cannot be written.
   """
   folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
   index = pipeline_index.read(folder)
-  if folder.absolute() == target.absolute():
-    return
   names = {"vae": folders.DIFFUSERS} | dict.fromkeys(index.encoders, folders.TRANSFORMERS)
-  shutil.rmtree(target, ignore_errors=True)
   with files.atomic_folder(target) as copy:
     for part in index.tokenizers:
       copy_tokenizer(folder / part, copy / part)
     for part, weights in names.items():
-      found = folders.find_folder(path, parts=(part,), names=weights, variant=variant) / part
+      options: dict[str, Any] = {"variant": variant, "needs_variant": False}
+      found = folders.find_folder(path, parts=(part,), names=weights, **options) / part
       (copy / part).mkdir()
-      for file in (found / "config.json", *folders.weight_files(found, weights, variant)):
+      for file in (found / "config.json", *folders.weight_files(found, weights, **options)):
         shutil.copyfile(file, copy / part / file.name)
     for name in ("unet/config.json", "scheduler/scheduler_config.json", pipeline_index.NAME):
       (copy / name).parent.mkdir(exist_ok=True)

@@ -50,7 +50,7 @@ def read_text_encoder(
     path: see `load_text_encoder`.
     part: see `load_text_encoder`.
     dtype: see `load_text_encoder`.
-    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
+    variant: the variant of the weights, such as "fp16". Plain weights are read if the variant does not exist.
 
   Returns:
     The encoder, and a loader of its parameters. Only `loader()` reads the weights.
@@ -71,7 +71,7 @@ def _read(path: str | Path, part: str, dtype: str, variant: str, *, weights: boo
   def load(template: PyTree, mesh: jax.sharding.Mesh | None) -> PyTree:
     # For a name on the hub, only the configs have been downloaded so far.
     folder = _find(path, part, weights=True, variant=variant)
-    file = tensors.open_weights(folders.weights_path(folder, folders.TRANSFORMERS, variant))
+    file = tensors.open_weights(folders.weights_path(folder, folders.TRANSFORMERS, variant, needs_variant=False))
     names = text_names.modern_names(encoder, file.shapes)
     return tensors.load(file, template, text_names.layout(encoder, file.shapes), names, dtype=jax_type, mesh=mesh)
 
@@ -98,7 +98,8 @@ def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> P
   """Return the folder of a text encoder, downloaded if necessary."""
   # Weights of other parts are large. Without a part, the weights are at the top.
   names = folders.TRANSFORMERS
-  found = folders.find_folder(path, weights=weights, parts=(part or ".",), names=names, variant=variant)
+  options: dict[str, Any] = {"variant": variant, "needs_variant": False}
+  found = folders.find_folder(path, weights=weights, parts=(part or ".",), names=names, **options)
   folder = found / part
   if not (folder / "config.json").is_file():
     parts = sorted(file.parent.name for file in found.glob("text_encoder*/config.json"))

@@ -23,7 +23,8 @@ def load_unet(
     path: a folder with config.json and weights, or the folder of a pipeline with unet/. Or a name on the Hugging Face
       hub; this needs the package huggingface_hub.
     dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
-    variant: the variant of the weights, such as "fp16". Empty for the plain weights, or for the only variant.
+    variant: the variant of the weights, such as "fp16". Empty selects the plain weights or, if there are none, the only
+      variant.
 
   Returns:
     The network, a `networks.UNet` or a `networks.ConditionalUNet`, and its parameters.
@@ -33,7 +34,7 @@ def load_unet(
       weights cannot be read or do not match the config. The message names the cause.
   """
   network, config = read_unet(path, dtype=dtype)
-  folder = unet_folder(folders.find_folder(path))
+  folder = unet_folder(folders.find_folder(path, parts=("unet",), variant=variant))
   return network, load_params(folder, network, config["in_channels"], network.dtype, variant)
 
 
