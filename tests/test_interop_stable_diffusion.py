@@ -200,8 +200,8 @@ def test_inpainting_matches_the_pipeline(name, module, scheduler, written, monke
 def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch):
   """Both start from the same noise, and encode the image by the mean of its posterior.
 
-  The cases of strength 0.5 use other schedulers than PNDM, because diffusers' PNDM would call the network at times that do
-  not match the noise level of x.
+  The cases of strength 0.5 use schedulers other than PNDM, because diffusers' PNDM would call the network at times that
+  do not match the noise level of x.
   """
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
