@@ -53,8 +53,8 @@ def text(
     tokenizers: the tokenizers by names that `encode` knows.
     encode: `encode(params, tokens) -> values` [B, ...], for a dict of `data.Tokens` with the names of `tokenizers`.
     load: reads the parameters of the encoders (see `codecs.Loader`).
-    kind: how the network receives the values, a pytree with the structure of the values or a tree prefix of it. The default is
-      tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
+    kind: how the network receives the values, a pytree with the structure of the values or a tree prefix of it. The
+      default is tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
     dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
       model that was trained elsewhere, the share in its training, such as 0.1. Guidance needs a share above 0.
     null_text: the text of the null value. None for zeros (Stable Diffusion XL).
