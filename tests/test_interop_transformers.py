@@ -346,7 +346,7 @@ BROKEN = {
   "a part that is not chosen": (
     "clip",
     to_part,
-    "no config.json of a text encoder; .* Set part, for this folder to 'text_encoder_2'",
+    "no config.json of a text encoder; .* For this folder, set part to 'text_encoder_2'",
   ),
   "two variants": (
     "clip",
