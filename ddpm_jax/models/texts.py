@@ -59,7 +59,7 @@ def text(
       model that was trained elsewhere, the share in its training, such as 0.1. Guidance needs a share above 0.
     null_text: the text of the null value. None for zeros (Stable Diffusion XL).
     takes_weights: whether `encode` also takes `data.prompts.WeightedTokens` in place of `data.Tokens`, as `read_tokens`
-      does. The condition then has the form `Condition.weighted`.
+      does. The condition then sets `Condition.weighted`.
 
   Raises:
     ValueError: if there is no tokenizer, or `dropout` is outside [0, 1).
