@@ -1,4 +1,4 @@
-"""Train a DDPM on the latents of 64x64 emoji that draws an emoji from its name (Rombach et al. 2022).
+"""Train a latent DDPM that draws a 64x64 emoji from its name (Rombach et al. 2022).
 
 python experiments/emoji.py --packages=<packages> --output=<folder>
 python -m ddpm_jax.main --config=configs/emoji_autoencoder.py --workdir=/tmp/emoji_autoencoder \

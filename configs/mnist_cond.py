@@ -24,8 +24,8 @@ def get_config():
   config.model.conditions.classes = spec("conditions.classes", number=10, dropout=0.1)
   config.model.network.update(
     {
-      # In a fixed training time, few channels at high resolution, and classes that scale and shift features, gave the
-      # best scores.
+      # In a fixed training time, these choices gave the best scores: few channels at high resolution, and classes that
+      # scale and shift features.
       "channels": 16,
       "multipliers": (1, 3, 4),
       "blocks": 1,

@@ -21,8 +21,8 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # Set the paths of the data and of the pipeline with the flags above. With init_from, the model below is that of the
-  # pipeline, except the dropout of the text and the network's dtype, dropout, remat and attention.
+  # Set the paths of the data and of the pipeline with the flags above. With init_from, the model of the pipeline
+  # replaces the model below, except for the dropout of the text, and the network's dtype, dropout, remat and attention.
   config.data.source = spec("data.folder", path="")
   config.data.fields.text = "text"
   config.data.update({"image_size": 512, "channels": 3, "flip": False})

@@ -77,7 +77,7 @@ def main():
   args, flags = parser.parse_known_args()
   splits = read_data(load_experiment(None, args.workdir))
   if splits.held_out is None:
-    parser.error(f"Got --workdir={args.workdir}, a run without held-out data; expected a run with some.")
+    parser.error(f"Got --workdir={args.workdir}, a run without held-out data; expected a run with held-out data.")
   rng = np.random.default_rng(args.seed)
   count = min(args.count, len(splits.held_out))
   groups = [choose(source, count, rng) for source in (splits.train, splits.held_out)]

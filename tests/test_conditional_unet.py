@@ -136,7 +136,7 @@ def test_bfloat16_is_close_and_returns_float32():
   "kernels", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loop", "single_device"))]
 )
 def test_all_forms_of_operations_agree(kernels):
-  """`test_networks_convolution` compares all forms in the U-Net that has them all."""
+  """`test_networks_convolution` compares the gradients of these forms in other networks."""
   network, params = build()
   expected = apply(network, params)
   output = apply(network.clone(kernels=kernels), params)
@@ -192,7 +192,7 @@ def condition(kind, shape):
 
 
 def test_conditions_of_a_model_reach_the_network_by_kind_and_by_name():
-  """A text is tokens with a mask and a vector, sizes are an argument with this name, and a hint is an image."""
+  """The network gets the text as tokens, a mask and a vector, the sizes by their name, and the hint as an image."""
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   tokens = {"states": float32((7, 12)), "mask": jax.ShapeDtypeStruct((7,), jnp.bool_)}
   conditions = {

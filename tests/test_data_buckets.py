@@ -17,7 +17,8 @@ from tests.pictures import truncate
 from tests.recipes import newest_state, set_keys, tiny_config, tree_of
 
 SIZES = ((8, 8), (4, 16), (16, 4))
-# Heights and widths of images, and the bucket of each: the ratios 1.2 and 0.9 are closest to 1; 2.1, to 4.
+# The height and width of each image, and its bucket. The buckets have the ratios 1, 1/4 and 4. The ratios 1.2 and 0.9
+# are closest to 1, and the ratio 2.1 is closest to 4.
 IMAGES = (((12, 10), 0), ((9, 10), 0), ((10, 40), 1), ((9, 30), 1), ((21, 10), 2), ((50, 10), 2), ((10, 10), 0))
 COUNT = 28
 

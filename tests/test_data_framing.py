@@ -22,7 +22,10 @@ def positions(height, width):
 
 
 def start(values):
-  """Return the first pixel of a crop in the resized image, from positions of the pixels in the original image."""
+  """Return the pixel of the resized image at which a crop starts.
+
+  `values` has the position of each pixel of the crop in the original image.
+  """
   inner = slice(3, len(values) - 3)  # Bicubic filters distort the border.
   slope, first = np.polyfit(np.arange(len(values))[inner], values[inner], 1)
   return (first + 0.5) / slope - 0.5

@@ -38,7 +38,7 @@ GROUPS = {
 KEPT = {"1f600": "face", "0023-20e3": "keycap: #", "1f441": "eye"} | {
   f"1f40{index}": f"cat {index}" for index in range(10)
 }
-# The name of the picture's file, for each emoji of KEPT with another name.
+# File names of pictures in the package, where they differ from the file names in KEPT.
 ASSETS = {"0023-20e3": "0023-fe0f-20e3", "1f441": "1f441-fe0f"}
 
 

@@ -87,7 +87,10 @@ def test_names_of_the_autoencoder_match_the_converter():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_read_without_a_config(name, tmp_path):
-  """The file contains no heads, groups, epsilons and features of each size. The last three have published values."""
+  """The file lacks the numbers of heads and groups, the epsilons, and the features of each size.
+
+  The test passes the heads and the features of each size. The others have the published values.
+  """
   network, params, _ = random_unet(name)
   autoencoder, others = random_autoencoder()
   text = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(3)}

@@ -27,9 +27,10 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", *
 PLAIN = {"clip_sample": False}
 # Eager operations compile for each number of steps, so few cases have the usual 50.
 ALL_STEPS = (1, 2, 5, 20)
-# The class without "Scheduler", the options, and the numbers of steps. The grid "linspace" needs two steps. In grids of
-# DDIM and PNDM, the number must divide 1000: only then is n - 1000 // K the next step. Below 15 steps, diffusers lowers
-# the order of multistep rules in a last step that ends above 0.
+# The name of the class without "Scheduler", the options, and the numbers of steps. The "linspace" grids of Euler and
+# Heun need two steps. diffusers' DDIM and PNDM with K steps go from n to n - 1000 // K. On "trailing" grids, this is
+# the next time of the grid only if K divides 1000. Below 15 steps, diffusers lowers the order of multistep rules in a
+# last step that ends above 0.
 CASES = {
   "pndm_of_sd_1": ("PNDM", SD | SKIP | {"steps_offset": 1}, (1, 2, 3, 4, 5, 50)),
   "pndm_to_0": ("PNDM", SKIP | {"set_alpha_to_one": True, "steps_offset": 1}, ALL_STEPS),
@@ -72,7 +73,7 @@ CASES = {
   "unipc_leading": ("UniPCMultistep", SD | LEADING, ALL_STEPS),
   "deis_leading": ("DEISMultistep", SD | LEADING, (20,)),
 }
-# Combinations of what the other cases show one by one.
+# These cases combine options that the other cases test one by one.
 SLOW = (
   "pndm_to_0",
   "pndm_trailing",

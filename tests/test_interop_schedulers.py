@@ -93,7 +93,7 @@ def test_the_process_has_the_betas_of_the_scheduler(name):
   for config in (json.loads(scheduler.to_json_string()), {"_class_name": name, **changed}):
     schedule = schedulers.from_config(config)
     betas = scheduler.betas.numpy()
-    if name == "EulerDiscreteScheduler":  # leaves 2^-24 of alpha_bar at the last step, but not in its betas
+    if name == "EulerDiscreteScheduler":  # sets the last alpha_bar to 2^-24, but not the last beta
       betas[-1] = 1 - scheduler.alphas_cumprod[-1] / scheduler.alphas_cumprod[-2]
     np.testing.assert_allclose(schedule.betas, betas, rtol=1e-4, atol=3e-7)
     n = len(schedule.betas)
@@ -179,7 +179,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_scheduler_of_a_folder_is_written_back(name):
-  """It is replaced only if it does not agree with the model, or with an argument that was passed."""
+  """The scheduler is replaced only if it disagrees with the model or with an argument of `to_config`."""
   source = FOLDERS[name] | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
   schedule = schedulers.from_config(source)
   process, prediction = schedule.make_process(), schedule.make_prediction()

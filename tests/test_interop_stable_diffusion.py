@@ -38,7 +38,7 @@ SAMPLERS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """Return a function that writes a pipeline once, and returns it, its folder, our model and its parameters."""
+  """Return a function that writes a pipeline once, and returns the pipeline, its folder, our model and parameters."""
 
   @functools.cache
   def write(name):
@@ -126,7 +126,7 @@ def test_negative_prompts_match_the_pipeline(written):
 
 @pytest.mark.parametrize("name", ["sd2", "xl"])
 def test_other_versions_match_the_pipeline(name, written):
-  """Stable Diffusion 2 predicts v. XL has two encoders, and zeros stand for the empty prompt."""
+  """Stable Diffusion 2 predicts v. XL has two encoders, and encodes the empty prompt as zeros."""
   one = written(name)
   ours = sample_ours(one, "own", 7.5, text=PROMPTS)
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
@@ -200,7 +200,8 @@ def test_inpainting_matches_the_pipeline(name, module, scheduler, written, monke
 def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch):
   """Both start from the same noise, and encode the image by the mean of its posterior.
 
-  With another strength than 1, PNDM of diffusers calls the network at times that differ from the noise of x.
+  The cases of strength 0.5 use schedulers other than PNDM, because diffusers' PNDM would call the network at times that
+  do not match the noise level of x.
   """
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
@@ -351,7 +352,7 @@ def test_the_command_line_samples_from_prompts(written, tmp_path):
 
 
 def open_clip_names(state):
-  """Return the tensors of a text encoder of transformers as OpenCLIP stores them."""
+  """Convert the tensors of a text encoder from the format of transformers to the format of OpenCLIP."""
   names = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -380,7 +381,10 @@ def open_clip_names(state):
 
 
 def single_file(folder, model, params, path, prefixes):
-  """Write the single-file checkpoint of a folder, with the prefixes of text encoders by the name of their part."""
+  """Write the single-file checkpoint of a folder.
+
+  `prefixes` maps the subfolder of each text encoder to the prefix of the names of its tensors.
+  """
   state = stored(params, ldm.unet_layout(model.network.module), "model.diffusion_model.")
   autoencoder = model.load_frozen()["codec"]["autoencoder"]
   state |= stored(autoencoder, ldm.autoencoder_layout({}), "first_stage_model.")

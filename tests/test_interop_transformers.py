@@ -39,7 +39,10 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """Return a function that writes a model once, and returns it and its folder, which must not change."""
+  """Return a function that writes a model once, and returns the model and its folder.
+
+  Tests must not change the model or the folder.
+  """
 
   @functools.cache
   def write(name):
@@ -176,7 +179,7 @@ def to_old_config(folder):
 
 
 def remove_default_keys(folder):
-  """Remove the keys that have the values of the class, such as the number of types."""
+  """Remove the keys whose values are the defaults of the config's class."""
   config, model = json.loads((folder / "config.json").read_text()), transformers.AutoConfig.from_pretrained(folder)
   defaults = type(model)().to_dict()
   kept = {key: value for key, value in config.items() if key == "architectures" or value != defaults.get(key)}
@@ -343,7 +346,7 @@ BROKEN = {
   "a part that is not chosen": (
     "clip",
     to_part,
-    "no config.json of a text encoder; .* Set part, for this folder to 'text_encoder_2'",
+    "no config.json of a text encoder; .* For this folder, set part to 'text_encoder_2'",
   ),
   "two variants": (
     "clip",

@@ -16,7 +16,10 @@ RESNET = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
 
 
 def levels(*kinds):
-  """Return the options for diffusers' block types, from the kind of each level, finest level first."""
+  """Return the options that set diffusers' block types.
+
+  `kinds` has the kind of each level, finest level first.
+  """
   return {
     "down_block_types": tuple(kind["Down"] for kind in kinds),
     "up_block_types": tuple(kind["Up"] for kind in kinds[::-1]),

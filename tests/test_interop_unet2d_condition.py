@@ -1,4 +1,4 @@
-"""Compare our network of text models with diffusers' `UNet2DConditionModel`, and test its folders."""
+"""Compare our network of text models with diffusers' `UNet2DConditionModel`, and test reading and writing folders."""
 
 import functools
 import json
@@ -23,7 +23,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def blocks(*attention, **options):
-  """Return the options of a small model from whether each level has transformers, finest level first."""
+  """Return the options of a small model.
+
+  Args:
+    *attention: for each level, finest first, whether it has transformers.
+    **options: options to add or replace.
+  """
   down, up = ([f"{'CrossAttn' if has else ''}{name}Block2D" for has in attention] for name in ("Down", "Up"))
   small = {"layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4}
   return {"down_block_types": down, "up_block_types": up[::-1], "block_out_channels": (32, 64, 64)[: len(down)]} | (
@@ -103,7 +108,7 @@ def random_peer(changes, seed=0):
 
 
 def inputs_of(config, size, seed=1):
-  """Return random inputs by the names of our network's arguments, and x, the time and a weight of the output."""
+  """Return random values for the arguments of our network, and a random "weight" of its output, by name."""
   rng = np.random.default_rng(seed)
   inputs = {"tokens": rng.standard_normal((BATCH, TOKENS, config.cross_attention_dim))}
   if config.num_class_embeds:
@@ -130,7 +135,7 @@ def as_torch(value):
 
 
 def run_peer(peer, inputs, mask=None):
-  """Return the peer's output, and the gradients of sum(output * weight) in all float inputs."""
+  """Return the peer's output, and the gradients of sum(output * weight) with respect to all float inputs."""
   t = {name: as_torch(value).requires_grad_(value.dtype == np.float32) for name, value in inputs.items()}
   x = t["x"] if "image" not in t else torch.cat([t["x"], t["image"]], 1)
   added = {"text_embeds": t["vector"], "time_ids": t["sizes"]} if "sizes" in t else None
@@ -153,7 +158,7 @@ def run_peer(peer, inputs, mask=None):
 
 
 def run_ours(network, params, inputs, names, mask=None):
-  """Return our network's output, and the gradients of sum(output * weight) in the inputs `names`."""
+  """Return our network's output, and the gradients of sum(output * weight) with respect to the inputs `names`."""
 
   @jax.jit
   def run(params, inputs):
@@ -286,7 +291,7 @@ def copy(folder, tmp_path):
 
 
 def rewrite(folder, change, name=WEIGHTS):
-  """Replace the weights of a folder by `change(weights)`, in a file of another name."""
+  """Replace the weights of a folder by `change(weights)`, and save them in the file `name`."""
   state = safetensors.torch.load_file(folder / WEIGHTS)
   (folder / WEIGHTS).unlink()
   safetensors.torch.save_file(change(state), folder / name, {"format": "pt"})

@@ -103,7 +103,7 @@ def edit(folder_of, run_command, tmp_path):
 
 
 def reconstruction(folder, pictures):
-  """Return what the autoencoder makes of pictures with the keys of the command line."""
+  """Encode and decode pictures with the random keys that the command line uses."""
   model = interop.diffusers.read(folder)
   frozen = model.load_frozen()
   keys = randomness.sample_keys(jax.random.fold_in(jax.random.key(0), 2), jnp.arange(len(pictures)))
@@ -114,7 +114,7 @@ def reconstruction(folder, pictures):
 def smooth_copy(folder, target):
   """Copy a pipeline, and make the output of its U-Net small, so that few steps follow the probability flow.
 
-  Estimates of the data at the largest time multiply the output by 15.
+  At the largest time, the estimate of the data contains the output multiplied by 15.
   """
   shutil.copytree(folder, target)
   path = target / "unet" / "diffusion_pytorch_model.safetensors"

@@ -39,7 +39,7 @@ def test_values_and_derivatives_match_jax(x64, case):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6)
 
 
-# The axes of the bias that have their full size, of [B, heads, N, M], and the other options.
+# The axes of [B, heads, N, M] along which the bias has its full size, or None for no bias, and the other options.
 OPTIONS = {
   "a bias for each score": ((0, 1, 2, 3), {}),
   "a bias for each key": ((0, 3), {"scale": 0.3}),
@@ -52,7 +52,7 @@ OPTIONS = {
 
 
 def options(name, case, batch=2, dtype=np.float64):
-  """Return the bias of OPTIONS[name] in a list, empty if it has none, and the other options."""
+  """Return a list with the bias of OPTIONS[name], or an empty list without a bias, and the other options."""
   axes, others = OPTIONS[name]
   if axes is None:
     return [], others

@@ -123,7 +123,7 @@ def test_chunks_together_hold_all_tokens():
   for count in range(6):
     content = [row[1:-1] for row in (ids[count, chunk][mask[count, chunk]] for chunk in range(4))]
     assert np.concatenate(content).tolist() == [7, 14, 15, 16] * count
-    # All chunks but the last are full, and empty ones are those of the empty prompt.
+    # A prompt fills one chunk after another. The chunks after its last token are empty.
     assert [len(row) for row in content] == [min(6, max(0, 4 * count - 6 * chunk)) for chunk in range(4)]
     row_weights = weights[count][mask[count] & (ids[count] > 2)]
     np.testing.assert_array_equal(row_weights, np.tile([1, 2, 2, 1], count))
@@ -141,7 +141,7 @@ def test_tokens_beyond_the_last_chunk_are_dropped():
 
 def test_wrong_arguments():
   for items, chunks in (([], None), (["a"], 0)):
-    with pytest.raises(ValueError, match="expected one or more of both"):
+    with pytest.raises(ValueError, match="expected at least one each"):
       prompts.tokenize(TOKENIZER, items, chunks=chunks)
   with pytest.raises(ValueError, match="Pass \\[text\\]"):
     prompts.tokenize(TOKENIZER, "a cat")
@@ -152,12 +152,12 @@ TABLE = jax.random.normal(jax.random.key(0), (20, 3)) + 2
 
 @jax.jit
 def encode(ids):
-  """Mix the embeddings of each token and those before it."""
+  """Return, for each token, the mean of the embeddings up to this token."""
   return jnp.cumsum(TABLE[ids], axis=1) / jnp.arange(1.0, ids.shape[1] + 1)[:, None]
 
 
 def encode_by_hand(ids, weights, keep_mean):
-  """Encode chunk by chunk in float64, as the convention says."""
+  """Encode each chunk separately, and apply its weights in float64."""
   states = []
   for row, row_weights in zip(ids, weights, strict=True):
     chunks = []
@@ -226,7 +226,7 @@ def test_a_network_reads_as_many_chunks_as_the_texts_need():
   ids, _, weights = prompts.tokenize(TOKENIZER, prompts_with_weights)
   np.testing.assert_allclose(found, models.encode_weighted(lambda ids: TABLE[ids], ids, weights), rtol=1e-6)
   assert (condition.shape.shape, weighted.shape.shape, weighted.null(frozen).shape) == ((8, 3), (16, 3), (16, 3))
-  # The network was made with the condition of one chunk.
+  # The network is built for a condition with one chunk.
   options = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention_levels": (0,), "heads": 1, "groups": 4}
   network = models.networks.from_linen(ConditionalUNet(1, context_features=3, **options), {"text": condition})
   x, time = jnp.zeros((2, 8, 8, 1)), jnp.ones((2,))

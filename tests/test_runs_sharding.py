@@ -111,7 +111,7 @@ def test_each_network_call_gathers_its_own_parameters(parameters):
 
 
 def test_edits_work_with_sharded_parameters(parameters):
-  """A method that differentiates the denoiser, on a model of pixels, and one that encodes."""
+  """One edit differentiates the denoiser of a pixel model, and the other edit encodes images with a latent model."""
   image = np.random.default_rng(0).uniform(-1, 1, (SIZE, 8, 8, 1)).astype(np.float32)
   pixels = config_of()
   pixels.model.codec, pixels.editing.method = spec("codecs.pixels"), spec("editing.dps")
@@ -130,7 +130,7 @@ def test_edits_work_with_sharded_parameters(parameters):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Write an untrained run of the config that commands call `DENSE`."""
+  """Write an untrained run of the config that the recipe `DENSE` returns."""
   folder, config = tmp_path_factory.mktemp("run"), tiny_config()
   write_run(config, folder, averages_seed=1)
   return folder
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_restored_into_shards(run):
 
 
 def sample_with(folder, name, *arguments):
-  """Call a command in a new copy of its arguments, and return the array that it saves."""
+  """Run a command, and return the array that it saves in the subfolder `name`."""
   code, output = call(*arguments, f"--workdir={folder}", devices=8)
   assert code == 0, output
   path = max((folder / name).glob("*.npz"), key=lambda one: one.stat().st_mtime_ns)

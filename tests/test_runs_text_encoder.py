@@ -226,7 +226,7 @@ def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root,
     assert {"text.states", "text.mask", "latent"} <= batch
   losses = [losses_of(tmp_path / name) for name in ("encoder", "run")]
   np.testing.assert_allclose(*losses, rtol=1e-5)
-  # Both record the encoder, so a run may continue on either data.
+  # Runs on images and runs on prepared data both record the encoder, so a run may change from one to the other.
   assert (tmp_path / "run" / "frozen.json").exists()
   runs.run_train(configs.replace(configs.replace(tree, "data.latents", ""), "training.steps", 3), tmp_path / "run")
   # Another length or another encoder is refused.

@@ -185,7 +185,7 @@ def test_stochastic_errors_shrink_with_steps(name):
 
 @pytest.mark.usefixtures("x64")
 def test_stochastic_rules_of_second_order_converge_quadratically():
-  """With twice the steps, the error of the variance is about four times smaller, or two times for the first-order rule.
+  """With twice the steps, the error of the variance falls by a factor of about 4, or 2 for the first-order rule.
 
   This needs the right correlation between the noises of the two stages of a step.
   """

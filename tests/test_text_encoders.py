@@ -106,7 +106,7 @@ def encode(encoder, params, ids, mask):
 def random_ids(length=LENGTH):
   """Return ids [3, length] of texts with their ends, and the mask of the padding.
 
-  The padding of the first text consists of ends, that of the second of zeros, and the third text has none.
+  The first text is padded with ends, and the second text with zeros. The third text has no padding.
   """
   ids = np.random.default_rng(0).integers(3, END, (3, length)).astype(np.int32)
   ends = np.array([length // 2, length - 3, length - 1])
@@ -134,7 +134,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_all_layers_and_vectors_match_transformers(name):
-  """A mask that hides nothing equals no mask of the peer."""
+  """Our encoder with a mask that hides nothing equals the peer without a mask."""
   peer, encoder, params = pair(name)
   ids, some = random_ids()
   for mask, their_mask in ((some, some), (np.ones_like(some), None)):

@@ -62,7 +62,7 @@ def test_the_null_value_is_that_of_the_empty_text(condition, frozen):
   )
   dropped = conditions.drop({"text": condition}, {"text": frozen}, {"text": values})["text"]
   np.testing.assert_allclose(dropped["states"][2], values["states"][1], atol=3e-5)
-  # A share of samples gets it in training.
+  # In training, a random share of the samples gets the null value.
   trained = np.asarray(encode(condition, frozen, [TEXTS[0]] * 64, train=True)["states"])
   is_null = (np.abs(trained - np.asarray(values["states"][1])) < 3e-5).all((1, 2))
   np.testing.assert_allclose(
@@ -142,7 +142,7 @@ def test_a_network_embeds_token_ids_itself():
   x, time = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.full((4,), 3.0)
   params = random_like(jax.eval_shape(wrapped.init, jax.random.key(0), x, time, given))
   found = apply(params, x, time, given)
-  # The same network with states from a layer of the embeddings.
+  # Compute the states of the words here, and pass them to a network without a vocabulary.
   own = ("tokens", "token_positions", "token_layer_0")
   table, positions, layer_params = (params[name] for name in own)
   embedded = table["embedding"][given["text"]["ids"]] + positions["embedding"][None]

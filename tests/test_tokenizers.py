@@ -1,4 +1,4 @@
-"""Test tokenizers against transformers with real and trained vocabularies, and with damaged folders."""
+"""Test tokenizers against transformers with real vocabularies and with vocabularies trained here."""
 
 import json
 import pickle
@@ -122,7 +122,7 @@ def test_dropped_returns_the_part_that_does_not_fit(sd1):
     assert text.endswith(part)
   words = [f"{word} word" for word in ("red", "green", "blue", "black", "white", "gray")]
   assert tokenizer.dropped([" ".join(words), "a cat"]) == [" ".join(words[4:]), ""]
-  # The first tokens and the dropped part together have all tokens.
+  # Of the 12 tokens, 8 fit, and the dropped part has the other 4.
   assert tokenizer._replace(length=6)(tokenizer.dropped([" ".join(words)])).mask.all()
 
 
@@ -191,7 +191,7 @@ def test_t5_equals_sentencepiece_on_text(t5_files):
 
 
 def test_tokenizer_json_counts_as_it_is(t5_files, tmp_path):
-  """transformers 4 saved T5 with other parts than transformers 5, which may split white space differently."""
+  """The parts of T5's tokenizer.json differ between transformers 4 and 5, and can split white space differently."""
   transformers.T5Tokenizer.from_pretrained(t5_files).save_pretrained(tmp_path)
   content = json.loads((tmp_path / "tokenizer.json").read_text())
   strip = {"type": "Strip", "strip_left": False, "strip_right": True}

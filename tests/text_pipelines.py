@@ -98,11 +98,11 @@ def autoencoder():
 
 
 def make(name, tokenizers):
-  """Return a pipeline of diffusers.
+  """Return a small pipeline of diffusers with random parameters.
 
   Args:
     name: a name in `PIPELINES`.
-    tokenizers: the folder with CLIP's vocabulary, in which the folders of tokenizers are written.
+    tokenizers: the folder for the tokenizers. Each gets its own subfolder.
   """
   class_name, scheduler, options, settings = PIPELINES[name]
   parts = {"unet": random_peer(options | {"sample_size": SIZE}), "vae": autoencoder(), "scheduler": scheduler}

@@ -76,7 +76,7 @@ def sd2_settings():
 
 
 def sdxl_settings():
-  """Return the settings of Stable Diffusion XL's second tokenizer, which declares "!" with its id."""
+  """Return the settings of Stable Diffusion XL's second tokenizer, which lists "!" as an added token."""
   added = {
     "0": clip_token("!", False) | {"special": True},
     "49406": clip_token(START, True) | {"special": True},

@@ -314,7 +314,7 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
 
 
 def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
-  """Return the path of the pretrained model, with its revision, and the options of its model that flags set.
+  """Return the path of the pretrained model, with its revision, and the options of the model that flags set.
 
   Raises:
     ValueError: if such a flag is set without --pretrained, or the size is invalid.

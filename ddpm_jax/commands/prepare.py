@@ -2,8 +2,8 @@
 
 A TFDS data set is downloaded and converted. This needs TensorFlow: pip install 'ddpm_jax[prepare]'.
 With --output, the images of any source are decoded, resized and packed into a folder that is fast
-to read. If the model has an autoencoder as its codec, the training images are also encoded, and
-training reads the result with --config.data.latents. Run this command once for each data set.
+to read. If the model has an autoencoder as its codec, --output gets the encoded training images
+instead, which training reads with --config.data.latents. Run this command once for each data set.
 """
 
 from ddpm_jax.commands import flags, jax_setup
@@ -29,7 +29,7 @@ def run(args: flags.Args) -> None:
 
   tree = flags.read_recipe(args, flags.config_keys(args))
   if tree.values["init_from"]:
-    # The codec and the text encoders are those of the folder.
+    # The codec and the text encoders are those of the pretrained model.
     jax_setup.start_devices(args)
     tree, _ = runs.pretrained.load_init_from(tree, weights=False)
   elif tree.short_name("model.codec") == "pixels":

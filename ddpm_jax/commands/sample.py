@@ -1,8 +1,8 @@
 """Generate samples from a trained model.
 
 Samples are written to samples/ in the run folder, as an array (.npz, uint8) and as a picture
-(.png). Samples of texts are also written to one .png file each, with the text and the settings.
-For the same model, settings and conditions, sample i depends only on the seed and i.
+(.png). If samples have texts, each sample is also written to a .png file with its text and the
+settings. For the same model, settings and conditions, sample i depends only on the seed and i.
 """
 
 from ddpm_jax.commands import flags, jax_setup

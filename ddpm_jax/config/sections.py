@@ -163,7 +163,7 @@ class Fields:
   """Select the fields of the data (see `data.Fields`) that become items."""
 
   classes: str = key("")  # the field with the class of an image; empty: the source decides
-  # The field that holds the caption of an image. ".txt" reads the text file beside each image, and "" no captions.
+  # The field that holds the caption of an image; ".txt": the text file beside each image; empty: no captions.
   text: str = key("")
 
 

@@ -72,8 +72,8 @@ class Slot(NamedTuple):
 
 
 # Slots for arguments by their types: an argument belongs to a slot if its type is, or includes, the slot's first kind.
-# In addition to a slot's own supplied arguments, the builder supplies the arguments that it supplies to the component
-# that has this argument (see `slot_of`).
+# The builder supplies two groups of arguments to a component in such a slot: the slot's own, and those that it supplies
+# to the component that takes the argument (see `slot_of`).
 _SLOTS = (
   Slot("a process", (processes.Process,), "processes", "discrete(betas=cosine())"),
   Slot("a prediction", (predictions.Prediction,), "predictions", "V"),

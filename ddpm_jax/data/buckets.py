@@ -1,4 +1,4 @@
-"""Read images at several sizes, each at the size closest to its own aspect ratio."""
+"""Read images at several sizes, each image at the size whose aspect ratio is closest to its own."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ddpm_jax.data.sources import BrokenCaption
 from ddpm_jax.storage import jsonfiles
 
-# The value of `data.fields.text` that selects the text file beside each image, with the name of the image and this
+# The value of `data.fields.text` that selects the text file beside each image, which has the name of the image and this
 # suffix.
 SUFFIX = ".txt"
 # The size in bytes of the largest caption. A larger text file is probably no caption.
@@ -88,8 +88,8 @@ def find_files(root: bytes, folders: Mapping[bytes, bytes]) -> tuple[np.ndarray,
 
   Args:
     root: the folder of all images.
-    folders: the file names of the images in each folder, each followed by a zero byte, by the folder's path relative to
-      `root`.
+    folders: the file names of each folder's images, each followed by a zero byte. The keys are the folders' paths
+      relative to `root`.
 
   Returns:
     Whether each image has a text file beside it, bool [N], and the number of these text files.
@@ -143,7 +143,7 @@ def read_beside(image: str) -> str:
 
 
 def decode(value: Any, where: str) -> str:
-  """Return a caption, text or UTF-8 bytes, as text.
+  """Return the text of a caption that is a string or UTF-8 bytes.
 
   Raises:
     ValueError: if the value is neither, is not UTF-8, or is longer than 64 KiB. The message starts with `where`.

@@ -93,7 +93,7 @@ def digit_pairs(fit: Fit, count: int = 30_000) -> Splits:
 def arrays(fit: Fit, path: Place, items: Sequence[str] = (), fields: Fields = _NO_FIELDS) -> Splits:
   """Read images with any number of channels, their classes and captions, from an .npz file.
 
-  The documentation of `read_arrays` lists the accepted names of these two arrays.
+  The documentation of `read_arrays` lists the accepted names of the arrays with images and classes.
 
   Args:
     fit: the shape that the images must have.

@@ -140,7 +140,7 @@ class _Box(NamedTuple):
   width: float
 
   def inside(self, image: Any, outer: "_Box") -> "_Box":
-    """Return this part of an image in the pixels of the original image, of which the image shows the part `outer`."""
+    """Convert a box from pixels of an image to pixels of the original, of which the image shows the part `outer`."""
     down, across = outer.height / image.height, outer.width / image.width
     return _Box(outer.top + self.top * down, outer.left + self.left * across, self.height * down, self.width * across)
 

@@ -56,8 +56,8 @@ class FolderSource:
   Raises:
     ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, metadata.jsonl
       is missing or wrong, or no image has a caption. When an image is read: if its file cannot be decoded (a
-      BrokenImage with the name of the file), the text file beside it cannot be read (a BrokenCaption), or it is smaller
-      than the crop.
+      BrokenImage with the name of the file), the text file beside it cannot be read (a BrokenCaption), or the image is
+      smaller than the crop.
   """
 
   def __init__(
@@ -141,7 +141,7 @@ class FolderSource:
     return captions.read_beside(self.file(index)) if self._has_text[index] else ""
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the captions of images, "" for a text file that cannot be read, or None for another name than "text"."""
+    """Return the captions of images, with "" for unreadable text files, or None if `name` is not "text"."""
     if name != "text":
       return None
     texts = []

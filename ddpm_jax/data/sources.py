@@ -20,8 +20,8 @@ A source may have more than a length and items:
 - A method `__getitems__(indices)` reads many items at once. It returns a dict of arrays [B, ...] with the same names as
   an item.
 - An attribute `classes` [N] holds all classes, if they are known without reading images.
-- A method `texts(name, indices)` returns the texts of the item `name`, or None if they are not known without reading
-  images.
+- A method `texts(name, indices)` returns the texts that the items at `indices` have under `name`, or None if they are
+  not known without reading images.
 - An attribute `groups` [N] holds an integer for each item, if the images have several shapes. Items of the same group
   have the same shapes, and a batch holds items of one group.
 """
@@ -89,8 +89,8 @@ def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> lis
   Args:
     source: a source whose items have a text of this name.
     name: the name of the text, such as "text".
-    most: the number of texts, if there are as many.
-    most_slow: the same for a source that reads images with the texts.
+    most: the maximum number of texts.
+    most_slow: the maximum number of texts of a source that has to read images for them.
   """
 
   def spread(count: int) -> np.ndarray:
@@ -101,7 +101,7 @@ def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> lis
 
 
 def group_members(source: Source) -> list[np.ndarray]:
-  """Return the indices of each group of a source, which is one group if the source has no `groups`."""
+  """Return the indices of the items in each group, or of all items as one group if the source has no `groups`."""
   groups = getattr(source, "groups", None)
   if groups is None:
     return [np.arange(len(source))]
@@ -339,7 +339,7 @@ class SkipBroken:
     return batch
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the texts of items, those of broken images included, or None if the source has to read images for them."""
+    """Return the texts of items (also broken ones), or None if the source has to read images for them."""
     return known_texts(self.source, name, indices)
 
   def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:

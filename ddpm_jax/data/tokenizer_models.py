@@ -40,7 +40,7 @@ class Backend(NamedTuple):
     tokenizer: the package's tokenizer.
     length: the maximum number of tokens in tokenizer.json, or None.
     pad: the padding id in tokenizer.json, or None.
-    frame: the ids before and after each text; None for those of the kind.
+    frame: the ids that tokenizer.json puts before and after each text, or None to use `kind_frame`.
   """
 
   tokenizer: Any
@@ -108,10 +108,10 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
 
 
 def _read_clip(vocabulary_path: Path, merges_path: Path, settings: Settings) -> Any:
-  """Return CLIP's tokenizer: byte-level pairs within lower-case words, as in transformers 5.
+  """Return CLIP's tokenizer, byte-level BPE within lower-case words as in transformers 5.
 
-  Text is in Unicode's form NFC, and runs of white space are one space. Unlike OpenAI's code, ftfy does not repair the
-  text.
+  Text is converted to Unicode's form NFC, and each run of white space to one space. Unlike in OpenAI's code, ftfy does
+  not repair the text.
   """
   vocabulary = jsonfiles.read(vocabulary_path)
   with jsonfiles.named_errors(vocabulary_path):
@@ -160,7 +160,7 @@ def _read_sentencepiece(path: Path, settings: Settings) -> Any:
     if trainer.model_type != _UNIGRAM:
       raise ValueError(f"Got a SentencePiece model of type {trainer.model_type}; expected 1, a unigram model, as T5's.")
     if not all(math.isfinite(piece.score) for piece in model.pieces):
-      raise ValueError("Got scores of pieces that are not finite; expected finite ones. Download the file again.")
+      raise ValueError("Got pieces whose scores are not finite; expected finite scores. Download the file again.")
     num_extra = settings.options.get("extra_ids", _NUM_EXTRA_IDS)
     if not 0 <= num_extra <= 10_000:
       raise ValueError(f"Got extra_ids={num_extra}; expected 0 to 10000. Correct {tokenizer_settings.CONFIG}.")
@@ -265,7 +265,7 @@ def _check_json(content: Mapping[str, Any]) -> None:
       jsonfiles.matches(name, str) and jsonfiles.matches(score, float) for name, score in vocabulary
     ):
       raise ValueError(
-        "Got a vocabulary with other entries than [token, score]; expected these. Download the file again."
+        "Got a vocabulary whose entries are not all [token, score]; expected such pairs. Download the file again."
       )
     return
   _check_vocabulary(vocabulary)
@@ -312,7 +312,7 @@ def _check_merges(
 
 
 def check_ids(tokenizer: Any, tokens: Mapping[int, str]) -> None:
-  """Check that tokens have the ids that the settings say.
+  """Check that the tokenizer gives each token its id in `tokens`.
 
   Raises:
     ValueError: if a token has another id.
@@ -343,7 +343,7 @@ def _frame(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def kind_frame(settings: Settings, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Return the ids before and after each text for a kind of tokenizers.
+  """Return the ids that tokenizers of a kind put before and after each text.
 
   Raises:
     ValueError: if a special token is not in the vocabulary.

@@ -1,4 +1,4 @@
-"""Read the settings of a tokenizer's folder: special tokens, the length and the side of padding."""
+"""Read the settings of a tokenizer's folder: special tokens, the maximum length and the padding side."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,8 +40,8 @@ class Settings(NamedTuple):
     kind: "clip", "t5" or "bert"; None if the folder names no class.
     class_name: transformers' name of the class, or None.
     named: the special tokens by role, such as "pad_token".
-    added: tokens with their ids.
-    others: more special tokens.
+    added: the tokens to which the settings give an id, by id.
+    others: the special tokens without a role.
     length: the maximum number of tokens; None for no limit.
     padding_side: "right" or "left".
     options: other keys of tokenizer_config.json.
@@ -143,8 +143,8 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
   if keys or sources:
     asked = f"{keys[0]}={jsonfiles.shorten(config[keys[0]])}" if keys else f"the file {sources[0]}"
     raise ValueError(
-      f"Got {folder} with {asked}, which is for code of the tokenizer's own; expected only data, because code from"
-      " folders never runs here. Save the tokenizer as tokenizer.json alone, with tokenizer_config.json without this key."
+      f"Got {folder} with {asked}, which is for a tokenizer with its own code; expected only data, because code from"
+      " folders never runs here. Save the tokenizer as tokenizer.json, and remove this key or file."
     )
 
 
@@ -174,9 +174,9 @@ def _content(value: Any) -> str:
 
 
 def _token(value: Any, name: str, *, special: bool = True) -> Token:
-  """Return the arguments of AddedToken for a token: a string, or an object with a content and flags.
+  """Return the arguments of AddedToken for a token, which is a string or an object with flags.
 
-  `special` is the default of the flag with this name.
+  `special` is the default of an object's flag `special`.
   """
   if isinstance(value, str):
     return {"content": value, "special": True}
@@ -207,7 +207,7 @@ def _side(config: Mapping[str, Any], name: str, sides: tuple[str, ...]) -> str:
 
 
 def _length(value: Any) -> int | None:
-  """Return a length of the settings, None for no limit."""
+  """Return the maximum length in the settings, or None for no limit."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
   if value is not None and (not is_number or value < 1):
     raise ValueError(

@@ -16,15 +16,15 @@ from ddpm_jax.storage.places import user_path
 
 __all__ = ["Tokenizer", "Tokens", "characters", "load", "words"]
 
-# The special tokens of `words` and `characters`. T5 has the same.
+# The special tokens of `words` and `characters`. T5 has the same ids.
 PAD, EOS, UNKNOWN = 0, 1, 2
 _NUM_SPECIAL = 3
-# Text encoders round their number of embeddings up to a multiple of this, as T5's 32,128 for 32,100 tokens.
+# Text encoders round their number of embeddings up to a multiple of this, such as T5's 32,128 for 32,100 tokens.
 _ROUNDING = 128
 
 
 def load(folder: str | Path, length: int | None = None, embeddings: int | None = None) -> Tokenizer:
-  """Read the tokenizer of a text encoder from a folder of Hugging Face's layout.
+  """Read the tokenizer of a text encoder from a folder in Hugging Face's layout.
 
   The vocabulary is in `tokenizer.json`, in `vocab.json` with `merges.txt` (CLIP), in `spiece.model` (T5) or in
   `vocab.txt` (BERT). `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` set special tokens,
@@ -41,11 +41,12 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
     folder: the folder, such as `tokenizer` of a Stable Diffusion pipeline.
     length: the number of tokens of each text. None for `model_max_length`, which is 77 for CLIP. Pipelines with T5 use
       120 (PixArt-alpha), 256 (Stable Diffusion 3) or 300 (PixArt-Sigma).
-    embeddings: the number of embeddings of the text encoder, to check that both belong together. None skips the check.
+    embeddings: the number of embeddings of the text encoder, to check that the encoder belongs to the tokenizer. None
+      skips the check.
 
   Raises:
     ValueError: if the package tokenizers is not installed, the folder has no tokenizer or names no length, a file is
-      empty, damaged, too large or malicious, the folder asks for code of its own, or `embeddings` belongs to another
+      empty, damaged, too large or malicious, the folder asks for code of its own, or `embeddings` does not fit the
       vocabulary.
   """
   root = user_path(folder)
@@ -106,8 +107,8 @@ def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
 def _add_tokens(library: Any, settings: Settings) -> None:
   """Add the special tokens of the settings, as transformers does.
 
-  The flags of a token may be given twice: the flags of tokens with an id have priority over those in tokenizer.json,
-  which have priority over those of other tokens. Of two other tokens, the last one counts.
+  If the flags of a token are given several times, the settings that name its id have priority, then tokenizer.json,
+  then the other settings. Among the other settings, the last one counts.
   """
   added = tokenizer_models.library().AddedToken
   with tokenizer_models.library_errors("Cannot add special tokens"):
@@ -128,7 +129,7 @@ class LibrarySplit:
   def __call__(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
     """Return the ids of a text and their positions (see `tokens.Split`)."""
     with tokenizer_models.library_errors(f"Cannot tokenize {text!r:.80}"):
-      # One text at a time starts no threads, so that workers may fork.
+      # Encoding one text at a time starts no threads, so workers may fork.
       encoding = self._tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, [start for start, _ in encoding.offsets]
 
@@ -168,7 +169,7 @@ def words(vocabulary: Sequence[str], length: int) -> Tokenizer:
 
   Args:
     vocabulary: the words, such as ("a", "seven", "left", "of", "three").
-    length: the number of tokens of each text, with the one after the text.
+    length: the number of tokens of each text, including the one after the text.
 
   Raises:
     ValueError: if an entry is not one lower-case word, an entry is repeated, there is no entry, or the length is below
@@ -192,7 +193,7 @@ def characters(alphabet: str, length: int) -> Tokenizer:
 
   Args:
     alphabet: the characters. Upper and lower case differ.
-    length: the number of tokens of each text, with the one after the text.
+    length: the number of tokens of each text, including the one after the text.
 
   Raises:
     ValueError: if a character is repeated, there is none, or the length is below 2.

@@ -75,7 +75,7 @@ def read_codec(
     if data_shape is not None:
       network.check_input(data_shape)
   if folder.name == "vqvae":
-    # LDMPipeline ignores the other numbers.
+    # LDMPipeline uses only scaling_factor.
     scale = scale._replace(
       scale=np.asarray(config.get("scaling_factor", 0.18215), np.float32), shift=np.zeros((), np.float32)
     )
@@ -106,7 +106,7 @@ def make_codec(
   Args:
     network: the autoencoder.
     scale: the scale and shift of its latents.
-    load: `load(template, mesh)` reads the parameters of the shapes `template`, into shards if `mesh` is not None.
+    load: `load(template, mesh)` reads the parameters, whose shapes are `template`, into shards if `mesh` is not None.
     posterior: see `codecs.latent`.
     tile: see `codecs.latent`.
   """
@@ -133,7 +133,7 @@ def shapes_of(
     codec: the codec.
     channels: the number of channels of x.
     size: the height and width of x in the config of the network. None if the config leaves them open.
-    shape: the shape [H, W, C] of the images that the user set. None for the size in the config.
+    shape: the shape [H, W, C] that the user set for the images. None for the size in the config.
 
   Raises:
     ValueError: if the codec has another number of channels, there is no size, or the shape does not fit.

@@ -8,8 +8,8 @@ For example::
   x = model.process.prior(jax.random.key(0), (16, *model.shape))
   samples = sampling.sample(jax.random.key(1), sampling.ddim(model.process), model.denoise(params), x, model.times(50))
 
-`load_codec` and `save_codec` read and write autoencoders alone. `load_unet` and `save_unet` do so with U-Nets, also
-with those of text-to-image models.
+`load_codec` and `save_codec` read and write an autoencoder without a pipeline. `load_unet` and `save_unet` read and
+write a U-Net without a pipeline, including the U-Nets of text-to-image models.
 """
 
 import shutil
@@ -71,10 +71,10 @@ def load(
   """Load a model that diffusers or `save` wrote.
 
   The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
-  "vector" (class_embed_type "identity"), and "hint", an image, if the network has more input channels than image
-  channels. The sampling defaults come from the scheduler. A latent model also has the codec of its autoencoder, and
-  `model.load_frozen()` reads the codec's parameters. To set other options of the codec, replace it with the result of
-  `read_codec`. Models of text pipelines are described in `stable_diffusion`.
+  "vector" (class_embed_type "identity"). If the network has more input channels than image channels, the model also has
+  the condition "hint", an image. The sampling defaults come from the scheduler. A latent model also has the codec of
+  its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set other options of the codec, replace it
+  with the result of `read_codec`. Models of text pipelines are described in `stable_diffusion`.
 
   Args:
     path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
@@ -83,7 +83,7 @@ def load(
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
       network means "no class", so the model has one class fewer than the network.
-    text_dropout: for text pipelines, the share of samples that training gives the null text, see
+    text_dropout: for text pipelines, the share of samples that get the null text in training, see
       `stable_diffusion.read`.
     dropout: the dropout rate of the U-Net in training.
     dtype: the dtype of the computation, "float32" or "bfloat16".
@@ -95,7 +95,7 @@ def load(
     mesh: the devices to shard the parameters over (see `tensors.load`); None for the default device.
 
   Returns:
-    The model, and the parameters of its network, in float32 if `params_dtype` does not differ.
+    The model, and the parameters of its network in `params_dtype` (float32 by default).
 
   Raises:
     ValueError: if the model does not exist or has an unsupported option, if an argument does not fit the model, or if

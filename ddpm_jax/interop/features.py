@@ -106,7 +106,7 @@ def vgg(
 
   Args:
     weights: a file of weights (.safetensors, .pth or .pt) with torchvision's names, `features.N.weight` and
-      `features.N.bias`. The layers of its classifier are ignored.
+      `features.N.bias`. Layers of the classifier are ignored.
     levels: the number of levels, with 64, 128, 256, 512 and 512 channels.
     scale: how the network expects images: "torchvision" for RGB in [0, 1], normalized by ImageNet's mean and standard
       deviation, or "caffe" for BGR in [0, 255] with the mean subtracted.

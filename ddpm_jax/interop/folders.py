@@ -19,7 +19,7 @@ AUTOENCODERS = ("vae", "vqvae")
 # The name of a weights file by suffix.
 Names = Mapping[str, str]
 DIFFUSERS: Names = {"safetensors": WEIGHTS, "bin": WEIGHTS}
-# Patterns of the files of tokenizers that are not JSON.
+# Patterns of tokenizer files that are not JSON.
 TOKENIZER = ("*merges.txt", "*vocab.txt", "*spiece.model")
 TRANSFORMERS: Names = {"safetensors": "model", "bin": "pytorch_model"}
 
@@ -178,7 +178,7 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "", *, n
       published pipelines, a variant such as "non_ema" often exists for the network alone.
 
   Raises:
-    ValueError: if the folder has no weights, not the variant, or several variants and none is chosen.
+    ValueError: if the folder has no weights or lacks the variant, or has several variants and none is chosen.
   """
   if variant and not re.fullmatch(r"\w+", variant):
     raise ValueError(f"Got variant={variant!r}; expected a word, such as 'fp16'.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddpm_jax.interop import tensors
 
-# The token of this process in a list, empty for the default of huggingface_hub.
+# A list with the token of this process, or an empty list for the default of huggingface_hub.
 _tokens: list[str] = []
 
 
@@ -21,11 +21,11 @@ def use_token(token: str | None) -> None:
       command `hf auth login` has saved.
 
   Raises:
-    ValueError: if the token is empty or has other characters than a token.
+    ValueError: if the token is empty or has characters that are not allowed in a token.
   """
   if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
     raise ValueError(
-      "Got a token for the hub that is empty or has spaces or other characters than ASCII (it is not shown here); expected"
+      "Got a token for the hub that is empty or has spaces or non-ASCII characters (it is not shown here); expected"
       " a token such as hf_..., from the settings of your account. Copy it again."
     )
   _tokens[:] = [] if token is None else [token]

@@ -1,7 +1,8 @@
-"""Load the networks in single-file checkpoints of Stable Diffusion, with the names of latent diffusion.
+"""Load the networks in single-file checkpoints of Stable Diffusion.
 
 Such a file contains the U-Net under "model.diffusion_model", the autoencoder under "first_stage_model", and the text
-encoders. It has no config. The shapes of the tensors determine most options, and the published models the rest.
+encoders. Its tensors have the names of latent diffusion. The file has no config. The shapes of the tensors determine
+most options, and the other options have the values of the published models.
 """
 
 import math
@@ -16,10 +17,11 @@ from ddpm_jax.networks.options import multipliers_of
 
 PyTree = Any
 _UNET_ANCHOR, _AUTOENCODER_ANCHOR = "time_embed.0.weight", "encoder.conv_in.weight"
-# The features of each head in models with linear projections (Stable Diffusion 2 and XL), and the heads of others.
+# The number of features per head in models with linear projections (Stable Diffusion 2 and XL), and the number of heads
+# in other models.
 _HEAD_FEATURES, _HEADS = 64, 8
-# The features of the tokens of Stable Diffusion XL and its refiner, which have sizes beside the pooled text, and the
-# features of each embedded size.
+# The number of features per token in models that take sizes beside the pooled text (Stable Diffusion XL and its
+# refiner), and the number of features of each embedded size.
 _CONTEXTS_WITH_SIZES, _SIZE_FEATURES = (2048, 1280), 256
 
 
@@ -28,7 +30,7 @@ def load_unet(
 ) -> tuple[ConditionalUNet, PyTree]:
   """Load the U-Net of a single-file checkpoint.
 
-  A file that also has averaged weights (EMA) has them apart, under "model_ema". This function loads the others.
+  If the file also has averaged weights (EMA), under "model_ema", this function does not load them.
 
   Args:
     path: the file (.safetensors or .ckpt). Code in a pickle never runs.
@@ -68,7 +70,7 @@ def infer_unet(
     level for level in range(levels) if numbered_blocks.has(file, f"input_blocks.{firsts[level]}.1.transformer_blocks.")
   )
   middle = numbered_blocks.count(file, "middle_block.1.transformer_blocks")
-  # A level without transformers has no number of layers in the file, and the middle has that of the last level.
+  # For a level without transformers, the file has no number of layers. The middle has as many as the last level.
   depths = [middle if level == levels - 1 else 1 for level in range(levels)]
   for level in attention_levels:
     depths[level] = numbered_blocks.count(file, f"input_blocks.{firsts[level]}.1.transformer_blocks")

@@ -1,4 +1,4 @@
-"""Read U-Nets whose files number all blocks of a path, such as "input_blocks.4.1".
+"""Read U-Nets whose files number the blocks of all levels consecutively, such as "input_blocks.4.1".
 
 improved-diffusion, guided-diffusion and latent diffusion use these names.
 """
@@ -41,8 +41,8 @@ def names(
     levels: the number of levels.
     blocks: the number of residual blocks per level.
     attention_levels: the levels with attention.
-    starts: the names of first parts of paths that are not the same in all files.
-    attention: the names of parts of blocks of attention.
+    starts: the names in the file for those first parts of paths whose names differ between formats.
+    attention: the names in the file for the parts of an attention block.
   """
   starts = {**_STARTS, **starts}
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ddpm_jax.storage import jsonfiles
 
 NAME = "model_index.json"
-# The libraries of parts. The safety checker is listed under the name of its folder in diffusers.
+# The libraries of parts. "stable_diffusion", a folder in diffusers, is the library of the safety checker.
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Parts that no model needs here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
@@ -15,7 +15,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _REQUIRED = ("unet", "vae", "scheduler")
 _PARTS = (*_REQUIRED, *ENCODERS, *TOKENIZERS)
-# The classes of the parts that we read, by name of the part. Other loaders check their classes in the config.
+# The supported classes by name of the part. For the scheduler, its loader checks the class in the config.
 _CLASSES = {
   "unet": ("UNet2DConditionModel",),
   "vae": ("AutoencoderKL",),
@@ -82,7 +82,7 @@ class Index(NamedTuple):
 
 
 def is_text_pipeline(folder: Path) -> bool:
-  """Return whether a folder contains a pipeline with a text encoder, or one of a class that has one.
+  """Return whether a folder contains a pipeline that has a text encoder or whose class needs one.
 
   Raises:
     ValueError: if the index cannot be read.

@@ -34,7 +34,7 @@ def save(
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
   A model that was read from a folder keeps the scheduler of that folder, unless an argument differs from it. All other
-  models get a DDPMScheduler or, with latents, a DDIMScheduler.
+  models get a DDPMScheduler or, for latents without learned variance, a DDIMScheduler.
 
   Both pipelines can open every saved pixel model, but cannot sample from all of them: they pass no condition to a
   network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
@@ -71,7 +71,7 @@ def save(
   _check_channels(model)
   height, width, channels = model.shape
   unet_config = unet2d.to_config(model.network.module, (height, width, channels))
-  # LDMPipeline documents DDIM as its scheduler, which does not support learned variance.
+  # The documented scheduler of LDMPipeline is DDIM. DDIM does not support learned variance.
   is_ddim = model.codec.is_latent and not model.prediction.learned_variance
   scheduler_config = schedulers.to_config(
     model.process,

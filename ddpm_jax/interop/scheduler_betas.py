@@ -1,4 +1,4 @@
-"""Read the betas of scheduler configs, compute those of a process, and find the name of a table of betas."""
+"""Compute betas from scheduler configs and from processes, and find the name of a schedule from its betas."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from ddpm_jax import schedules
 from ddpm_jax.interop.scheduler_classes import CLASSES, unsupported
 from ddpm_jax.processes import Process
 
-# The names of diffusers' schedules, with ours.
+# Our names for diffusers' schedules.
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 
 
 def from_options(options: Mapping[str, Any], name: str) -> np.ndarray:
-  """Return the betas [N], float64, of a scheduler class with complete options."""
+  """Return the betas [N], float64, of a scheduler from its complete options and the name of its class."""
   n, ends = options["num_train_timesteps"], (options["beta_start"], options["beta_end"])
   schedules.check_steps(n)
   schedule = options["beta_schedule"]
@@ -32,13 +32,14 @@ def from_options(options: Mapping[str, Any], name: str) -> np.ndarray:
   if not options.get("rescale_betas_zero_snr"):
     return betas
   betas = schedules.zero_terminal_snr(betas)
-  # Some classes keep a little of the data at the last step. Where the step before has less, the class is inconsistent.
+  # Some classes use a tiny alpha_bar instead of 0 at the last step. If alpha_bar of the step before is already smaller,
+  # keep 0.
   share = CLASSES[name].zero_snr_alpha_bar / np.prod(1 - betas[:-1])
   return np.append(betas[:-1], 1 - share) if share < 1 else betas
 
 
 def _named(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
-  """Return the betas [N] of one of diffusers' schedules, with the first and the last beta where it has them."""
+  """Return the betas [N] of one of diffusers' schedules, from the first and the last beta if it takes them."""
   if schedule == "squaredcos_cap_v2":
     return schedules.cosine(n)
   return (schedules.linear if schedule == "linear" else schedules.scaled_linear)(n, *ends)

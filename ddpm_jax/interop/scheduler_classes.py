@@ -14,7 +14,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 # Options that replace the timestep spacing by a grid of sigmas, with the name of our grid.
 SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 
-# The options of all classes, and of several classes, with their defaults.
+# The options that all classes have, and groups of options that several classes have, with their defaults.
 _COMMON: Config = {
   "num_train_timesteps": 1000,
   "beta_start": 1e-4,
@@ -38,11 +38,11 @@ _FLOW = {
 }
 _SOLVER = {"solver_order": 2, "lower_order_final": True} | _THRESHOLD | _NOISE_LEVELS | _FLOW
 _ENDS = {"sigma_min": None, "sigma_max": None, "final_sigmas_type": "zero"}
-# Options of former versions, and options of parts that are not schedulers. No class has them today.
+# Options of former versions, and variance_type. They are read for every class, even for classes that do not have them.
 _OLD = ("timesteps", "predict_epsilon", "tensor_format", "timestep_values", "variance_type")
 
-# The supported values of options that change what a class computes. A class replaces a solver_type of another class by
-# its own default.
+# The supported values of options that change what a class computes. For solver_type these are the defaults of all
+# classes, because in diffusers a class replaces another class's solver_type by its own default.
 _SUPPORTED: dict[str, tuple] = {
   "thresholding": (False,),
   "use_flow_sigmas": (False,),
@@ -97,11 +97,11 @@ class SchedulerClass(NamedTuple):
     options: the options of the class with their defaults. The class ignores options of other classes.
     arguments: the arguments of our sampler.
     samplers: our samplers by (algorithm_type, solver_order), for a class with several.
-    supported: the supported values of options of which other classes support more.
+    supported: the supported values of those options for which other classes support more values.
     open_end: whether the "leading" and "linspace" grids omit the step closest to the data.
     is_rounded: whether "linspace" times are rounded to steps of the network.
-    end_step: the step n at which the grid ends if no option of the class says so.
-    sigmas_within_grid: whether a grid of sigmas has the ends of the grid of times, and not those of the process.
+    end_step: the step n at which the grid ends if no option of the class sets the end.
+    sigmas_within_grid: whether a grid of sigmas has the ends of the grid of times. Otherwise it has the process's ends.
     zero_snr_alpha_bar: alpha_bar at the last step with rescale_betas_zero_snr.
   """
 
@@ -193,7 +193,7 @@ def name_of(config: Mapping[str, Any]) -> str:
 
 
 def complete(config: Mapping[str, Any]) -> Config:
-  """Return all options of a scheduler, with the defaults of its class for those that the config omits.
+  """Return all options of a scheduler, with its class's defaults for options that the config omits.
 
   Options of former versions get their present names. Options that the class does not have are left out, except
   variance_type, which tells how many channels the network has.

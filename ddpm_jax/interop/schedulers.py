@@ -3,16 +3,17 @@
 The sampler applies the same rule on the same grid as diffusers, with these differences:
 
 - DDIM computes the noise from the clipped estimate of x_0. diffusers does so only with use_clipped_model_output=True.
-- Every step ends at the next time of the grid. In diffusers, DDIM and PNDM step from n to n - N // K. This is another
-  time on "linspace" grids, and on "trailing" grids of K steps if K does not divide N.
+- Every step ends at the next time of the grid. In diffusers, DDIM and PNDM step from n to n - N // K. That is not the
+  next time of "linspace" grids, nor of "trailing" grids of K steps if K does not divide N.
 - A last step of no length is left out. diffusers takes it, for example in PNDM with steps_offset=0.
 - With Karras or exponential sigmas, the network gets the time of each sigma. The multistep schedulers of diffusers
   round this time to an integer.
 - PLMS combines estimates of the noise. For models that predict v, PNDM in diffusers combines estimates of v, which
   reduces its order to 1.
 - The last step to clean data adds no noise. With the variance_type "fixed_large", DDPM in diffusers adds noise in that
-  step, unless it starts at step 1 of the process.
-- Multistep rules have their full order in a last step that ends above 0. With fewer than 15 steps, diffusers lowers it.
+  step, unless the step starts at step 1 of the process.
+- Multistep rules have their full order in a last step that ends above 0. With fewer than 15 steps, diffusers lowers the
+  order of that step.
 - The first and the last steps of third-order rules are those of our samplers and differ from diffusers' steps. For
   dpmpp_3m, all steps differ.
 - At the start, `Process.prior` has the standard deviation sigma(t_max), 0.998 for Stable Diffusion. diffusers starts
@@ -40,7 +41,8 @@ class Grid(NamedTuple):
     spacing: the name of the grid in `sampling.grids`: "leading", "trailing" or "linspace".
     options: the options of the grid.
     sigmas: the name of a grid in sigma that replaces it, "karras" or "log_snr"; None if there is none.
-    sigmas_within_grid: whether the grid in sigma has the ends of the replaced one, and not those of the process.
+    sigmas_within_grid: whether the grid in sigma has the ends of the grid that it replaces. Otherwise it has the ends
+      of the process.
     end_step: the step n at which the grid ends, 0 for clean data.
   """
 
@@ -58,7 +60,7 @@ class Grid(NamedTuple):
     return "cubic" if self.options.get("rounded", True) else "linear"
 
   def times(self, process: Process, num_steps: int) -> np.ndarray:
-    """Return the grid of times [num_steps + 1], or one less if its last step would have no length."""
+    """Return the grid of times [num_steps + 1], or [num_steps] if the last step would have no length."""
     make = functools.partial(getattr(sampling.grids, self.spacing), process, num_steps, **self.options)
     if self.sigmas is None:
       return make(end_step=self.end_step)
@@ -213,7 +215,7 @@ def to_config(
       `source`, or "trailing".
     source: the config of the scheduler that the model was read with. It is returned if it agrees with the arguments
       above.
-    name: the class of any other config, "DDPMScheduler" or "DDIMScheduler".
+    name: the class of the config if `source` is not returned, "DDPMScheduler" or "DDIMScheduler".
 
   Raises:
     ValueError: if diffusers' discrete schedulers cannot express the process or the prediction.
@@ -254,7 +256,7 @@ def _agrees(
   variance: str | None,
   spacing: str | None,
 ) -> bool:
-  """Return whether a schedule has these properties, of which None leaves the variance and the spacing open."""
+  """Return whether a schedule has these properties. None stands for any variance or any spacing."""
   return (
     len(schedule.betas) == len(betas)
     and np.allclose(schedule.betas, betas, rtol=1e-9, atol=1e-13)

@@ -1,7 +1,7 @@
 """Load single-file checkpoints of Stable Diffusion 1, 2 and XL as models.
 
 Such a file contains the U-Net, the autoencoder and the text encoders, but no config, scheduler or tokenizer. The shapes
-of its tensors determine the model. The scheduler is the one of the published folder.
+of its tensors determine the model. The scheduler is the one in the model's published folder in diffusers' format.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ PyTree = Any
 _UNET = "model.diffusion_model."
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-# The scheduler of each published folder.
+# The config of the scheduler in the published folder of each version.
 _SCHEDULERS = {
   1: _BETAS | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
   2: _BETAS | {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
@@ -60,10 +60,10 @@ def read(
 
   Args:
     path: the .safetensors file.
-    tokenizer: the folder of the tokenizer, or a folder with tokenizer/ and, for XL, tokenizer_2/, such as that of a
-      pipeline.
-    prediction: "epsilon" or "v_prediction". Empty takes it from the file's metadata, or "epsilon" for Stable Diffusion
-      1 and XL.
+    tokenizer: the folder of the tokenizer, or a folder with tokenizer/ and, for XL, tokenizer_2/, such as a pipeline's
+      folder.
+    prediction: "epsilon" or "v_prediction". Empty takes it from the file. If the file does not tell, it is "epsilon"
+      for Stable Diffusion 1 and XL, and must be set for 2.
     shape: the shape [H, W, 3] of the images. None selects the size of training: 512 (1, and 2 with "epsilon"), 768 (2
       with "v_prediction") or 1024 (XL).
     text_dropout: see `stable_diffusion.read`.
@@ -151,7 +151,7 @@ def _prediction(file: tensors.TensorFile, version: int, prediction: str) -> str:
   if named not in _PREDICTIONS:
     raise ValueError(
       f"Got {file.path}, a model of Stable Diffusion {version} with prediction={named!r}; expected 'epsilon' or"
-      " 'v_prediction'. Pass prediction=..., which the shapes in the file do not tell."
+      " 'v_prediction'. Pass prediction=..., because the shapes in the file do not tell it."
     )
   return _PREDICTIONS[named]
 
@@ -192,7 +192,7 @@ def _size(version: int, prediction_type: str) -> tuple[int, int]:
 def _with_tokenizers(encoders: dict[str, FileEncoder], index: Index, folder: Path) -> dict[str, Encoder]:
   result = {}
   for (part, one), name in zip(encoders.items(), index.tokenizers, strict=True):
-    # A folder of one tokenizer alone has no sub-folder.
+    # With one encoder, `folder` can be the tokenizer's own folder.
     own = folder if len(encoders) == 1 and not (folder / name).is_dir() else folder / name
     result[part] = Encoder(one.module, one.load, tokenizers.load(own, embeddings=one.module.vocabulary), own)
   return result

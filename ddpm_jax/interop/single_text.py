@@ -1,6 +1,7 @@
 """Read the text encoders in single-file checkpoints of Stable Diffusion.
 
-OpenAI's CLIP has the names of transformers there, and OpenCLIP has its own.
+In these files, the tensors of OpenAI's CLIP have the names that transformers uses, and the tensors of OpenCLIP have
+OpenCLIP's own names.
 """
 
 import re

@@ -2,11 +2,11 @@
 
 The conditions of such a model are
 
-- "text": prompts. Both branches of guidance receive states of the text encoders, the unconditional branch those of the
-  empty prompt, or zeros if the pipeline says so (`force_zeros_for_empty_prompt`);
+- "text": prompts. The network receives states of the text encoders. In the unconditional branch of guidance, these are
+  the states of the empty prompt, or zeros if the pipeline says so (`force_zeros_for_empty_prompt`);
 - "sizes", for XL: the height and width of the original image, the top and left of its crop, and the height and width
-  of the target, or an aesthetic score in their place in the refiner. By default, these describe an image that was not
-  cropped;
+  of the target. For the refiner, an aesthetic score replaces the last two. By default, the sizes describe an image that
+  was not cropped;
 - "masked", for inpainting: images with a mask, see `masked_image`;
 - "source", for InstructPix2Pix: the images to edit, see `source_image`.
 """
@@ -45,7 +45,7 @@ Array = jax.Array
 PyTree = Any
 # The aesthetic scores of the refiner's two branches of guidance (Podell et al. 2023, and diffusers' defaults).
 _SCORE, _NULL_SCORE = 6.0, 2.5
-# The share of samples that the published models were trained with the null text, roughly.
+# The approximate share of samples that got the null text when the published models were trained.
 TEXT_DROPOUT = 0.1
 
 
@@ -105,8 +105,8 @@ def read(
     path: the folder, or a name on the Hugging Face hub.
     shape: the shape [H, W, 3] of the images, with sides divisible by the autoencoder's factor (8). None takes it from
       the config.
-    text_dropout: the share of samples that training gives the null text, in [0, 1). Guidance needs a share above 0. The
-      published models were trained with about 0.1.
+    text_dropout: the share of samples that get the null text in training, in [0, 1). Guidance needs a share above 0.
+      The published models were trained with about 0.1.
     dropout: the dropout rate of the U-Net in training.
     dtype: the dtype of the computation, and of the parameters of the autoencoder and the text encoders: "float32" or
       "bfloat16".
@@ -257,13 +257,13 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
 def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
   """Return the condition of the sizes of Stable Diffusion XL (Podell et al. 2023, section 2.2).
 
-  In training, the sizes are those of each image, if the data have the item `data.FRAMING`. In sampling, the default
-  describes an image of `data_shape` that was not cropped.
+  In training, the sizes of each image come from the item `data.FRAMING`, if the data have it. Otherwise, and by default
+  in sampling, the sizes describe an image of `data_shape` that was not cropped.
 
   Args:
     number: 6 for the height and width of the original image, the top and left of its crop, and the height and width of
-      the target. 5 for the refiner, with an aesthetic score in place of the last two. Its unconditional branch of
-      guidance has the score 2.5, and the other one 6.
+      the target. 5 for the refiner, with an aesthetic score in place of the last two. The score is 2.5 in the
+      unconditional branch of guidance, and 6 in the conditional branch.
     data_shape: the shape [H, W, C] of the images.
   """
   height, width, _ = data_shape
@@ -290,8 +290,8 @@ def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: 
   """Return the condition of an inpainting model: the mask and the latents of the masked image.
 
   An item is an image [H, W, C + 1] in [-1, 1] whose last channel is the mask: 1 where new content is painted, 0
-  elsewhere. The network receives the mask at every f-th pixel, and the codec's x of the image with 0 (gray) under the
-  mask.
+  elsewhere. The network receives every f-th pixel of the mask, where f is the codec's factor, and the codec's x of the
+  image with all pixels under the mask set to 0 (gray).
   """
   factor = data_shape[0] // x_shape[0]
 
@@ -309,8 +309,8 @@ def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: 
 def source_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:
   """Return the condition of InstructPix2Pix: the image to edit (Brooks et al. 2023, section 3.2).
 
-  An item is an image [H, W, C] in [-1, 1]. The network receives the mean of its latents, which are not scaled. The
-  null value is zeros.
+  An item is an image [H, W, C] in [-1, 1]. The network receives the mean of the image's latents, without the codec's
+  scale. The null value is zeros.
   """
   assert codec.compress is not None
   compress = codec.compress
@@ -363,7 +363,7 @@ def _number_of_sizes(parts: Parts) -> int:
 
 
 def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...]) -> dict[str, Condition]:
-  """Return the image condition of the additional input channels by name."""
+  """Return the image condition for the network's additional input channels, by its name."""
   extra, edits = parts.in_channels - x_shape[-1], parts.contents.pipeline.edits
   if edits and extra == x_shape[-1]:
     return {"source": source_image("source", parts.codec, data_shape, x_shape)}

@@ -1,7 +1,7 @@
 """Load network parameters from files of named tensors, and save them.
 
-No code from a file ever runs. The safetensors format contains no code, and pickles go through the PyTorch loader that
-only creates tensors.
+No code from a file ever runs. The safetensors format contains no code, and pickles are read by a loader of PyTorch that
+creates only tensors.
 """
 
 import re

@@ -12,7 +12,7 @@ _NONE = type(None)
 
 # The class of a config without "architectures", by model type.
 _DEFAULT_CLASSES = {"clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "bert": "BertModel"}
-# The model type of each class. The encoder is a part of some of them.
+# The model type of each class. In some classes, the encoder is only a part.
 _MODEL_TYPES = {
   "CLIPTextModel": "clip_text_model",
   "CLIPTextModelWithProjection": "clip_text_model",
@@ -22,8 +22,9 @@ _MODEL_TYPES = {
   "T5WithLMHeadModel": "t5",
   "BertModel": "bert",
 }
-# Keys that do not change what an encoder computes: of training, of text generation and of other software. CLIP uses
-# eos_token_id, and dense_act_fn and is_gated_act derive from feed_forward_proj; `from_config` reads these.
+# Keys of training, of text generation and of other software. They do not change what an encoder computes, except for
+# the last three: CLIP uses eos_token_id, and dense_act_fn and is_gated_act follow from feed_forward_proj. `from_config`
+# reads these three.
 _IGNORED_KEYS = """
   architectures model_type transformers_version torch_dtype dtype use_cache return_dict output_hidden_states
   output_attentions torchscript use_bfloat16 chunk_size_feed_forward initializer_range initializer_factor
@@ -103,7 +104,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "pruned_heads": {},
   },
 }
-# The class of each of our encoders.
+# Our class for each model type.
 _ENCODERS: dict[str, type[Any]] = {"clip_text_model": CLIPText, "t5": T5Encoder, "bert": BERT}
 
 
@@ -114,7 +115,7 @@ def from_config(config: Mapping[str, Any]) -> TextEncoder:
   which is ignored.
 
   Raises:
-    ValueError: if the class or an option is not supported. The message names it.
+    ValueError: if the class or an option is not supported. The message names the class or option.
   """
   code = [key for key in _CODE if config.get(key)]
   if code:
@@ -216,7 +217,7 @@ def _activation(name: str, key: str) -> str:
 def _feed_forward(config: Mapping[str, Any], name: str) -> Config:
   """Return our options for T5's option feed_forward_proj, "<activation>" or "gated-<activation>"."""
   gated = name.startswith("gated-")
-  # In this one combination, "gelu" is the approximation.
+  # Only in "gated-gelu", "gelu" stands for the approximation by tanh.
   plain = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
   derived = {"dense_act_fn": plain, "is_gated_act": gated}
   for key, value in derived.items():

@@ -7,7 +7,7 @@ from ddpm_jax.interop import tensors
 from ddpm_jax.interop.text_configs import TextEncoder
 from ddpm_jax.networks.text import CLIPText, T5Encoder
 
-# The names of our modules in transformers. {} is the number of a layer.
+# The names that transformers has for our modules. {} is the number of a layer.
 _CLIP = {
   "tokens": "text_model.embeddings.token_embedding",
   "positions": "text_model.embeddings.position_embedding",
@@ -88,7 +88,7 @@ def layout(encoder: TextEncoder, names_in_file: Collection[str] = ()) -> tensors
 
 
 def modern_names(encoder: TextEncoder, names: Collection[str]) -> dict[str, str]:
-  """Map names of other versions of transformers to those of `layout`.
+  """Map names in files of other versions of transformers to the names of `layout`.
 
   Some files of CLIP lack the prefix "text_model.", some files of T5 contain the table of tokens under another name, and
   very old files of BERT have other names of scales and shifts.
@@ -100,5 +100,5 @@ def modern_names(encoder: TextEncoder, names: Collection[str]) -> dict[str, str]
     renamed = {_SAME_TABLE: _TABLE}
   else:
     renamed = {name: re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)) for name in names}
-  # Two tensors of one parameter are an error.
+  # Keep both names if a file has both, because two tensors for one parameter are an error.
   return {old: new for old, new in renamed.items() if old in names and new not in names}

@@ -1,4 +1,4 @@
-"""Save models of text pipelines as folders of diffusers."""
+"""Save models of text pipelines as folders in diffusers' format."""
 
 import shutil
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ PyTree = Any
 def save_pipeline(
   path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str, PyTree] | None = None
 ) -> None:
-  """Save a text model to a folder that its pipeline's `from_pretrained` and `diffusers.load` can read.
+  """Save a text model to a folder that its pipeline's `from_pretrained` and `interop.diffusers.load` can read.
 
-  The weights are written in float32. The files of tokenizers are copied from where the model was read.
+  The weights are written in float32. The files of each tokenizer are copied from the folder that it was read from.
 
   Args:
     path: the folder, new or empty.

@@ -83,7 +83,7 @@ def make_loader(encoder: TextEncoder, load: Callable[[PyTree, jax.sharding.Mesh 
 
   Args:
     encoder: the encoder.
-    load: `load(template, mesh)` reads the parameters of the shapes `template`, into shards if `mesh` is not None.
+    load: `load(template, mesh)` reads the parameters, whose shapes are `template`, into shards if `mesh` is not None.
   """
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   template = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
@@ -103,7 +103,7 @@ def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> P
   folder = found / part
   if not (folder / "config.json").is_file():
     parts = sorted(file.parent.name for file in found.glob("text_encoder*/config.json"))
-    hint = f" Set part, for this folder to {' or '.join(map(repr, parts))}." if parts else ""
+    hint = f" For this folder, set part to {' or '.join(map(repr, parts))}." if parts else ""
     raise ValueError(
       f"Got {folder}, which has no config.json of a text encoder; expected a folder that transformers' save_pretrained"
       f" wrote.{hint}"

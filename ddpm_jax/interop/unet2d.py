@@ -285,7 +285,7 @@ def image_size(config: Config) -> tuple[int, int]:
 def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
   """Return the layout of diffusers' weight files for a network with this number of levels.
 
-  `names` are diffusers' names of further parts of our paths, or replace names of this layout.
+  `names` maps more parts of our paths to diffusers' names. It has priority over the names of this layout.
   """
 
   def block_name(match: re.Match) -> str:

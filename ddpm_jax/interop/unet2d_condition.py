@@ -66,7 +66,7 @@ DEFAULTS: Config = {
   "cross_attention_norm": None,
   "addition_embed_type_num_heads": 64,
 }
-# The keys with one supported value, which is the default, or which another value equals.
+# The supported values of keys that support only a few values.
 _FIXED: dict[str, tuple[Any, ...]] = {
   "mid_block_type": (DEFAULTS["mid_block_type"],),
   "only_cross_attention": (False,),
@@ -269,7 +269,7 @@ def layout(network: ConditionalUNet) -> tensors.Layout:
 
 
 def transformer_names(network: ConditionalUNet) -> dict[str, str]:
-  """Return the names of the parts of transformers in the files of diffusers and of latent diffusion."""
+  """Return the names that the files of diffusers and of latent diffusion have for the parts of transformers."""
   depth = max(per_level(network.transformer_layers, len(network.multipliers)))
   return {
     "self_attention": "attn1",
@@ -375,7 +375,7 @@ def _one_value(config: Config, key: str) -> int:
 
 
 def _equal(a: Any, b: Any) -> bool:
-  """Return whether two values of JSON are equal. In Python, 1 equals True."""
+  """Return whether two JSON values are equal. Here 1 does not equal True, unlike in Python."""
   return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 

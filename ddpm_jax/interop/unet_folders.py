@@ -1,4 +1,4 @@
-"""Load networks from the folders of diffusers' U-Nets, and save them."""
+"""Load and save U-Nets in folders of diffusers' format."""
 
 from collections.abc import Mapping
 from pathlib import Path

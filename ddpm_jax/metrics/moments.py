@@ -49,7 +49,7 @@ class MomentSum:
     """Add features [B, D] of any real type.
 
     Raises:
-      ValueError: if the features are not two-dimensional, have another number of dimensions than before, or are not
+      ValueError: if the features are not an array [B, D], D differs from that of earlier batches, or a value is not
         finite. The message counts the vectors that are not finite.
     """
     features = check_features(features)
@@ -85,7 +85,7 @@ def moments(features: np.ndarray) -> Moments:
   """Compute the moments of features [N, D] of any real type.
 
   Raises:
-    ValueError: if the features are not two-dimensional or not finite. The message counts the vectors that are not
+    ValueError: if the features are not an array [N, D] or not finite. The message counts the vectors that are not
       finite.
   """
   total = MomentSum()
@@ -130,7 +130,7 @@ def check_features(features: np.ndarray) -> np.ndarray:
   """Check features [N, D] and convert them to float64.
 
   Raises:
-    ValueError: if the features are not finite real numbers, not two-dimensional, or D is 0.
+    ValueError: if the features are not finite real numbers, do not have two axes, or D is 0.
   """
   features = np.asarray(features)
   if features.ndim != 2 or not features.shape[1]:

@@ -112,7 +112,7 @@ def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5)
 
 
 def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
-  """Return the squared distance [N] of each point to its k-th nearest other point, slightly enlarged."""
+  """Return the squared distance [N] from each point to its k-th nearest other point, slightly enlarged."""
   radii = np.empty(len(points))
   for rows, squares in _blocks(points, points):
     # A point is not its own neighbor.

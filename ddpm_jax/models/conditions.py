@@ -2,9 +2,8 @@
 
 A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
 data source or the user. `host` converts items that are no arrays, such as texts, to arrays. `encode` converts arrays to
-the values that a network receives. Data sources, batches and
-`given` use the same name for a condition. A network receives the condition as the argument with this name, or as the
-argument named after the condition's kind.
+the values that a network receives. Data sources, batches and `given` use the same name for a condition. A network
+receives the condition as the argument with this name, or as the argument named after the condition's kind.
 """
 
 import zlib
@@ -34,10 +33,10 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: how the network receives the condition, a pytree of strings with the structure of `shape`: "classes" (an
-      integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
-      (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask", and "states"
-      or "ids".
+    kind: how the network receives the condition, a pytree of strings with the structure of `shape` or a tree prefix of
+      it: "classes" (an integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the
+      time), "image" (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask",
+      and "states" or "ids".
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
       [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
@@ -62,11 +61,11 @@ class Condition(NamedTuple):
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
       a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
       at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
-    weighted: `weighted(texts) -> condition`, for texts with weights such as (word:1.3) that are read to their end (see
-      `data.prompts`). The texts are all texts of a command, because their values get the same shape. None if the
-      condition takes no such texts.
-    unread: `unread(texts) -> texts` returns the end of each text that does not fit and is not read, or "". None if
-      every item fits.
+    weighted: `weighted(texts) -> condition`, for texts that may contain weights, such as (word:1.3), and are read to
+      their end (see `data.prompts`). `texts` holds all texts of a command, because their values get the same shape.
+      None if the condition takes no such texts.
+    unread: `unread(texts) -> ends` returns the end of each text that is not read because it does not fit, or "". None
+      if every item fits.
   """
 
   kind: PyTree

@@ -12,12 +12,13 @@ Array = jax.Array
 
 @check_types
 def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array, *, keep_mean: bool = True) -> Array:
-  """Return the states of prompts, the chunks of each one after another, multiplied by the tokens' weights.
+  """Return the states of prompts, multiplied by the tokens' weights.
 
-  The encoder reads each chunk independently. The states z of a chunk become w z m / m', where w are the weights, m is
-  the mean of z, and m' is the mean of w z. This is the "original" emphasis of AUTOMATIC1111's stable-diffusion-webui
-  (modules/sd_emphasis.py), but that program takes the means over all prompts of a batch. Here, a prompt's states do not
-  depend on the other prompts. Both are equal for one prompt.
+  The encoder reads each chunk independently, and the states of a prompt's chunks follow one another. The states z of a
+  chunk become w z m / m', where w are the weights, m is the mean of z, and m' is the mean of w z. This is the
+  "original" emphasis of AUTOMATIC1111's stable-diffusion-webui (modules/sd_emphasis.py), but that program takes the
+  means over all prompts of a batch. Here, a prompt's states do not depend on the other prompts. For one prompt, both
+  give the same states.
 
   Args:
     encode: `encode(ids [N, L]) -> states [N, L, D]`, the text encoder.
@@ -26,7 +27,7 @@ def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array
     keep_mean: whether to multiply by m / m'. False is that program's emphasis "No norm".
 
   Returns:
-    The states [B, C L, D], in the type of `encode`.
+    The states [B, C L, D], in the type that `encode` returns.
 
   Raises:
     ValueError: if the shapes of `ids` and `weights` differ or do not have three axes, or the encoder returns other
@@ -57,7 +58,7 @@ def weigh(states: Array, weights: Array, *, keep_mean: bool = True) -> Array:
     keep_mean: see `encode_weighted`.
 
   Returns:
-    The states [B, C L, D], in their type.
+    The weighted states [B, C L, D], in the type of `states`.
   """
   batch, chunks, length = weights.shape
   wide = states.astype(jnp.promote_types(states.dtype, jnp.float32))

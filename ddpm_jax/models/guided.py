@@ -278,7 +278,7 @@ def _droppable_images(model: Model) -> list[str]:
 
 
 def _is_known(model: Model, name: str) -> bool:
-  """Return whether a name is that of a condition that the user need not give."""
+  """Return whether there is a condition of this name that the user need not give."""
   return name in model.conditions and model.conditions[name].is_known
 
 

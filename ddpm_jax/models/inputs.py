@@ -87,20 +87,20 @@ def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
 
 
 def hosts_of(conditions: Mapping[str, Condition]) -> dict[str, data.Host]:
-  """Return the host functions of conditions by the names of their items, and by those of their negative items."""
+  """Return the host functions of conditions by the names of their items, and by the names of their negative items."""
   hosts = {name: condition.host for name, condition in conditions.items() if condition.host is not None}
   return hosts | {f"{NEGATIVE_PREFIX}{name}": host for name, host in hosts.items()}
 
 
 def host_items(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, Any]:
-  """Return a batch of items with the arrays that `Model.encode_conditions` takes (see `data.run_hosts`).
+  """Convert the items of a batch to the arrays that `Model.encode_conditions` takes (see `data.run_hosts`).
 
   Args:
     conditions: the model's conditions by name.
     batch: items [B, ...] by name, such as {"text": ["a red fox", "a bear"]}.
 
   Raises:
-    ValueError: if a host function refuses its items, or returns no arrays of numbers.
+    ValueError: if a host function rejects its items, or returns anything but arrays of numbers.
   """
   hosts = hosts_of(conditions)
   items = {name: np.asarray(value) if name in hosts else value for name, value in batch.items()}

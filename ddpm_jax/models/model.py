@@ -32,8 +32,8 @@ class SamplingDefaults(NamedTuple):
     steps: the number of steps.
     clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
     guidance_scale: the scale of classifier-free guidance.
-    scheduler: the scheduler config of the folder that the model was read from, for a folder of the same kind that the
-      model is saved to. None for a model of another origin.
+    scheduler: the scheduler config of the folder that the model was read from, which is written again when the model is
+      saved in the same format. None for a model of another origin.
   """
 
   name: str
@@ -93,7 +93,7 @@ class Model(NamedTuple):
     return self._read_frozen(frozen_shapes)
 
   def _read_frozen(self, read: Callable[[Callable[[], PyTree]], PyTree]) -> dict[str, PyTree]:
-    # A condition that uses the codec has its loader. They share the parameters.
+    # A condition that uses the codec has the codec's loader, so both share the parameters.
     read = functools.cache(read)
     frozen = {} if self.codec.load is None else {"codec": read(self.codec.load)}
     by_name = {name: read(condition.load) for name, condition in self.conditions.items() if condition.load is not None}

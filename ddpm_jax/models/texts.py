@@ -23,7 +23,7 @@ PyTree = Any
 # `encode(params, tokens) -> values` [B, ...] for the tokens [B, L] of each tokenizer by name.
 Encode = Callable[[PyTree, Mapping[str, Any]], PyTree]
 
-# The entry of frozen parameters with those of the encoders.
+# The key of the encoders' parameters in a condition's frozen parameters.
 ENCODERS = "encoders"
 # The name of the only tokenizer of a condition.
 ONLY = "text"
@@ -45,21 +45,21 @@ def text(
   """Return the condition of a text that frozen encoders turn into states.
 
   The items are strings. With dropout, the null value is the value of `null_text`. It is computed when the encoders'
-  parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders" are those of
-  the encoders, and "computed" holds the null value.
+  parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders" holds the
+  parameters of the encoders, and "computed" holds the null value.
 
   Args:
     name: the condition's name.
     tokenizers: the tokenizers by names that `encode` knows.
     encode: `encode(params, tokens) -> values` [B, ...], for a dict of `data.Tokens` with the names of `tokenizers`.
     load: reads the parameters of the encoders (see `codecs.Loader`).
-    kind: how the network receives the values, a pytree with the structure of the values or a part of it. The default is
-      tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
+    kind: how the network receives the values, a pytree with the structure of the values or a tree prefix of it. The
+      default is tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
     dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
-      model that was trained elsewhere, the share of its training, such as 0.1. Guidance needs a share above 0.
+      model that was trained elsewhere, the share in its training, such as 0.1. Guidance needs a share above 0.
     null_text: the text of the null value. None for zeros (Stable Diffusion XL).
     takes_weights: whether `encode` also takes `data.prompts.WeightedTokens` in place of `data.Tokens`, as `read_tokens`
-      does. The condition then has the form `Condition.weighted`.
+      does. The condition then sets `Condition.weighted`.
 
   Raises:
     ValueError: if there is no tokenizer, or `dropout` is outside [0, 1).
@@ -92,7 +92,7 @@ def _encoded(
   dropout: float,
   null_text: str | None,
 ) -> Condition:
-  """Return the condition of `text` with a host function, which returns the fields of each tokenizer's tokens."""
+  """Return the condition of `text` for a host function that returns the fields of each tokenizer's tokens."""
   null_tokens = host(np.array([null_text or ""]))
 
   def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
@@ -130,8 +130,8 @@ def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool =
     encoder: the encoder. Its frozen parameters are the params of this module.
     layer: the number of layers after which to take the states. -1 is the last layer.
     normed: whether the encoder's final normalization is applied to them.
-    masked: whether neither the encoder nor the network attends to padding. CLIP's models attend to it. The values are
-      then an array [B, L, C], otherwise a dict of "states" [B, L, C] and "mask", booleans [B, L]. Without masks,
+    masked: whether neither the encoder nor the network attends to padding. CLIP's models attend to it. If True, the
+      values are a dict of "states" [B, L, C] and "mask", booleans [B, L]. If False, they are an array [B, L, C], and
       `encode` also takes weights (see `read_tokens`).
   """
 
@@ -148,11 +148,11 @@ def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool =
 
 
 def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) -> tuple[Array, Array | None]:
-  """Return the states of tokens [B, L, D], and their pooled vectors [B, P] or None.
+  """Return the states [B, L, D] of tokens, and their pooled vectors [B, P] or None.
 
   Weighted tokens come in C chunks of L tokens, which the encoder reads independently. Their states [B, C L, D] are
-  multiplied by the weights (see `emphasis.encode_weighted`). The pooled vector is that of the first chunk, and has no
-  weights.
+  multiplied by the weights (see `emphasis.encode_weighted`). The pooled vector is that of the first chunk, and is not
+  weighted.
 
   Args:
     apply: `apply(ids [N, L]) -> output` of an encoder of `networks.text`, with `tokens` [N, L, D] and `pooled` [N, P].
@@ -237,7 +237,7 @@ def _item_name(name: str, path: Any) -> str:
 
 
 def shorten(text: Any) -> str:
-  """Return the start of a text that is too long for a report."""
+  """Return a text, shortened if it is too long for a report."""
   shown = str(text)
   return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
 
@@ -254,7 +254,7 @@ class _Tokenize:
 
 
 def tokenizer_digests(condition: Condition) -> list[str]:
-  """Return the digests of the tokenizers of a condition, or an empty list for other conditions than texts."""
+  """Return the digests of the tokenizers of a condition, or an empty list if it is not a text."""
   host = condition.host
   return [one.digest for one in host.tokenizers.values()] if isinstance(host, _Tokenize) else []
 

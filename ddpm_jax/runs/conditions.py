@@ -1,4 +1,4 @@
-"""Provide the conditions that a config can select, with those whose encoders are read from folders."""
+"""Provide the conditions that a config can select, including those whose encoders are read from folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +37,10 @@ def text(
     path: the folder of a text encoder or of a pipeline, or a name on the Hugging Face hub (see
       `interop.transformers.load_text_encoder`).
     part: the encoder of a pipeline, such as "text_encoder". Empty for the folder of an encoder.
-    tokenizer: the folder of the tokenizer. Empty for the one in the same folder or in the same pipeline.
+    tokenizer: the folder of the tokenizer. Empty for the one in the folder or pipeline of the encoder.
     layer: the number of layers after which to take the states. -1 is the last layer, and -2 the one before it.
     normed: whether the encoder's final normalization is applied to the states.
-    length: the number of tokens of each text. 0 for the largest number.
+    length: the number of tokens of each text. 0 for the largest number that the tokenizer and the encoder allow.
     dtype: the type of the encoder's parameters and computation, "float32" or "bfloat16".
     dropout: the share of samples trained with the empty text, in [0, 1). Guidance needs a share above 0.
 
@@ -77,7 +77,7 @@ def words(name: str, vocabulary: Sequence[str], length: int, dropout: float = 0.
   Args:
     name: the condition's name.
     vocabulary: the words, in lower case (see `data.tokenizers.words`).
-    length: the number of tokens of each text, one more than the words of the longest text.
+    length: the number of tokens of each text, one more than the number of words in the longest text.
     dropout: the share of samples trained with the empty text, in [0, 1). Guidance needs a share above 0.
 
   Raises:

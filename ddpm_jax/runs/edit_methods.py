@@ -33,7 +33,7 @@ TASKS: dict[str, dict[str, str]] = {
   "interpolate": {},
   "invert": {},
 }
-# The condition of models that were trained for a task, with the images to edit.
+# The name of the condition that gives the images to edit to models that were trained for a task, by task.
 CONDITIONS = {"inpaint": "masked", "instruct": "source"}
 
 _LATENT_METHODS = (

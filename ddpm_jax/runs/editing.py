@@ -179,9 +179,9 @@ def _steer(
   scale: float | None,
   inputs: generation.Inputs,
 ) -> Guided:
-  """Return the edit's guides and inputs. Conditions that the user did not give are not among the inputs.
+  """Return the edit's guides, and the conditions that the user gave, repeated for the results of each image.
 
-  `inputs` come from the images, and are not missing.
+  The user need not give the conditions in `inputs`, which come from the images.
   """
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}

@@ -44,8 +44,8 @@ def run_sample(
 ) -> None:
   """Generate samples with a run's weights or a pretrained model, and save them in the folder's samples/.
 
-  The samples are saved as an .npz file (uint8, NHWC) and as a picture. Samples of texts are also saved as one picture
-  each, whose metadata hold the text and the settings.
+  The samples are saved as an .npz file (uint8, NHWC) and as a picture. If samples have texts, each sample is also saved
+  as a picture of its own, whose metadata hold its text and the settings.
 
   Args:
     experiment: the experiment with the model.
@@ -301,8 +301,8 @@ def run_in_batches(
     parameters: the parameters.
     seed: the seed.
     count: the number of items.
-    inputs: items [count, ...] by name, or a function that reads the rows at some indices [B]. The function gets the
-      arrays that the hosts of conditions return.
+    inputs: items [count, ...] by name, or a function that reads the rows at some indices [B]. `function` gets the
+      arrays that the hosts of conditions return for these items.
     start: the index of the first item to compute.
     activity: the text of the progress bar.
   """

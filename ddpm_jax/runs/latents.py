@@ -124,14 +124,14 @@ def check_conditions(experiment: Experiment) -> None:
 
 
 def _digest(part: PyTree) -> str:
-  """Return one digest of a part's parameters, as `frozen_file` records them."""
+  """Return one digest of a part, computed from the digests that `frozen_file` records for its arrays."""
   return hashlib.sha256(" ".join(frozen_file.compute({"": part})[""]).encode()).hexdigest()
 
 
 def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]:
   """Return the values that encoded data depend on.
 
-  Without frozen parameters, the digest of the codec is empty.
+  Without frozen parameters, the digests of the codec and of the text encoders are empty.
   """
   c = experiment.data
   codec = (frozen or {}).get("codec", ())
@@ -150,14 +150,14 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
 
 
 def storable_texts(experiment: Experiment) -> dict[str, Condition]:
-  """Return the conditions of text whose states encoded data hold, by name."""
+  """Return the text conditions whose states encoded data can hold, by name."""
   return {name: one for name, one in experiment.model.conditions.items() if models.texts.is_storable(one)}
 
 
 def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
   """Return the values that the states of a text depend on, except the parameters of the encoders."""
   path, condition = f"model.conditions.{name}", experiment.model.conditions[name]
-  # A model that has no config has no arguments of its conditions.
+  # The config of a pretrained model does not contain the arguments of its conditions.
   node = experiment.tree.values["model"].get("conditions", {}).get(name, {})
   arguments = {
     key: value for key, value in node.items() if key != "dropout" and experiment.tree.role(f"{path}.{key}") != "place"
@@ -173,7 +173,7 @@ def has_stored_texts(latents: data.Source | None) -> bool:
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Return the experiment whose train step reads states of texts from encoded data, if these hold them."""
+  """Return the experiment whose train step reads states of texts from encoded data, if the data hold them."""
   if not has_stored_texts(latents):
     return experiment
   stored = {name: models.texts.stored(name, one) for name, one in storable_texts(experiment).items()}

@@ -58,7 +58,7 @@ def choose_devices(topology_name: str | None, num_devices: int | None) -> list[A
 
 
 def with_plain_kernels(tree: Tree, devices: list[Any]) -> Tree:
-  """Return the config with plain kernels on a CPU, which simulates another platform.
+  """Return the config with plain kernels if the devices are CPUs, which simulate another platform.
 
   Kernels tuned for a CPU would distort the memory estimate.
   """

@@ -31,8 +31,8 @@ _BATCH = 16
 def run_prepare(experiment: Experiment, output: Path | None) -> None:
   """Prepare the data of an experiment (see `data.prepare`).
 
-  If the model has an autoencoder as its codec, the training images and their texts are encoded. The images of other
-  models are packed with their texts.
+  If the model has an autoencoder as its codec, the training images and their texts are encoded. For other models, the
+  images are packed with their texts.
 
   Args:
     experiment: the experiment with the data.

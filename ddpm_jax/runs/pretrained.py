@@ -92,7 +92,7 @@ def replace_model(
     weights: whether to read the parameters. A plan needs only their shapes and types.
     choices: options of `diffusers.read` that replace those of the config: "dtype", "shape" or "variant".
   """
-  # Sampling needs no float32 parameters. Other pipelines than those of text keep them.
+  # Sampling needs no float32 parameters. Pipelines without text keep them.
   is_text = interop.diffusers.is_text_pipeline(path)
   params_dtype = str(choices.get("dtype", "float32")) if is_text else "float32"
   flag = "--pretrained" if recipe else ""
@@ -126,7 +126,7 @@ def _options(tree: Tree, path: str) -> dict[str, Any]:
   if not interop.diffusers.has_size(path):
     size, channels = (tree.values["data"][name] for name in ("image_size", "channels"))
     shape = {"shape": (size, size, channels) if isinstance(size, int) else (*size, channels)}
-  # A model without texts refuses the share of samples without text.
+  # Models without texts do not accept `text_dropout`.
   dropouts = {"class_dropout": "classes"} | (
     {"text_dropout": "text"} if interop.diffusers.is_text_pipeline(path) else {}
   )

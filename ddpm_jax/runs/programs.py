@@ -150,9 +150,9 @@ def compile_sampler(
     mesh: the devices.
     guides: other models that guide.
     sample: the function of one device's rows of the batch.
-    is_adaptive: whether the number of network calls depends on the data; None for the answer of the sampler. Devices
-      then make different numbers of calls, so no call can wait for the others: all parameters are gathered at the
-      start.
+    is_adaptive: whether the number of network calls depends on the data; None for the answer of the sampler. If it
+      does, devices make different numbers of calls, so no call can wait for the others: all parameters are gathered at
+      the start.
 
   Raises:
     ValueError: if the sampling batch cannot be sharded over the devices or does not fit into their memory.

@@ -127,7 +127,10 @@ def _network_shapes(model: Model) -> PyTree:
 
 
 def _parameter_shapes(guided: Guided, params: PyTree, mesh: jax.sharding.Mesh) -> Parameters:
-  """Return the shapes and shardings of all parameters that sampling needs, from those of the network."""
+  """Return the shapes and shardings of all parameters that sampling needs.
+
+  `params` holds the shapes and types of the network's parameters.
+  """
   model = guided.experiment.model
   guides = {name: guide for name, guide in guided.guides._asdict().items() if guide is not None}
   shapes = Parameters(

@@ -265,7 +265,7 @@ class Scorer:
     return report
 
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
-    """Return further scores of a task for samples, uint8 [N, H, W, C], and their conditions, as JSON values."""
+    """Return further scores of a task as JSON values, from samples, uint8 [N, H, W, C], and their conditions."""
     return {}
 
   def _describe_texts(self, inputs: Inputs) -> dict[str, str]:

@@ -120,7 +120,7 @@ def steer(
 
 
 def _with_prompt_weights(experiment: Experiment, steering: Steering) -> Experiment:
-  """Return the experiment with conditions that read weights in texts, and texts to their end."""
+  """Return the experiment with conditions that read weights in texts, and read texts to their end."""
   conditions = dict(experiment.model.conditions)
   names = [name for name, condition in conditions.items() if condition.weighted is not None]
   if not names:

@@ -153,7 +153,7 @@ class _Trainer:
 
   Attributes:
     run: the run.
-    trained: the run's experiment as the train step uses it: encoded data may hold the states of texts.
+    trained: the experiment of the train step. It differs from the run's if encoded data hold the states of texts.
     scorer: the scorer of the run's task.
     preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.

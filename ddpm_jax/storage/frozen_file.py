@@ -9,10 +9,10 @@ from ddpm_jax.storage import digests, sealed, workdir
 
 PyTree = Any
 
-# The entry of frozen parameters with values that are computed from the others when these are loaded. They have no
-# digest, because their last bits may differ between devices.
+# The key, in frozen parameters, of values that are computed from the other parameters during loading. These values have
+# no digest, because their last bits may differ between devices.
 COMPUTED = "computed"
-# The entry of the record with the digests of tokenizers.
+# The key of the tokenizers' digests in the record.
 TOKENIZERS = "tokenizers"
 
 
@@ -36,7 +36,7 @@ def check(folder: Path, current: dict[str, list[str]]) -> None:
 
   Args:
     folder: the run's folder.
-    current: the digests, as `compute` returns them, and those of the tokenizers.
+    current: the digests that `compute` returns, and the digests of the tokenizers.
 
   Raises:
     ValueError: if the digests differ, or the record is damaged.

@@ -104,7 +104,7 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
 def save_with_text(path: str | Path, image: np.ndarray, notes: Mapping[str, str]) -> None:
   """Write an image, uint8 [h, w, C], to a PNG file with texts as its metadata. The write is atomic.
 
-  Texts in Latin-1 become chunks of type tEXt, and others of type iTXt.
+  Texts that Latin-1 can encode become chunks of type tEXt, and other texts become chunks of type iTXt.
   """
   from PIL import Image, PngImagePlugin
 

@@ -128,8 +128,8 @@ def power(std: float) -> Decay:
   """Return the decay of a power-function average (Karras et al. 2024, EDM2).
 
   The weight of the parameters of step t is proportional to t^gamma, so the length of the average grows with training.
-  The decay of the t-th step is (1 - 1/t)^(gamma + 1) (equation 127), where t is 1 for the first step. After this step,
-  the average equals the parameters.
+  The decay of the t-th step is (1 - 1/t)^(gamma + 1) (equation 127), where t is 1 for the first step. After the first
+  step, the average equals the parameters.
 
   Args:
     std: the relative width of the average, in (0, 1/sqrt(12)). It is the standard deviation of t under these weights,

@@ -10,8 +10,8 @@ diffusers in eager PyTorch. Both use the same device and float32.
 - encode, decode: --batch images of each of --sizes. With --tiles, both libraries also decode images of this size in
   tiles of 64 latents.
 - unet: one forward pass for 2 latents of each of --sizes, with 77 tokens of 768 features.
-- load: reading the U-Net's parameters from a file, in float32 and bfloat16. The increase is the peak memory above what
-  the process had imported before, to be compared with the bytes of the parameters.
+- load: reading the U-Net's parameters from a file, in float32 and bfloat16. The increase is the peak memory minus the
+  peak after the imports. Compare the increase with the bytes of the parameters.
 
 The peak memory is the process's memory on the host, with everything that it imports and compiles. The last column of
 the table shows by how much loading, compiling and computing increase this peak. --small uses tiny networks, to test
@@ -116,7 +116,7 @@ def their_call(root, task, tile):
 
 
 def load(library, root, dtype):
-  """Load the U-Net's parameters, and return their bytes and the number of bytes of the largest one."""
+  """Load the U-Net's parameters, and return the bytes of all parameters and of the largest tensor."""
   if library == "ours":
     import jax
 

@@ -18,13 +18,13 @@ _SIDE = 28
 
 
 class Scorer(scoring.Scorer):
-  """Score samples, and compare the digits that a classifier sees in them with those in their captions."""
+  """Score samples, and compare the digits that a classifier sees in them with the digits in their captions."""
 
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
     """Return the share of samples whose digits and their order agree with the captions, under the name "agreement".
 
-    There is a share for pairs of the training data and one for held-out pairs. Beside each is that of real images,
-    which the classifier's errors limit.
+    The report has a share for training pairs and one for held-out pairs, both for the samples and for real images. Only
+    the classifier's errors keep the shares of real images below 1.
     """
     classifier, held_out = self._classifier(), self._run.held_out
     report = {"samples": _agreement(classifier, samples, inputs["text"])}
@@ -46,7 +46,7 @@ class Scorer(scoring.Scorer):
 
 
 def _agreement(classifier: Any, images: np.ndarray, texts: np.ndarray) -> dict[str, dict[str, Any]]:
-  """Return the shares of images with the digits of their texts, for pairs of the training data and held-out pairs."""
+  """Return the shares of images that show the digits of their texts, for training pairs and for held-out pairs."""
   asked = np.array([pairs.digits_of(str(text)) for text in texts])
   halves = (images[:, :, :_SIDE], images[:, :, _SIDE:])
   seen = np.stack([np.argmax(classifier(np.ascontiguousarray(half))["log_probs"], axis=1) for half in halves], axis=1)
@@ -61,7 +61,7 @@ def _agreement(classifier: Any, images: np.ndarray, texts: np.ndarray) -> dict[s
 
 
 class DigitPairs(Denoise):
-  """Preview, score and report the samples of a model of `data.digit_pairs`."""
+  """Preview, score and report the samples of a model trained on `data.digit_pairs`."""
 
   def scorer(self, run: Run) -> Scorer:
     """Return the scorer of the run's samples.
@@ -79,5 +79,5 @@ class DigitPairs(Denoise):
 
 
 def digit_pairs() -> DigitPairs:
-  """Return the task of models that draw pairs of digits from captions, with the share of samples that agree."""
+  """Return the task of models that draw pairs of digits from captions, with their agreement as a score."""
   return DigitPairs()
