@@ -96,6 +96,9 @@ def test_batches_continue_where_they_stopped(folder):
     np.testing.assert_array_equal(next(second)["image"], image)
   first.close()
   second.close()
+  other = data.batches(data.Buckets(source_of(folder), SIZES[:2]), 4, seed=0)
+  with pytest.raises(ValueError, match="images of other sizes"):
+    other.restore(first.state)
 
 
 def test_a_broken_image_is_replaced_by_one_of_its_bucket(tmp_path):
@@ -103,16 +106,18 @@ def test_a_broken_image_is_replaced_by_one_of_its_bucket(tmp_path):
     Image.new("L", (10, 10) if number % 2 else (40, 10), 10 * number).save(tmp_path / f"{number}.png")
   truncate(tmp_path / "4.png")
   (tmp_path / "5.png").write_bytes(b"not an image")
-  buckets = data.Buckets(source_of(tmp_path), SIZES[:2])
-  # The header of 4.png is intact. 5.png cannot be opened, so its bucket is 0.
-  np.testing.assert_array_equal(buckets.groups, [1, 0, 1, 0, 1, 0])
+  with pytest.raises(ValueError, match="5.png"):
+    data.Buckets(source_of(tmp_path), SIZES[:2])
+  buckets = data.Buckets(source_of(tmp_path), SIZES[:2], broken="skip")
+  # The header of 4.png is intact. 5.png cannot be opened, so it goes to the bucket with the most images.
+  np.testing.assert_array_equal(buckets.groups, [1, 0, 1, 0, 1, 1])
   skipping = data.SkipBroken(buckets)
   assert np.all(skipping[4]["image"] == 0)
   assert skipping[4]["image"].shape == (4, 16, 1)
-  assert np.all(skipping[5]["image"] == 10)
+  assert np.all(skipping[5]["image"] == 0)
   truncate(tmp_path / "0.png")
   truncate(tmp_path / "2.png")
-  with pytest.raises(ValueError, match="3 of 3"):
+  with pytest.raises(ValueError, match="4 of 4"):
     skipping[4]
 
 
@@ -171,6 +176,10 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
     ({"data__buckets": ((8, 8), (7, 16)), "model__network__multipliers": (1, 2)}, r"config.data.buckets.*\(7, 16\)"),
     ({"data__buckets": 8}, "config.data.buckets=8; expected a list"),
     ({"data__buckets": (8, 16)}, "config.data.buckets"),
+    (
+      {"model__network": spec("tests/parameters.py:dense_network"), "data__buckets": ((8, 8), (8, 16))},
+      r"network cannot take x of shape \(8, 16, 1\)",
+    ),
     ({"model__conditions": {"sketch": spec("conditions.image")}}, "the condition sketch, which is an image"),
   ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import guidance, losses, models, sampling
@@ -182,7 +183,22 @@ def _check_buckets(data: Data, model: Model) -> None:
   for size in check_buckets(data.buckets):
     with components.named_errors("config.data.buckets", str(size)):
       check_space(size, data.channels)
-      model.network.check(model.codec.shape((*size, data.channels)))
+      _check_size(model, model.codec.shape((*size, data.channels)))
+
+
+def _check_size(model: Model, x_shape: tuple[int, ...]) -> None:
+  """Raise a ValueError if the network of a model rejects x of another shape."""
+  model.network.check(x_shape)
+  if hasattr(model.network.module, "check_input"):
+    return
+  # A network of the user may accept only the shape that it was initialized with.
+  example = models.conditions.example(model.conditions)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  inputs = jax.ShapeDtypeStruct((1, *x_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+  try:
+    jax.eval_shape(lambda params, x, time: model.network.apply(params, x, time, example), params, *inputs)
+  except Exception as error:
+    raise ValueError(f"the network cannot take x of shape {x_shape}: {str(error).splitlines()[0]}") from error
 
 
 def _check_clip(model: Model, rule: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.fitting import check_image_size
-from ddpm_jax.data.sources import BrokenImage, Source, is_resizable, known_texts
+from ddpm_jax.data.sources import BrokenImage, Source, broken_error, is_resizable, known_texts
 
 Size = tuple[int, int]
 
@@ -22,17 +22,20 @@ class Buckets:
   Args:
     source: images that can be read at any size: a `FolderSource`, or a part of one that `hold_out` returned.
     sizes: the height and width in pixels of each bucket.
+    broken: how to treat images that cannot be opened: "stop" to raise an error, or "skip" to put them into the bucket
+      with the most images, where `SkipBroken` replaces them.
 
   Attributes:
     sizes: the argument `sizes`.
-    groups: the bucket of each image, [N] int. An image that cannot be opened is in bucket 0.
+    groups: the bucket of each image, [N] int.
     classes: the classes [N] of the source.
 
   Raises:
-    ValueError: if the images cannot be read at any size, or `sizes` are wrong (see `check_buckets`).
+    ValueError: if the images cannot be read at any size, `sizes` are wrong (see `check_buckets`), or images cannot be
+      opened and `broken` is "stop".
   """
 
-  def __init__(self, source: Source, sizes: Sequence[Size]):
+  def __init__(self, source: Source, sizes: Sequence[Size], broken: str = "stop"):
     if not is_resizable(source):
       raise ValueError(
         "Got config.data.buckets with a data source whose images have one size; expected a folder of image files. Set"
@@ -41,7 +44,7 @@ class Buckets:
     self.source: Any = source
     self.sizes = check_buckets(sizes)
     self.classes = getattr(source, "classes", None)
-    self.groups = _nearest(_image_sizes(source), self.sizes)
+    self.groups = _nearest(_image_sizes(source, broken), self.sizes)
 
   def __len__(self) -> int:
     return len(self.source)
@@ -73,24 +76,33 @@ def check_buckets(sizes: Sequence[Any]) -> tuple[Size, ...]:
   return checked
 
 
-def _image_sizes(source: Any) -> np.ndarray:
-  """Read the height and width of each image [N, 2]. The size of an image that cannot be opened is 0."""
+def _image_sizes(source: Any, broken: str) -> np.ndarray:
+  """Read the height and width of each image [N, 2]. The size of a broken image is 0 if `broken` is "skip"."""
+  errors: list[BrokenImage] = []
 
   def read(index: int) -> Size:
     try:
       return source.image_size(index)
-    except BrokenImage:
+    except BrokenImage as error:
+      errors.append(error)
       return 0, 0
 
   count = len(source)
   with ThreadPoolExecutor() as pool:
     results = pool.map(read, range(count), chunksize=64)
-    return np.array(list(tqdm(results, total=count, desc="reading sizes", unit=" images", disable=count < 5000)))
+    sizes = list(tqdm(results, total=count, desc="reading sizes", unit=" images", disable=count < 5000))
+  if errors and (broken == "stop" or len(errors) == count):
+    raise broken_error(errors, count)
+  return np.array(sizes)
 
 
 def _nearest(image_sizes: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
   """Return the index of the size with the closest aspect ratio for each image [N]."""
   is_known = np.all(image_sizes > 0, axis=1)
-  heights, widths = np.where(is_known[:, None], image_sizes, np.array(sizes[0])).T
+  heights, widths = image_sizes[is_known].T
   ratios = np.array([height / width for height, width in sizes])
-  return np.argmin(np.abs(np.log(heights / widths)[:, None] - np.log(ratios)), axis=1)
+  nearest = np.argmin(np.abs(np.log(heights / widths)[:, None] - np.log(ratios)), axis=1)
+  # Images of unknown size go to the bucket with the most images, which has images to replace them.
+  groups = np.full(len(image_sizes), np.argmax(np.bincount(nearest)))
+  groups[is_known] = nearest
+  return groups

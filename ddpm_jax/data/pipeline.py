@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
@@ -147,7 +148,7 @@ class Batches:
     """Continue from a position that `state` returned.
 
     Raises:
-      ValueError: if the number of images, the batch size or the seed has changed, or `state` has other keys.
+      ValueError: if the number of images, their groups, the batch size or the seed has changed, or `state` has other keys.
     """
     if state.keys() != self._position.keys():
       raise ValueError(
@@ -158,6 +159,11 @@ class Batches:
       raise ValueError(
         f"Got data of {self._position['num_images']} images to resume a run on {state['num_images']} images; expected"
         " the same data. Restore the data, or start a new run in another --workdir."
+      )
+    if state.get("groups") != self._position.get("groups"):
+      raise ValueError(
+        "Got images of other sizes than those that the run was trained on, so some of them are in other buckets; expected the same data. Restore"
+        " the data, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
@@ -270,6 +276,10 @@ def batches(
     return iter(single.mp_prefetch(workers, worker_init_fn=_prepare_worker))
 
   position = {"batch": 0, "num_images": len(source), "batch_size": batch_size, "seed": seed}
+  groups = getattr(source, "groups", None)
+  if groups is not None:
+    # The order of batches depends on the group of each image.
+    position["groups"] = zlib.crc32(np.asarray(groups, np.int64))
   return Batches(start, source, position, put)
 
 

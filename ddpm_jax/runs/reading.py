@@ -87,7 +87,7 @@ def read_buckets(experiment: Experiment, splits: data.Splits) -> data.Source | N
   c = experiment.data
   if not c.buckets:
     return None
-  buckets = data.Buckets(data.split(splits, c.hold_out).train, c.buckets)
+  buckets = data.Buckets(data.split(splits, c.hold_out).train, c.buckets, c.broken)
   return data.SkipBroken(buckets) if c.broken == "skip" else buckets
 
 
