@@ -77,7 +77,7 @@ def collectives(hlo_text: str) -> dict[str, Collective]:
     full, group = _full_bytes(shape, kind, start is not None), _group_size(line, num_devices)
     if kind == "reduce-scatter":
       full *= group
-    # A TPU program contains a reduce-scatter as an all-reduce inside a computation of this name.
+    # In a TPU program, a reduce-scatter is an all-reduce inside a computation named "all-reduce-scatter...".
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
     sent = full if kind == "collective-permute" else _FACTORS[kind] * full * (group - 1) / group

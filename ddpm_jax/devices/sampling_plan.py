@@ -33,7 +33,7 @@ class Work(NamedTuple):
 class SamplingPlan(NamedTuple):
   """Hold the resources that sampling needs, and lower bounds on its time.
 
-  Bytes are for one device. FLOPs are those of matrix products and convolutions (`costs.matmul_flops`) for one image.
+  Bytes are for one device. FLOPs are for one image, and count matrix products and convolutions (`costs.matmul_flops`).
   None means unknown.
 
   Attributes:
@@ -42,8 +42,8 @@ class SamplingPlan(NamedTuple):
     batch_size: images in a batch, over all devices.
     dtype: the dtype that the network computes in.
     steps: the number of sampling steps.
-    calls: the number of network calls for an image, each on a batch that guidance may double. None if it depends on the
-      data.
+    calls: the number of network calls for an image. None if it depends on the data. Guidance may double the batch of a
+      call, but does not change this number.
     parameters: the number of parameters of the network.
     frozen_parameters: the number of parameters of the codec, the conditions and the models that guide.
     encode_flops: FLOPs to encode the conditions.

@@ -18,7 +18,7 @@ _DISTANCE_BYTES = 2**28
 
 
 class Autoencoder(nn.Module):
-  """Compress data to a small array of latents, and reconstruct them.
+  """Compress data to a small array of latents, and reconstruct the data.
 
   This is the autoencoder of latent diffusion (Rombach et al. 2022, appendix G; Esser et al. 2021). The encoder applies
   residual blocks and halves every axis between its levels. The decoder mirrors the encoder. With the bottleneck "kl"

@@ -44,12 +44,12 @@ class ConditionalUNet(nn.Module):
     vocabulary: the number of token ids that the network embeds, together with their positions. 0 for a network whose
       tokens are states. If `context_features` is 0, the embeddings have `embedding_width` features.
     vocabulary_layers: for a network with a vocabulary, the number of transformer layers over the embedded tokens (as in
-      BERT, see `networks.text`). Without them a token has no context, so that the image cannot tell which words belong
-      together.
+      BERT, see `networks.text`). Without these layers a token has no context, so the network cannot tell which words
+      belong together.
     dropout: the dropout rate inside residual blocks during training.
     groups: the number of groups in every group normalization. 0 selects `layers.default_groups`.
-    epsilon: the constant added to the variance in residual blocks and at the output. Before transformers it is 1e-6,
-      and in their layers 1e-5.
+    epsilon: the constant added to the variance in residual blocks and at the output. The normalization before a
+      transformer uses 1e-6, and the normalizations inside a transformer use 1e-5.
     time_embedding: "cos_sin" or "sin_cos", as in `UNet`.
     embedding_features: the features of the embedding that every residual block receives. 0 uses four times `channels`.
     frequency_shift: see `UNet`.
@@ -57,14 +57,14 @@ class ConditionalUNet(nn.Module):
     vector_embedding: how a continuous vector conditions the network, as in `UNet`: "", "dense", "time" or "identity".
     vector_features: the number of features that the first layer of "dense" receives, from the vector and the sizes. 0
       accepts any number.
-    size_features: the features of the embedding of each of the sizes that follow the vector. They are embedded like
-      times (Podell et al. 2023, section 2.2). Stable Diffusion XL has 256. 0 for a network without sizes.
+    size_features: the number of features of each embedded size. The sizes are embedded like times (Podell et al. 2023,
+      section 2.2), and follow the vector. Stable Diffusion XL has 256. 0 for a network without sizes.
     guidance_features: the features of an embedded guidance scale that joins the embedded time (Meng et al. 2023). 0 for
       none.
     center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
     dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
       wider.
-    remat: see `UNet`. Residual blocks and transformer layers are blocks.
+    remat: see `UNet`. Each residual block and each transformer layer counts as a block.
     attention: see `UNet`.
     kernels: see `UNet`.
   """
@@ -157,8 +157,8 @@ class ConditionalUNet(nn.Module):
       An array [B, H, W, out_channels] in float32.
 
     Raises:
-      ValueError: if an option is invalid, a condition or `keys` have the wrong shape, or a condition is missing or
-        given to a network without it.
+      ValueError: if an option is invalid, a condition or `keys` have the wrong shape, or the network does not get the
+        conditions that it needs, or gets a condition that it does not use.
     """
     states, mask = self._embed_ids(tokens) if self.vocabulary else _split_tokens(tokens)
     self._check_call(x, states, mask, image)
@@ -212,7 +212,7 @@ class ConditionalUNet(nn.Module):
   def _check_vectors(
     self, x: Array, classes: Array | None, vector: Array | None, sizes: Array | None, guidance: Array | None
   ) -> None:
-    """Check that the conditions that join the embedding are those of the network, and have the right shapes."""
+    """Check that the network gets exactly the conditions that its embedding needs, in the right shapes."""
     count = x.shape[0]
     values = (
       ("classes", classes, "num_classes"),
@@ -298,7 +298,7 @@ class ConditionalUNet(nn.Module):
     return embedding
 
   def _embed_ids(self, tokens: Tokens | None) -> tuple[Array, Array]:
-    """Return the states [B, L, C'] of token ids, from their embeddings and positions, and the mask."""
+    """Embed token ids and their positions, and return the states [B, L, C'] and the mask."""
     if not isinstance(tokens, Mapping) or set(tokens) != {"ids", "mask"}:
       raise ValueError(
         f"Got tokens without ids for a network with vocabulary={self.vocabulary}; expected a dict of ids and mask, such as"
@@ -357,7 +357,10 @@ class ConditionalUNet(nn.Module):
     level: int,
     size: Sequence[int],
   ) -> Array:
-    """Apply a level of the upward path to h and this level's skip connections, and double the result to `size`."""
+    """Apply a level of the upward path to h and this level's skip connections, and resize the result to `size`.
+
+    The result is doubled and then cropped. Level 0 is not resized.
+    """
     for block, skip in enumerate(skips):
       h = self._residual([h, skip], embedding, self.num_features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels:

@@ -84,8 +84,8 @@ def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> 
   return module.param(name, init, tuple(shape), jnp.float32)
 
 
-# The names of parameters that gradients and weight decay do not change: the last parts of their paths. The objective of
-# autoencoders replaces the vectors of a codebook by averages.
+# The last parts of the paths of parameters that gradients and weight decay do not change. The objective of autoencoders
+# sets the vectors of a codebook to averages instead.
 CONSTANTS = ("time_frequencies", "codebook/vectors")
 
 
@@ -352,7 +352,7 @@ def dropout_keys(network: Any, x: Array, train: bool, keys: Array | None) -> Arr
   """Return a dropout key for each sample of x [B, ...], or None if dropout is off.
 
   Args:
-    network: the module, with its rate `dropout`. Without keys, its rng named "dropout" makes them.
+    network: the module, with its rate `dropout`. If `keys` is None, the module's rng named "dropout" makes the keys.
     x: the data.
     train: whether this is training.
     keys: the keys [B] that the caller passed to the network, or None.

@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 # A network calls this many times, so trace it once for each shape.
 @partial(trace_once, static_argnums=(3, 4, 5))
 def _normalize(x: Array, scale: Array, bias: Array | None, epsilon: float, dtype: Any, kernels: str) -> Array:
-  """Apply `LayerNorm` with the parameters scale and bias [C], or `RMSNorm` without a bias."""
+  """Apply `LayerNorm` with the parameters scale and bias [C], or `RMSNorm` if there is no bias."""
   exact = widest(x)
   x = x.astype(exact)
   scale = repeat_positions(scale.astype(exact), x.shape, kernels)

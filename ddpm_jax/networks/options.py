@@ -97,7 +97,7 @@ def check_conditional(network: Any) -> None:
   features, heads = n.context_features or n.embedding_width, per_level(n.heads, levels)[-1]
   if n.vocabulary_layers and features % heads:
     raise ValueError(
-      f"Got tokens of {features} features with heads={heads}; expected a multiple. Set context_features."
+      f"Got tokens of {features} features with heads={heads}; expected a multiple of heads. Set context_features."
     )
   if n.size_features and n.vector_embedding != "dense":
     raise ValueError(

@@ -14,7 +14,7 @@ from ddpm_jax.networks.normalization import LayerNorm
 Array = jax.Array
 
 # The constants added to the variance in the group normalization before a transformer, and in the layer normalizations
-# inside it. The residual blocks of the same networks have another one.
+# inside it. The residual blocks of the same networks use `options.epsilon`.
 _GROUP_EPSILON, _LAYER_EPSILON = 1e-6, 1e-5
 
 
@@ -25,9 +25,9 @@ class Transformer(nn.Module):
     heads: the number of attention heads.
     depth: the number of layers.
     linear_projections: whether the projections before and after the layers are linear layers, not 1x1 convolutions.
-      They compute the same, and their parameters have other shapes.
+      Both compute the same function, but their parameters have different shapes.
     remat: see `networks.UNet`. A block is one layer.
-    options: the options of all blocks. The epsilon is that of residual blocks only.
+    options: the options of all blocks. Transformers ignore `options.epsilon`, the constant of residual blocks.
   """
 
   heads: int
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
     layer = layers.rematerialize(TransformerLayer, self.remat)
     for index in range(self.depth):
       h = layer(self.heads, self.options, name=f"layer_{index}")(h, tokens, mask)
-    # The residual branch starts at zero, like those of residual blocks.
+    # The residual branch starts at zero, like the branches of residual blocks.
     return x + self._project(h.reshape(x.shape), "proj_out", layers.ZEROS)
 
   def _project(self, x: Array, name: str, kernel_init: Any = layers.INIT) -> Array:
@@ -82,7 +82,7 @@ class TransformerLayer(nn.Module):
 
 
 class Attention(nn.Module):
-  """Apply attention of several heads (Vaswani et al. 2017, section 3.2), without biases before it."""
+  """Apply multi-head attention (Vaswani et al. 2017, section 3.2), without biases in queries, keys and values."""
 
   heads: int
   options: layers.BlockOptions

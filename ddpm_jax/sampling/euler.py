@@ -119,9 +119,10 @@ def heun(
     s_min: see `euler`.
     s_max: see `euler`.
     s_noise: see `euler`.
-    scaled: whether to average the slopes of x / alpha in sigma / alpha, as diffusers and k-diffusion do, and not the
-      slopes of x in alpha and sigma. With a constant alpha, both are the same rule. Steps that start in pure noise
-      (alpha = 0) never average scaled slopes, because they are infinite there.
+    scaled: whether to average the slopes of x / alpha with respect to sigma / alpha, as diffusers and k-diffusion do.
+      Otherwise the rule averages the slopes of x with respect to alpha and sigma. With a constant alpha, both are the
+      same rule. Steps that start in pure noise (alpha = 0) never average scaled slopes, because these are infinite
+      there.
   """
   rule = _scaled_heun_step if scaled else _heun_step
   return _with_churn(process, rule, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)

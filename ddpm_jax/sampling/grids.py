@@ -10,7 +10,7 @@ the step to 0, use `grid[:-1]`.
 
 The functions raise a ValueError if K is too small or too large, or if `t_max` or `t_min` is out of range. `log_snr` and
 `karras` also raise it if no data is left at the first time. `trailing`, `leading` and `linspace` also raise it for a
-continuous process. Their N is the number of steps up to the process's t_max.
+continuous process. In these three, N is the number of steps up to the process's t_max.
 """
 
 import functools

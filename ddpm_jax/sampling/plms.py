@@ -11,8 +11,8 @@ from ddpm_jax.processes import Process
 from ddpm_jax.sampling.core import Sampler, estimate
 from ddpm_jax.sampling.euler import ddim, step_along_noise
 
-# The weights of the estimates, the newest first, in a step with 0, 1, 2, or at least 3 earlier estimates: those of the
-# Adams-Bashforth rules for equal steps.
+# The weights of the Adams-Bashforth rules for equal steps, for the newest estimate first. Row k is for a step with k
+# earlier estimates, and the last row for 3 or more.
 _WEIGHTS = np.array(
   [
     [1, 0, 0, 0],
@@ -35,12 +35,12 @@ def plms(process: Process) -> Sampler:
   """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
 
   Each step keeps one estimate of the noise over the step, as in `ddim`. The estimate is the Adams-Bashforth combination
-  of the four latest estimates, or of fewer in the first steps. The weights are those for equal steps, on any grid. The
-  rule is therefore of order 2. Source: Liu et al. 2022, section 3. It is the PNDMScheduler of diffusers with
+  of the four latest estimates, or of fewer in the first steps. On any grid, the weights are the ones for equal steps,
+  so the rule has order 2. Source: Liu et al. 2022, section 3. It is the PNDMScheduler of diffusers with
   skip_prk_steps=True.
 
-  A step calls the network once. The first of several steps calls it twice: it averages the estimates at both of its
-  ends, as Heun's rule does.
+  A step calls the network once. The first of several steps calls it twice, because that step averages the estimates at
+  its start and at its end, as Heun's rule does.
   """
 
   def step(key, denoise, x_t, memory: _Past, t, s):
@@ -69,7 +69,7 @@ def plms(process: Process) -> Sampler:
     return _Past((jnp.zeros_like(x),) * 3, jnp.array(0))
 
   def prepare(num_steps: int) -> Sampler:
-    # As in diffusers, the only step of a grid is not repeated.
+    # As in diffusers, a grid with a single step calls the network only once.
     return ddim(process) if num_steps == 1 else rule._replace(prepare=None)
 
   rule = Sampler(init, step, process, reversible=True, first_calls=1, prepare=prepare, spacing=ddim(process).spacing)

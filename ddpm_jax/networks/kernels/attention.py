@@ -40,7 +40,8 @@ def _attend_plain(
 
 def _attend_cudnn(q: Array, k: Array, v: Array, bias: Array | None, scale: float | None, causal: bool) -> Array:
   if bias is not None:
-    # cuDNN does not broadcast the last two axes, and returns NaN for very large numbers: JAX masks with these too.
+    # cuDNN does not broadcast the last two axes, and returns NaN for very large numbers. The lower limit is the number
+    # that JAX's own masks use.
     lowest = -(2.0**41) if q.dtype == jnp.bfloat16 else -(2.0**15)
     bias = jnp.broadcast_to(jnp.maximum(bias, lowest), (*bias.shape[:2], q.shape[1], k.shape[1])).astype(q.dtype)
   attention = with_promotion(jax.nn.dot_product_attention)

@@ -1,4 +1,4 @@
-"""Provide text encoders in Flax Linen: of CLIP, T5 and BERT.
+"""Provide the text encoders of CLIP, T5 and BERT in Flax Linen.
 
 Each maps ids [B, N] and a mask [B, N] to `TextStates`. Tokenizers make the ids (see `data`).
 """

@@ -16,8 +16,9 @@ Array = jax.Array
 class BERT(nn.Module):
   """Encode texts by BERT (Devlin et al. 2019, section 3).
 
-  A Transformer with normalization after each block and learned positions. The vector of a text is tanh of a linear map
-  of the state at its first token. For the vectors of sentence encoders, call `sentence_vector` with `tokens`.
+  The network is a Transformer with learned positions, and with normalization after each block. The vector of a text is
+  tanh of a linear map of the state at its first token. For the vectors of sentence encoders, call `sentence_vector`
+  with `tokens`.
 
   The defaults are those of all-MiniLM-L6-v2.
 

@@ -39,7 +39,7 @@ class TextStates(NamedTuple):
     tokens: a state [B, N, C] for each token, from the layer that the caller chose.
     pooled: one vector [B, C'] for each text. None for encoders without one.
     hidden: with `all_layers`, the states [B, N, C] after the embeddings and after each layer, without the final
-      normalization: one more than layers. Otherwise empty.
+      normalization. There is one array more than there are layers. Empty without `all_layers`.
   """
 
   tokens: Array

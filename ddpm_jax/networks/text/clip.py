@@ -18,8 +18,8 @@ WRONG_END = 2
 class CLIPText(nn.Module):
   """Encode texts by CLIP's text encoder (Radford et al. 2021, section 2.4).
 
-  A Transformer with normalization before each block, learned positions and causal attention. The vector of a text is
-  the state at its end-of-text token.
+  The network is a Transformer with learned positions, causal attention, and normalization before each block. The vector
+  of a text is the state at its end-of-text token.
 
   The defaults are those of Stable Diffusion 1. Stable Diffusion uses these states:
 
@@ -35,7 +35,7 @@ class CLIPText(nn.Module):
     heads: the number of heads.
     hidden_channels: the features inside the feed-forward blocks.
     positions: the largest number of tokens in a text.
-    projection: the features of the vector of a text, which is then multiplied by a matrix. 0 for no matrix.
+    projection: the number of features to which a matrix maps the vector of a text. 0 for no matrix.
     activation: the activation of the feed-forward blocks (see `blocks.ACTIVATIONS`).
     epsilon: the constant added to the variance in every normalization.
     end: the id of the end-of-text token. The vector of a text is taken from its first position with this id, or from

@@ -19,8 +19,8 @@ Array = jax.Array
 class T5Encoder(nn.Module):
   """Encode texts by the encoder of T5 (Raffel et al. 2020, section 2.1) or T5 v1.1 (Shazeer 2020).
 
-  A Transformer with RMS normalization before each block and no biases. A learned number for each head and distance is
-  added to the scores, the same in all layers, and the scores are not scaled.
+  The network is a Transformer without biases, and with RMS normalization before each block. A learned number for each
+  head and distance is added to the scores. All layers share these numbers. The scores are not scaled.
 
   The defaults are those of T5 v1.1 XXL, the third encoder of Stable Diffusion 3. Original T5 has activation="relu" and
   gated=False.
@@ -34,7 +34,7 @@ class T5Encoder(nn.Module):
     hidden_channels: the features inside the feed-forward blocks.
     activation: the activation of the feed-forward blocks (see `blocks.ACTIVATIONS`).
     gated: whether the feed-forward blocks multiply the activation by a second linear map.
-    buckets: the number of ranges of distances that have a learned number each.
+    buckets: the number of ranges of distances. Each range has one learned number for each head.
     max_distance: the distance from which on all distances are in the last range.
     epsilon: the constant added to the mean square in every normalization.
     dtype: the type of the computation. Results are float32.
@@ -120,8 +120,8 @@ class T5Encoder(nn.Module):
 def buckets_of(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
   """Return the range, an integer from 0 to `buckets` - 1, of each distance from a query to a key.
 
-  Keys before the query have the first half of the ranges, keys after it the second half. Of each half, the first half
-  are single distances, and the others grow exponentially up to `max_distance`.
+  Keys before the query have the first half of the ranges, keys after it the second half. In each half, one half of the
+  ranges are single distances, and the other ranges grow exponentially up to `max_distance`.
 
   Raises:
     ValueError: if there are fewer than 4 ranges, or `max_distance` is at most a quarter of their number.
