@@ -383,7 +383,7 @@ def _out_of_memory(error: str) -> OutOfMemory:
 
 
 def divide(amount: float | None, rate: float | None) -> float | None:
-  """Return the time of an amount at a rate, or None if one of them is unknown."""
+  """Return the time that an amount takes at a rate, or None if the amount or the rate is unknown."""
   return None if amount is None or not rate else amount / rate
 
 

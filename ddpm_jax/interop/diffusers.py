@@ -1,6 +1,6 @@
 """Load models of diffusers' pipelines, and save them.
 
-The pipelines are the unconditional ones (DDPMPipeline, DDIMPipeline, LDMPipeline) and those of Stable Diffusion.
+Supported are the unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline) and the Stable Diffusion pipelines.
 
 For example::
 

@@ -192,5 +192,5 @@ def autoencoder_layout(shapes: tensors.Shapes) -> tensors.Layout:
     matrix = value.reshape(value.shape[:2]) if "/middle_attention/to_" in path and value.ndim > 2 else value
     return tensors.from_torch(path, matrix)
 
-  # Files of an autoencoder alone may contain its discriminator and averages.
+  # A file with only an autoencoder may also contain the discriminator and the averages of its training.
   return tensors.Layout(name_of, shape_of, from_file, lambda name: name.startswith(("loss.", "model_ema.")))

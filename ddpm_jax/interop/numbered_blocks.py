@@ -75,7 +75,7 @@ def levels_of(file: tensors.TensorFile) -> tuple[int, int]:
   of upsampling layers plus 1.
 
   Raises:
-    ValueError: if the blocks of the file are not those of such a U-Net.
+    ValueError: if the file does not have the blocks of such a U-Net.
   """
   total = count(file, "output_blocks")
   ups = sum(

@@ -14,8 +14,8 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   step, unless the step starts at step 1 of the process.
 - Multistep rules have their full order in a last step that ends above 0. With fewer than 15 steps, diffusers lowers the
   order of that step.
-- The first and the last steps of third-order rules are those of our samplers and differ from diffusers' steps. For
-  dpmpp_3m, all steps differ.
+- In third-order rules, our first and last steps differ from diffusers' first and last steps. In dpmpp_3m, all steps
+  differ.
 - At the start, `Process.prior` has the standard deviation sigma(t_max), 0.998 for Stable Diffusion. diffusers starts
   from noise of variance 1, but Euler and Heun on "linspace" and "trailing" grids start as we do.
 """
