@@ -1,6 +1,7 @@
 """Test how the weights and JSON files of other libraries are read, including damaged files."""
 
 import argparse
+import fnmatch
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from ddpm_jax import interop
+from ddpm_jax.interop import folders, hub
 from tests.test_interop_diffusers import weights_path, write_pipeline
 
 
@@ -209,7 +211,7 @@ BROKEN_SHARDS = {
   ),
   "no shard": (
     change_index(lambda c, index: (index.parent / FORMS["shards"][1]).unlink()),
-    r"00002-of-00002\.safetensors, which does not exist",
+    r"lists diffusion_pytorch_model-00002-of-00002\.safetensors; expected all files of the index beside it",
   ),
   "another shard": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": FORMS["shards"][1]})),
@@ -221,7 +223,7 @@ BROKEN_SHARDS = {
   ),
   "a name too long": (
     change_index(lambda c, index: c["weight_map"].update({"conv_in.bias": "x" * 300 + ".safetensors"})),
-    r"x\.safetensors, which does not exist",
+    r"x\.safetensors; expected all files of the index beside it",
   ),
   "no map": (change_index(lambda c, index: c.pop("weight_map")), r"index\.json with weight_map=None"),
   "a list": (change_index(lambda c, index: c.update(weight_map=[1])), r"index\.json with weight_map=\[1\]"),
@@ -242,6 +244,26 @@ def test_broken_shards_give_one_clear_error(name, copy):
   damage(copy)
   with pytest.raises(ValueError, match=message):
     interop.diffusers.load(copy)
+  if "weight_map" in message:
+    # Copies of a folder read the same index.
+    with pytest.raises(ValueError, match=message):
+      folders.weight_files(copy / "unet")
+
+
+def test_weights_of_another_part_do_not_end_a_download(tmp_path, monkeypatch):
+  """The folder of a download is shared, so it may hold other parts. Here the autoencoder is there, in one file."""
+  published = ("unet/diffusion_pytorch_model-00001-of-00001.safetensors", "vae/diffusion_pytorch_model.safetensors")
+
+  def download(name, patterns, revision):
+    for file in published:
+      if file.startswith("vae/") or any(fnmatch.fnmatch(file, pattern) for pattern in patterns):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+  monkeypatch.setattr(hub, "download", download)
+  folders.find_folder("owner/name", parts=("unet",))
+  assert all((tmp_path / file).exists() for file in published)
 
 
 PARTS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")

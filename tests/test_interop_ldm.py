@@ -161,6 +161,10 @@ def test_other_files_are_refused_by_name(tmp_path):
     ldm.load_unet(tmp_path / "extra.safetensors", size_features=0)
   with pytest.raises(ValueError, match="dtype='float16'; expected 'float32' or 'bfloat16'"):
     ldm.load_unet(tmp_path / "extra.safetensors", size_features=0, dtype="float16")
+  gap = {name.replace("output_blocks.0.", "output_blocks.999999999999."): value for name, value in tensors.items()}
+  safetensors.torch.save_file(gap, tmp_path / "gap.safetensors")
+  with pytest.raises(ValueError, match=r"has no output_blocks\.0; expected a model of"):
+    ldm.load_unet(tmp_path / "gap.safetensors")
   partial = {name: value for name, value in tensors.items() if "proj_in" not in name}
   safetensors.torch.save_file(partial, tmp_path / "partial.safetensors")
   with pytest.raises(ValueError, match=r"has no middle_block\.1\.proj_in\.weight; expected a model of"):

@@ -9,6 +9,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from diffusers.loaders import single_file_utils
@@ -16,7 +17,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2i
 from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_inpaint
 from PIL import Image
 
-from ddpm_jax import editing, guidance, interop, randomness, sampling
+from ddpm_jax import editing, guidance, interop, predictions, randomness, sampling
 from ddpm_jax.interop import ldm, schedulers
 from ddpm_jax.models import guided, inputs
 from ddpm_jax.models.guided import Parameters
@@ -257,6 +258,7 @@ def test_round_trips_are_exact(name, written, tmp_path):
   assert {key: value for key, value in opened.config.items() if key in model.origin.contents.options} == (
     model.origin.contents.options
   )
+  assert opened.unet.config.upcast_attention == peer.unet.config.upcast_attention
   assert type(opened.scheduler) is type(peer.scheduler)
   assert public(opened.scheduler.config) == public(peer.scheduler.config)
   for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -336,6 +338,13 @@ def test_variants_and_types_of_parameters(written, tmp_path):
   model, params = interop.diffusers.load(copy, variant="fp16", dtype="bfloat16", params_dtype="bfloat16")
   leaves = jax.tree.leaves((params, model.load_frozen()["conditions"]["text"]["encoders"]))
   assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
+  # Published folders often have a variant of the network alone.
+  (weights,) = (copy / "unet").glob("*.fp16.safetensors")
+  weights.rename(copy / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+  model, _ = interop.diffusers.load(copy, variant="non_ema")
+  assert_same(model.load_frozen(), written("sd1")[3].frozen)
+  interop.diffusers.copy_config(copy, tmp_path / "frozen", variant="non_ema")
+  assert_same(interop.diffusers.read(tmp_path / "frozen").load_frozen(), model.load_frozen())
 
 
 def test_the_command_line_samples_from_prompts(written, tmp_path):
@@ -434,6 +443,16 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   single_file(folder, model, parameters.params, path, prefixes)
   with pytest.raises(ValueError, match="expected 'epsilon' or 'v_prediction'"):
     interop.single_file.read(path, folder, heads=4, text_heads=4, **options | {"prediction": "flow"})
+  if name == "sd1":
+    marks = {"v_pred": np.zeros(1, np.float32), "ztsnr": np.zeros(1, np.float32)}
+    content = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(content | marks, tmp_path / "zero.safetensors")
+    zero_snr = interop.single_file.read(tmp_path / "zero.safetensors", folder, heads=4, text_heads=4)
+    assert float(zero_snr.process.alpha(1.0)) < 1e-3
+    assert zero_snr.prediction is predictions.V
+    safetensors.numpy.save_file(content | {"edm_mean": marks["ztsnr"]}, tmp_path / "edm.safetensors")
+    with pytest.raises(ValueError, match="edm_mean, a model that predicts as in EDM"):
+      interop.single_file.read(tmp_path / "edm.safetensors", folder, heads=4, text_heads=4)
   loaded, params = interop.single_file.load(path, folder, heads=4, text_heads=4, **options)
   assert_same(params, parameters.params)
   frozen = loaded.load_frozen()

@@ -332,6 +332,14 @@ def assert_same(tree, other):
   jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), tree, other)
 
 
+def test_settings_of_an_average_of_parameters_are_ignored(copy):
+  """EMAModel of diffusers writes them to the config of the network."""
+  config = json.loads((copy / "config.json").read_text())
+  average = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 500, "update_after_step": 0, "power": 0.75}
+  (copy / "config.json").write_text(json.dumps(config | average | {"use_ema_warmup": True, "inv_gamma": 1.0}))
+  interop.unet_folders.read_unet(copy)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_folder_gives_the_same_network(form, folder, copy):
   FORMS[form](copy)

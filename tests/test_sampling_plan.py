@@ -112,7 +112,10 @@ def matrices(size=64, steps=4, batch=32):
 
 def test_times_follow_the_chip_s_roofline():
   (traced, weights), frozen = matrices(), {"codec": jax.ShapeDtypeStruct((100, 10), jnp.float32)}
-  devices, work = jax.devices()[:1], sampling_plan.Work(32, 4, 4, encode_flops=0, decode_flops=0)
+  devices, work = (
+    jax.devices()[:1],
+    sampling_plan.Work(32, 4, 4, encode_flops=0, call_flops=2 * 32 * 64 * 64, decode_flops=0),
+  )
   options = {"params": weights, "frozen": frozen, "codec": frozen["codec"], "devices": devices, "dtype": "float32"}
   compiled = plan.compile_step(traced, devices)
   p = sampling_plan.make_plan(traced, compiled, work, chip=CHIP, **options)

@@ -49,7 +49,7 @@ PIPELINES = {
   "xl_inpaint": (
     "StableDiffusionXLInpaintPipeline",
     EULER,
-    blocks(False, True, in_channels=9, use_linear_projection=True, **XL_TEXT),
+    blocks(False, True, in_channels=9, use_linear_projection=True, upcast_attention=True, **XL_TEXT),
     {"text_encoder": sd1_settings, "text_encoder_2": sdxl_settings},
   ),
   "instruct": (

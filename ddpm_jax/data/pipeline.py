@@ -148,7 +148,8 @@ class Batches:
     """Continue from a position that `state` returned.
 
     Raises:
-      ValueError: if the number of images, their groups, the batch size or the seed has changed, or `state` has other keys.
+      ValueError: if the number of images, their groups, the batch size or the seed has changed, or `state` has other
+        keys.
     """
     if state.keys() != self._position.keys():
       raise ValueError(

@@ -20,6 +20,7 @@ class Work(NamedTuple):
     steps: the number of sampling steps.
     calls: the number of network calls for a sample; None if it depends on the data.
     encode_flops: FLOPs to encode the conditions.
+    call_flops: FLOPs of a network call, with guidance.
     decode_flops: FLOPs to decode the samples.
   """
 
@@ -27,6 +28,7 @@ class Work(NamedTuple):
   steps: int
   calls: int | None
   encode_flops: float
+  call_flops: float
   decode_flops: float
 
 
@@ -138,8 +140,12 @@ def make_plan(
   )
   chip = hardware.chip_of(devices[0].device_kind) if chip is None else chip
   bandwidth = None if chip is None else chip.bandwidth
-  total_flops = program.flops_per_image * size
-  step_flops = (total_flops - work.encode_flops - work.decode_flops) / work.steps
+  counted = program.flops_per_image * size - work.encode_flops - work.decode_flops
+  # A call that only some steps make, such as the second call of Heun's rule, is counted in all steps of the program. So
+  # the number of calls is used instead, if it is known.
+  loop_flops = counted if work.calls is None else work.calls * work.call_flops
+  share = loop_flops / counted if counted else 1.0
+  total_flops, step_flops = work.encode_flops + loop_flops + work.decode_flops, loop_flops / work.steps
   calls = work.steps if work.calls is None else work.calls
   network_bytes, frozen_bytes, codec_bytes = map(_full_bytes, (params, frozen, codec))
 
@@ -149,12 +155,12 @@ def make_plan(
   def reading(amount: float) -> float | None:
     return plan.divide(amount, bandwidth)
 
-  read = reading(calls * network_bytes + frozen_bytes)
-  sent = program.communication_seconds
+  read, computed = reading(calls * network_bytes + frozen_bytes), computing(total_flops)
+  sent = None if program.communication_seconds is None else share * program.communication_seconds
   step = _largest(
     computing(step_flops), reading(calls / work.steps * network_bytes), None if sent is None else sent / work.steps
   )
-  batch = _largest(program.compute_seconds, read, sent)
+  batch = _largest(computed, read, sent)
   fields: dict[str, Any] = {name: getattr(program, name) for name in SamplingPlan._fields if name in plan.Plan._fields}
   fields |= {"steps": work.steps, "calls": work.calls, "step_flops": step_flops / size}
   fields |= {"encode_flops": work.encode_flops / size, "decode_flops": work.decode_flops / size}
@@ -162,6 +168,9 @@ def make_plan(
     "frozen_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(frozen)),
     "parameter_bytes": plan.state_bytes(params),
     "frozen_bytes": plan.state_bytes(frozen),
+    "collectives": _scaled(program.collectives, share),
+    "compute_seconds": computed,
+    "communication_seconds": sent,
     "memory_seconds": read,
     "step_seconds": step,
     "decode_seconds": _largest(computing(work.decode_flops), reading(codec_bytes)),
@@ -232,6 +241,15 @@ def _advice(p: SamplingPlan) -> str:
 def _full_bytes(tree: PyTree) -> int:
   """Return the bytes of unsharded arrays. Each device reads the gathered parameters."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _scaled(collectives: Mapping[str, costs.Collective] | None, share: float) -> dict[str, costs.Collective] | None:
+  if collectives is None:
+    return None
+  return {
+    kind: costs.Collective(round(share * one.number), share * one.bytes, share * one.sent)
+    for kind, one in collectives.items()
+  }
 
 
 def _largest(*seconds: float | None) -> float | None:

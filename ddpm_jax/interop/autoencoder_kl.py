@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.interop import tensors
+from ddpm_jax.interop import folders, tensors
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.networks.options import multipliers_of
 from ddpm_jax.storage import jsonfiles
@@ -251,9 +251,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
     value = config.get(key, 1)
     if any(item < 1 for item in (value if isinstance(value, list | tuple) else [value])) or value == []:
       raise ValueError(f"Got an {_NAME} with {key}={jsonfiles.shorten(value)}; expected at least 1.")
-  for key, value in config.items():
-    if key not in DEFAULTS and not key.startswith("_") and value not in (None, False):
-      raise _unsupported(key, value, "a config without this key")
+  folders.check_known(config, DEFAULTS, _NAME)
   return DEFAULTS | {key: value for key, value in config.items() if key in DEFAULTS}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,10 @@ DIFFUSERS: Names = {"safetensors": WEIGHTS, "bin": WEIGHTS}
 # Patterns of tokenizer files that are not JSON.
 TOKENIZER = ("*merges.txt", "*vocab.txt", "*spiece.model")
 TRANSFORMERS: Names = {"safetensors": "model", "bin": "pytorch_model"}
+
+
+# What EMAModel of diffusers adds to the config of a network.
+_EMA = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
 class PipelineFiles(NamedTuple):
@@ -226,6 +230,24 @@ def weight_files(
 
 def _variants(name: str, suffix: str, variant: str = "*") -> tuple[str, str]:
   return f"{name}.{variant}.{suffix}", f"{name}.{suffix}.index.{variant}.json"
+
+
+def check_known(config: Mapping[str, Any], known: Collection[str], name: str) -> None:
+  """Raise a ValueError if a config sets an option that is not known.
+
+  Private keys, absent values and the settings of diffusers' EMA of parameters are allowed.
+
+  Args:
+    config: the config.
+    known: the names of all options that are read or refused elsewhere.
+    name: the name of the class, for the message.
+  """
+  for key, value in config.items():
+    if key not in known and key not in _EMA and not key.startswith("_") and value not in (None, False):
+      raise ValueError(
+        f"Got a config of {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected a config without this"
+        " key."
+      )
 
 
 def check_output(path: str | Path) -> Path:

@@ -95,6 +95,7 @@ def infer_unet(
     vector_embedding="dense" if vector else "",
     vector_features=vector,
     size_features=size_features,
+    guidance_features=shape(guided)[1] if (guided := "time_embed.cond_proj.weight") in file.shapes else 0,
   )
   network.check_input((1, 1, in_channels))
   return network, in_channels

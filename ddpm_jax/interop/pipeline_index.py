@@ -39,12 +39,14 @@ class Pipeline(NamedTuple):
     guidance_scale: the default scale of classifier-free guidance.
     options: the defaults of the options in model_index.json.
     edits: whether the image condition is the image to edit by an instruction.
+    steps: the default number of steps. 0 for the default of the scheduler.
   """
 
   is_xl: bool
   guidance_scale: float
   options: Mapping[str, Any] = {}
   edits: bool = False
+  steps: int = 0
 
 
 _XL_OPTIONS = {"force_zeros_for_empty_prompt": True}
@@ -53,7 +55,7 @@ PIPELINES = {
   "StableDiffusionPipeline": Pipeline(False, 7.5),
   "StableDiffusionImg2ImgPipeline": Pipeline(False, 7.5),
   "StableDiffusionInpaintPipeline": Pipeline(False, 7.5),
-  "StableDiffusionInstructPix2PixPipeline": Pipeline(False, 7.5, edits=True),
+  "StableDiffusionInstructPix2PixPipeline": Pipeline(False, 7.5, edits=True, steps=100),
   "StableDiffusionXLPipeline": Pipeline(True, 5.0, _XL_OPTIONS),
   "StableDiffusionXLImg2ImgPipeline": Pipeline(True, 5.0, _REFINER_OPTIONS),
   "StableDiffusionXLInpaintPipeline": Pipeline(True, 7.5, _REFINER_OPTIONS),

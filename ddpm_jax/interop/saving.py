@@ -1,4 +1,4 @@
-"""Save models as diffusers' unconditional pipelines."""
+"""Save models as diffusers' pipelines."""
 
 from collections.abc import Mapping
 from pathlib import Path

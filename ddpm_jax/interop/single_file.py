@@ -49,7 +49,7 @@ def read(
   *,
   prediction: str = "",
   shape: tuple[int, int, int] | None = None,
-  text_dropout: float = 0.1,
+  text_dropout: float = stable_diffusion.TEXT_DROPOUT,
   dtype: str = "float32",
   posterior: str = "sample",
   heads: int | None = None,
@@ -82,8 +82,18 @@ def read(
     raise ValueError(f"Got {path}; expected a .safetensors file. Convert the checkpoint to safetensors.")
   jax_type = tensors.choose_dtype(dtype)
   file = tensors.TensorFile(file_path, f"{_UNET}time_embed.0.weight", "Stable Diffusion")
+  if edm := sorted(name for name in file.shapes if name.startswith("edm_")):
+    raise ValueError(
+      f"Got {path} with the tensor {edm[0]}, a model that predicts as in EDM, such as Playground 2.5 or CosXL; expected a model that"
+      " predicts the noise or v. Use another checkpoint."
+    )
   unet = _unet_file(file_path)
   network, in_channels = ldm.infer_unet(unet, heads=heads, size_features=size_features)
+  if network.guidance_features:
+    raise ValueError(
+      f"Got {path} with the tensor time_embed.cond_proj.weight, a latent consistency model; expected a model without guidance"
+      " as an input. Load the network alone with interop.ldm.load_unet."
+    )
   network = network.clone(dtype=jax_type)
   version = _version(file, network)
   prediction_type = _prediction(file, version, prediction)
@@ -96,7 +106,9 @@ def read(
     in_channels=in_channels,
     size=_size(version, prediction_type),
     codec=_codec(file_path, jax_type, _SCALES[version], posterior),
-    schedule=schedulers.from_config(_SCHEDULERS[version] | {"prediction_type": prediction_type}),
+    schedule=schedulers.from_config(_scheduler(file, version, prediction_type)),
+    # As in the folders of Stable Diffusion 2 with v.
+    upcast_attention=version == 2 and prediction_type == "v_prediction",
     encoders=_with_tokenizers(encoders, index, user_path(tokenizer)),
   )
   return stable_diffusion.assemble(parts, shape=shape, text_dropout=text_dropout)
@@ -154,6 +166,18 @@ def _prediction(file: tensors.TensorFile, version: int, prediction: str) -> str:
       " 'v_prediction'. Pass prediction=..., because the shapes in the file do not tell it."
     )
   return _PREDICTIONS[named]
+
+
+def _scheduler(file: tensors.TensorFile, version: int, prediction_type: str) -> dict[str, Any]:
+  """Return the config of the published scheduler.
+
+  The tensor "ztsnr" marks a model that was trained with a signal-to-noise ratio of 0 at the last step.
+  """
+  base = _SCHEDULERS[version] | {"prediction_type": prediction_type}
+  if "ztsnr" not in file.shapes:
+    return base
+  # PNDM, the scheduler of version 1, has no such option, so use that of version 2.
+  return base | _SCHEDULERS[max(version, 2)] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 def _encoders(file: tensors.TensorFile, path: Path, version: int, options: dict[str, Any]) -> dict[str, FileEncoder]:

@@ -76,6 +76,8 @@ class Parts(NamedTuple):
     codec: the codec of the autoencoder.
     schedule: the content of the scheduler's config.
     encoders: the text encoders by the name of their part.
+    upcast_attention: whether diffusers computes the softmax of the network's attention in float32, as we always do. It
+      is kept for saved models.
   """
 
   contents: Index
@@ -85,6 +87,7 @@ class Parts(NamedTuple):
   codec: Codec
   schedule: Schedule
   encoders: Mapping[str, Encoder]
+  upcast_attention: bool = False
 
 
 def read(
@@ -143,6 +146,7 @@ def read(
     codec=read_codec(path, posterior=posterior, dtype=dtype, variant=variant),
     schedule=schedule,
     encoders=encoders,
+    upcast_attention=bool(unet_config["upcast_attention"]),
   )
   with jsonfiles.named_errors(folder):
     return assemble(parts, shape=shape, text_dropout=text_dropout)
@@ -203,7 +207,8 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
     by_name["sizes"] = sizes(_number_of_sizes(parts), data_shape)
   by_name |= _image_condition(parts, x_shape, data_shape)
   parts.network.check_input(x_shape)
-  defaults = parts.schedule.defaults(process)._replace(guidance_scale=parts.contents.pipeline.guidance_scale)
+  defaults, pipeline = parts.schedule.defaults(process), parts.contents.pipeline
+  defaults = defaults._replace(guidance_scale=pipeline.guidance_scale, steps=pipeline.steps or defaults.steps)
   return Model(
     network=networks.from_linen(parts.network, by_name),
     process=process,

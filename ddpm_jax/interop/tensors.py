@@ -4,6 +4,7 @@ No code from a file ever runs. The safetensors format contains no code, and pick
 creates only tensors.
 """
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -183,7 +184,8 @@ def shards_of(path: Path) -> dict[str, Path]:
     ValueError: if the index is malformed, or a file is missing.
   """
   shards = {name: path.parent / name for name in sorted(set(_read_index(path).values()))}
-  missing = [name for name, shard in shards.items() if not shard.is_file()]
+  # os.path also accepts names that the operating system rejects.
+  missing = [name for name, shard in shards.items() if not os.path.isfile(shard)]
   if missing:
     raise ValueError(
       f"Got {path}, which lists {_shorten(missing)}; expected all files of the index beside it. Download the folder again."

@@ -53,6 +53,7 @@ def save_pipeline(
   scale = autoencoder_kl.Scale(*(np.asarray(values["codec"][name]) for name in autoencoder_kl.Scale._fields))
   height, width, _ = model.shape
   unet = unet2d_condition.to_config(model.network.module, params, (height, width))
+  unet["upcast_attention"] = parts.upcast_attention
   autoencoder = autoencoder_kl.to_config(model.codec.module, scale, (model.data_shape[0], model.data_shape[1]))
   source = None if model.defaults is None else model.defaults.scheduler
   scheduler = schedulers.to_config(model.process, model.prediction, clip=parts.schedule.clip, source=source)

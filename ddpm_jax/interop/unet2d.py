@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ddpm_jax.interop import tensors
+from ddpm_jax.interop import folders, tensors
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
@@ -267,10 +267,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
   size = config.get("sample_size")
   if isinstance(size, list | tuple) and len(size) != 2:
     raise ValueError(f"Got a UNet2DModel with sample_size={size!r}; expected one number, or height and width.")
-  unknown = {key: value for key, value in config.items() if key not in DEFAULTS and not key.startswith("_")}
-  for key, value in unknown.items():
-    if value not in (None, False):
-      raise _unsupported(key, value, "a config without this key")
+  folders.check_known(config, DEFAULTS, "UNet2DModel")
   return DEFAULTS | {key: value for key, value in config.items() if key in DEFAULTS}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.interop import tensors, unet2d
+from ddpm_jax.interop import folders, tensors, unet2d
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
@@ -295,9 +295,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
     if key in config and not any(_equal(config[key], value) for value in supported):
       raise _unsupported(key, config[key], " or ".join(map(repr, supported)))
   jsonfiles.check_types(config, _TYPES, NAME)
-  for key, value in config.items():
-    if key not in DEFAULTS and not key.startswith("_") and value not in (None, False):
-      raise _unsupported(key, value, "a config without this key")
+  folders.check_known(config, DEFAULTS, NAME)
   c = DEFAULTS | {key: value for key, value in config.items() if key in DEFAULTS}
   _check_counts(c)
   _check_embeddings(c)

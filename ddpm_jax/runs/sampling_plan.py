@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, sampling
+from ddpm_jax import config, predictions, sampling
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import costs, parallel, plan, sampling_plan
 from ddpm_jax.devices.progress import heartbeat, print_line
@@ -153,16 +153,24 @@ def _work(guided: Guided, batch: dict[str, jax.ShapeDtypeStruct], parameters: Pa
   x = jax.ShapeDtypeStruct((size, *model.shape), jnp.float32)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
 
+  def make_denoise(parameters, keys, batch):
+    return guided_models.denoise(model, experiment.guidance, keys, batch, parameters, guided.guides)
+
   def encode(parameters, keys, batch):
     # The conditions are encoded even if the denoiser is never called.
-    guided_models.denoise(model, experiment.guidance, keys, batch, parameters, guided.guides)
+    make_denoise(parameters, keys, batch)
     return ()
 
+  def call(parameters, keys, batch, x):
+    return predictions.x_0_of(make_denoise(parameters, keys, batch)(x, jnp.asarray(times[0], jnp.float32)))
+
   calls = None if sampler.count_calls is not None else sampling.nfe(sampler, model.process, times)
+  encode_flops = costs.matmul_flops(jax.make_jaxpr(encode)(parameters, keys, batch))
   return sampling_plan.Work(
     batch_size=size,
     steps=len(times) - 1,
     calls=calls,
-    encode_flops=costs.matmul_flops(jax.make_jaxpr(encode)(parameters, keys, batch)),
+    encode_flops=encode_flops,
+    call_flops=costs.matmul_flops(jax.make_jaxpr(call)(parameters, keys, batch, x)) - encode_flops,
     decode_flops=costs.matmul_flops(jax.make_jaxpr(model.decode)(x, parameters.frozen)),
   )

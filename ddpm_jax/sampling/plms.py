@@ -35,9 +35,9 @@ def plms(process: Process) -> Sampler:
   """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
 
   Each step keeps one estimate of the noise over the step, as in `ddim`. The estimate is the Adams-Bashforth combination
-  of the four latest estimates, or of fewer in the first steps. On any grid, the weights are the ones for equal steps,
-  so the rule has order 2. Source: Liu et al. 2022, section 3. It is the PNDMScheduler of diffusers with
-  skip_prk_steps=True.
+  of the four latest estimates, or of fewer in the first steps. On any grid, the weights are the ones for equal steps.
+  The rule has order 2 on grids whose step lengths vary smoothly. Source: Liu et al. 2022, section 3. It is the
+  PNDMScheduler of diffusers with skip_prk_steps=True.
 
   A step calls the network once. The first of several steps calls it twice, because that step averages the estimates at
   its start and at its end, as Heun's rule does.
