@@ -9,9 +9,9 @@ it as in configs/cifar10_vp.py and add --config.data.source=tfds. `configs/cifar
 Hardware: 2 CPU cores for a first look. For good pictures use a GPU, with more --config.training.steps and
 --config.model.network.channels.
 Time: 20 minutes, while other runs trained on the same cores.
-Score: Frechet distance in pixel space 28 (floor 30), precision 0.84 (0.81), recall 0.73 (0.71), for 200 samples with 50
-steps of DDIM. The images of CIFAR-10 were re-encoded as JPEG. Scores in pixel space say little about color images:
-the samples have the colors and the layout of their class, but no detail yet.
+Score (real images in parentheses): Frechet distance in pixel space 28 (30), precision 0.84 (0.81), recall 0.73 (0.71),
+for 200 samples with 50 steps of DDIM. The images of CIFAR-10 were re-encoded as JPEG. Scores in pixel space say little
+about color images: the samples have the colors and the layout of their class, but no detail yet.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -9,8 +9,8 @@ A scale of 0 gives the unconditional model: in `classifier_free` the model with 
 `autoguidance` the weaker model. A scale of 1 gives the conditional model. A scale above 1 strengthens the effect of the
 condition. Only `cfg_plus_plus` has another convention.
 
-A scale may be a function of time. If the function returns one scale per sample [B], no network call is skipped, even at
-scales of 0 and 1.
+A scale may be a function of time. Some wrappers skip a network call that a scale of 0 or 1 makes unnecessary. They skip
+none if the function returns one scale per sample [B].
 """
 
 import math

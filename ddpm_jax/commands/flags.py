@@ -322,7 +322,9 @@ def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
   given = [name for name in _OF_PRETRAINED if getattr(args, name)]
   if args.pretrained is None:
     if given:
-      raise ValueError(f"Got --{given[0]} without --pretrained; expected it with a pretrained model. Leave it out.")
+      raise ValueError(
+        f"Got --{given[0]} without --pretrained; expected both or neither. Add --pretrained, or leave --{given[0]} out."
+      )
     return "", {}
   choices: dict[str, Any] = {name: getattr(args, name) for name in ("dtype", "variant") if getattr(args, name)}
   if args.size:

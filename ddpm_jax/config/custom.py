@@ -126,7 +126,10 @@ def _digest(content: bytes) -> str:
 
 @contextlib.contextmanager
 def importable(*folders: Path) -> Iterator[None]:
-  """Let code in the block import modules from these folders, after installed modules of the same name."""
+  """Let code in the block import modules from these folders.
+
+  Installed modules of the same name take precedence.
+  """
   names = [str(folder.absolute()) for folder in folders]
   sys.path.extend(names)
   try:

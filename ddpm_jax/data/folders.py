@@ -164,7 +164,7 @@ class FolderSource:
     return self.read_at(index, self._fit.image_size)
 
   def read_at(self, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Return the item with this index, with its image cropped and resized to another height and width."""
+    """Return the item with this index, with its image cropped and resized to `image_size`."""
     path = self.file(index)
     image = decode(path)
     try:

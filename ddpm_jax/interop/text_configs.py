@@ -177,7 +177,11 @@ def _class_of(config: Mapping[str, Any]) -> str:
   name = classes[0] if len(classes) == 1 else ""
   if name not in _MODEL_TYPES:
     shown = f"architectures={jsonfiles.shorten(config.get('architectures'))} and model_type={jsonfiles.shorten(kind)}"
-    hint = " Each layer of UMT5 has its own relative positions." if "umt5" in shown.lower() else ""
+    hint = (
+      " UMT5 is not supported, because each of its layers has its own relative positions."
+      if "umt5" in shown.lower()
+      else ""
+    )
     raise ValueError(
       f"Got a text encoder of {shown}; expected one of the classes {', '.join(_MODEL_TYPES)} of transformers.{hint}"
     )

@@ -156,7 +156,7 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
 
 
 def _like(array: Array, x: Array) -> Array:
-  """Return an array [C] or () with the number of axes of x, because users may forbid JAX's implicit promotion."""
+  """Reshape an array [C] or () to as many axes as x, because users may forbid JAX's implicit promotion of ranks."""
   return jnp.reshape(array, (1,) * (x.ndim - jnp.ndim(array)) + jnp.shape(array))
 
 
@@ -182,7 +182,7 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
   choose(posterior, ("sample", "mode"), "posterior")
   if tile and tile < tiles.MIN_SIDE:
     raise ValueError(
-      f"Got tile={tile}; expected 0 for no tiles, or a side of at least {tiles.MIN_SIDE} positions of x."
+      f"Got tile={tile}; expected 0 for no tiles, or tiles of at least {tiles.MIN_SIDE} latent positions on each side."
     )
   quantize = autoencoder.quantize
 

@@ -116,7 +116,7 @@ def their_call(root, task, tile):
 
 
 def load(library, root, dtype):
-  """Load the U-Net's parameters, and return the bytes of all parameters and of the largest tensor."""
+  """Load the U-Net's parameters, and return the total size and the size of the largest tensor, both in bytes."""
   if library == "ours":
     import jax
 
