@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-  """Return a copy of the run that a test may change."""
+  """Copy the trained run, so that a test may change the copy."""
   shutil.copytree(trained, tmp_path / "autoencoder")
   codecs._experiment.cache_clear()
   return tmp_path / "autoencoder"

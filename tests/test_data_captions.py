@@ -116,9 +116,9 @@ BROKEN = {
   ),
   "no field": (
     [{"file_name": "b/0.png", "txet": "fox"}],
-    r"Got .*metadata\.jsonl without the field 'text'; expected one of its fields txet in --config\.data\.fields\.text, .* caption\. Did you mean 'txet'\?",
+    r"Got .*metadata\.jsonl without the field 'text'; expected --config\.data\.fields\.text to name a field of the file, such as txet\. Did you mean 'txet'\?",
   ),
-  "no lines": ([], r"metadata\.jsonl without the field 'text'; expected one of its fields \(none\)"),
+  "no lines": ([], r"metadata\.jsonl without the field 'text'; .*such as \(none\)"),
 }
 
 

@@ -55,7 +55,7 @@ CONFIGS = {
 
 
 def random_peer(changes, seed=0):
-  """Return an AutoencoderKL with random parameters, also in its normalizations."""
+  """Return an AutoencoderKL with random parameters, including those of its normalizations."""
   torch.manual_seed(seed)
   peer = diffusers.AutoencoderKL(**changes)
   with torch.no_grad():

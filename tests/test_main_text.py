@@ -151,7 +151,7 @@ def test_img2img_of_full_strength_is_a_sample(edit, sample):
 
 @pytest.fixture
 def hub(folder_of, monkeypatch):
-  """Replace the hub, and return the options of all downloads of the repository owner/name."""
+  """Replace the hub, and return a list that collects the options of each download of `owner/name`."""
   import huggingface_hub
 
   downloads = []

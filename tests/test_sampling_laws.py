@@ -73,7 +73,7 @@ def test_order_of_convergence_on_a_gaussian(name, process):
 
 @functools.cache
 def mixture_flow(times):
-  """Return the flow of three points on VP, integrated by SciPy with a tolerance of 1e-13."""
+  """Return the VP flow of `MIXTURE` from three starting points, which SciPy integrates with a tolerance of 1e-13."""
   x = np.array([[0.5, -1.0], [-0.8, 0.3], [0.1, 1.4]])
   slope = vp_flow(jax.jit(MIXTURE.denoise(PROCESSES["vp"])), x.shape)
   kwargs = {"rtol": 1e-13, "atol": 1e-13, "method": "DOP853", "t_eval": times}

@@ -246,8 +246,9 @@ def _find(name: str, numbers: Mapping[bytes, int], where: str) -> int | None:
 
 def _unknown_field(item: str, field: str, entry: Mapping[str, Any], where: str) -> ValueError:
   others = [name for name in entry if name != _FILE_NAME]
-  noun = {"classes": "class", "text": "caption"}[item]
+  # Only a class must be in every line.
+  null = " In the line of an image without a class, write null as the value of the field." if item == "classes" else ""
   return ValueError(
-    f"Got {where} without the field {field!r}; expected one of its fields {', '.join(others) or '(none)'} in"
-    f" --config.data.fields.{item}, or null as the value for an image without a {noun}.{hint(field, others)}"
+    f"Got {where} without the field {field!r}; expected --config.data.fields.{item} to name a field of the file, such as"
+    f" {', '.join(others) or '(none)'}.{hint(field, others)}{null}"
   )

@@ -67,9 +67,7 @@ def summarize(extract: Extract, batches: Iterable[np.ndarray], total: int, setti
       uint8, or features are not finite.
   """
   if total < 2:
-    raise ValueError(
-      f"Got {total} image(s) to compute statistics from; expected two or more. Check that the set is not empty."
-    )
+    raise ValueError(f"Got {total} image(s) to compute statistics from; expected two or more. Add images.")
   spatial, classes = None, None
   # The covariance of D features has D^2 numbers. Compute it only if a score needs it.
   features = metrics.MomentSum() if "frechet" in settings.scores else None
