@@ -100,7 +100,7 @@ def test_16_bit_fits_files_are_errors(tmp_path):
   "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n", b"", b"text"]
 )
 def test_the_content_decides_the_format(tmp_path, content):
-  """Pillow would run an external program on PostScript, even in a file called .png."""
+  """PostScript is refused under every file name, because Pillow would run an external program to decode it."""
   (tmp_path / "a.png").write_bytes(content)
   with pytest.raises(ValueError, match=r"Cannot decode the image .*a\.png: unknown format or pixel type\. Replace"):
     data.read_inputs(tmp_path / "a.png", (16, 16), 1)

@@ -164,7 +164,7 @@ def to_old_norms(folder):
 
 
 def to_old_config(folder):
-  """Write a config as transformers 4 did, with the keys of all models, and without an architecture."""
+  """Write a config as transformers 4 did, with generic keys and without "architectures"."""
   set_config(
     architectures=None,
     torch_dtype="float16",

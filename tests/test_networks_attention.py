@@ -157,7 +157,7 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, 
 
 
 def test_memory_does_not_grow_with_the_square_of_the_positions():
-  """At 16,384 positions, all scores take 1 GiB."""
+  """At 16,384 positions, the full matrix of scores would take 1 GiB."""
   shapes = [jax.ShapeDtypeStruct((1, 2**14, 1, 32), jnp.float32)] * 3
 
   def loss(*values):

@@ -130,7 +130,7 @@ def test_networks_match_between_tpu_and_cpu(on_tpu, name):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_sums_of_16_bit_numbers_are_in_float32(platform):
-  """A sum of 8,192 ones in bfloat16 would stay at 1,024 or less."""
+  """In bfloat16, a sum of 8,192 ones would stop growing at 1,024 or earlier, because of rounding."""
 
   def gradient(vector):
     return jax.grad(lambda vector: jnp.sum(sums.repeat_positions(vector, (2, 64, 64, 4)).astype(jnp.float32)))(vector)

@@ -67,8 +67,8 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
 
   With `sampling.ddim` this is DDIM inversion (Song et al. 2021a, section 5.4; Mokady et al. 2023, section 3). With
   `sampling.ode` it follows the probability flow to a tolerance. Decode with
-  `sample(key, sampler, denoise, noise, times)`. Decoding is deterministic, so any key will do. With `sampling.ode`, pass
-  one key per sample, so that each sample chooses its own steps, as in the encoding.
+  `sample(key, sampler, denoise, noise, times)`. Decoding is deterministic, so any key will do. With `sampling.ode`,
+  pass one key per sample, so that each sample chooses its own steps, as in the encoding.
 
   Encoding follows the grid upwards. It starts at the smallest positive time t with x_t = alpha_t x_0 + sigma_t eps,
   where eps is the network's estimate at x = alpha_t x_0. This start costs one additional network call. It inverts the

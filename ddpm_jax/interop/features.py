@@ -92,7 +92,7 @@ def classifier(weights: Annotated[str, "place"] = "") -> Features:
     if images.shape[-1] != channels:
       raise ValueError(
         f"Got images with {images.shape[-1]} channel(s) for a classifier that was trained on images with {channels};"
-        f" expected {channels} channel(s). Set other features."
+        f" expected {channels} channel(s). Use other features, such as --config.evaluation.features=pixels."
       )
     return cast("list[Array]", ImageClassifier(1).apply({"params": frozen}, images, maps=True))
 

@@ -289,7 +289,9 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
   """
   name = config.get("_class_name", NAME)
   if name != NAME:
-    raise ValueError(f"Got a network of class {name}; expected {NAME}, the class that diffusers uses for text models.")
+    raise ValueError(
+      f"Got a network of class {name}; expected {NAME}, the class of the U-Nets in diffusers' text-to-image models."
+    )
   # Refuse unsupported values by name before their types are checked.
   for key, supported in _FIXED.items():
     if key in config and not any(_equal(config[key], value) for value in supported):

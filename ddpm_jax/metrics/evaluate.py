@@ -173,7 +173,8 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
   if "frechet" in settings.scores:
     if generated.features is None or reference.features is None:
       raise ValueError(
-        "Got a summary without a Gaussian of the features for the score 'frechet'; expected one. Summarize with the same scores."
+        "Got a summary without the mean and covariance that the score 'frechet' needs; expected both. Call `summarize` with"
+        " 'frechet' in settings.scores."
       )
     scores[names["frechet"]] = metrics.frechet_distance(
       generated.features, reference.features, allow_singular=settings.allow_singular

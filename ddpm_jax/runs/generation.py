@@ -139,7 +139,9 @@ def load_parameters(
 ) -> Parameters:
   """Return the parameters of the run or of the pretrained model, together with the parameters of the guides.
 
-  The folder must be writable, because the results are saved there.
+  Raises:
+    ValueError: see `load_weights`.
+    WriteError: if the folder is not writable. The caller saves its results there.
   """
   workdir.check_writable(folder)
   if model is None:

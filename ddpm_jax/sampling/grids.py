@@ -145,9 +145,9 @@ def leading(
     num_steps: the number of steps K.
     offset: the number of network steps by which all times but the last are moved up. It is 1 in Stable Diffusion.
     end_step: the step n at which the grid ends, 0 for clean data. Several schedulers of diffusers end at step 1. If the
-      last step before the end is `end_step` itself, the grid has one step less, because that step would have no length.
-    open_end: whether to make the grid of K + 1 steps and leave out its last step before the end, as in diffusers'
-      multistep solvers.
+      grid already contains `end_step`, this step is not repeated, so the grid has K - 1 intervals.
+    open_end: whether to compute the grid for K + 1 steps and drop the lowest time above its end, as diffusers'
+      multistep solvers do.
   """
   count = num_steps + open_end
   last, n = _check_discrete(process, count, "leading")

@@ -9,12 +9,12 @@ The first command prints the size of the activations that the forward pass store
 (1e6 bytes) per image. It also prints the size of the training state in megabytes. Activations are the part of the
 memory that grows with the batch. Nothing is compiled.
 
-The second command prints, for one of several devices (simulated if necessary), the sum of its shard of the state and
-the activations of its images.
+The second command splits the step over several devices (simulated if necessary). It prints the memory that one device
+needs for its shard of the state and the activations of its images.
 
 With --compile, the third command also compiles the step for each configuration, and prints the compiler's estimate of
-arguments and temporaries. On a GPU this is the actual memory. On a CPU it only checks the size of the state, because
-the compiler undoes rematerialization.
+arguments and temporaries. On a GPU, the step really uses this memory. On a CPU, the compiler undoes rematerialization,
+so only the size of the state is meaningful.
 
 The last command compiles the step for one chip. This takes minutes for large networks. It prints the temporaries,
 including gradients and scratch memory, in megabytes for a batch of --images. --json=<file> saves the results.

@@ -1,6 +1,7 @@
 """Compute attention in a plain form, a CPU form without large transposes, and a TPU form that splits the batch.
 
-Where the scores would be large, all forms compute them for one block of queries after another.
+If the matrix of scores would need much memory, `attend` computes it for one block of queries after another, except with
+cuDNN and in the plain form.
 """
 
 from collections.abc import Callable
