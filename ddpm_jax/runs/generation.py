@@ -140,8 +140,7 @@ def load_parameters(
   """Return the parameters of the run or of the pretrained model, together with the parameters of the guides.
 
   Raises:
-    ValueError: see `load_weights`.
-    WriteError: if the folder is not writable. The caller saves its results there.
+    ValueError: see `load_weights`; or if the folder is not writable. The caller saves its results there.
   """
   workdir.check_writable(folder)
   if model is None:
