@@ -29,19 +29,20 @@ def get_config():
   config.model.conditions.text = spec("conditions.words", vocabulary=words, length=7, dropout=0.1)
   config.model.network = spec(
     "networks.ConditionalUNet",
-    channels=32,
-    multipliers=(1, 2, 2),
+    channels=16,
+    multipliers=(1, 2, 4),
     blocks=1,
     attention_levels=(2,),
     heads=2,
     groups=8,
+    positions=True,
     time_embedding="sin_cos",
     vocabulary_layers=2,
   )
   config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
   config.ema.decay = 0.998
   config.training.update(
-    {"batch_size": 32, "steps": 2400, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
+    {"batch_size": 64, "steps": 3000, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
   )
   config.sampler = spec("sampling.dpmpp_2m")
   config.sampling.update({"num_steps": 25, "batch_size": 100})

@@ -11,7 +11,7 @@ from ddpm_jax import models
 from ddpm_jax.models import Condition
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.networks.normalization import LayerNorm, RMSNorm
-from ddpm_jax.networks.transformers import FeedForward
+from ddpm_jax.networks.transformers import FeedForward, Transformer, embed_positions
 from tests.parameters import random_like
 
 SMALL = {
@@ -185,6 +185,25 @@ def test_normalizations_and_gated_units_are_their_formulas():
   value, gate = np.split(wide @ first["kernel"] + first["bias"], 2, -1)
   expected = (value * gate * ndtr(gate)) @ second["kernel"] + second["bias"]
   np.testing.assert_allclose(layer.apply({"params": params}, x), expected, atol=1e-4)
+
+
+def test_a_transformer_sees_positions_only_with_the_option():
+  """Without it, a transformer maps permuted positions to permuted outputs."""
+  embedded = np.asarray(embed_positions((3, 5), 16))
+  waves = np.arange(5)[:, None] / 10_000 ** (np.arange(4) / 4)
+  expected = np.concatenate([np.sin(waves), np.cos(waves)], -1)
+  np.testing.assert_allclose(embedded[..., 8:], np.broadcast_to(expected, (3, 5, 8)), atol=1e-6)
+  np.testing.assert_allclose(embedded[..., :8], np.broadcast_to(expected[:3, None], (3, 5, 8)), atol=1e-6)
+  with pytest.raises(ValueError, match="Got 6 features to embed positions along 2 axes; expected a multiple of 4"):
+    embed_positions((3, 5), 6)
+  x, tokens = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 5, 16), (2, 7, 6)))
+  for positions in (False, True):
+    block = Transformer(4, 1, False, "none", ConditionalUNet(groups=4)._block_options, positions)
+    params = random_like(jax.eval_shape(block.init, jax.random.key(0), x, tokens)["params"])
+    output, mirrored = (block.apply({"params": params}, value, tokens) for value in (x, x[:, :, ::-1]))
+    difference = np.max(np.abs(mirrored[:, :, ::-1] - output))
+    assert (difference > 1e-2) == positions
+    assert positions or difference < 1e-4
 
 
 def condition(kind, shape):

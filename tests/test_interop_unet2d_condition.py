@@ -477,6 +477,7 @@ def test_weights_that_do_not_match_are_described(copy):
   ("options", "size", "message"),
   [
     ({"groups": 0, "channels": 32}, (8, 8), "groups=0"),
+    ({"positions": True}, (8, 8), "positions=True; expected positions=False"),
     ({}, None, "an empty folder|not an empty folder"),
   ],
 )

@@ -200,6 +200,12 @@ def to_config(network: ConditionalUNet, params: PyTree, size: tuple[int, int] | 
       "Got a network with groups=0, so that the number of groups depends on the layer; expected one number for all"
       f" layers, as in diffusers' {NAME}."
     )
+  for option in ("positions", "vocabulary"):
+    if getattr(n, option):
+      raise ValueError(
+        f"Got a network with {option}={getattr(n, option)!r}; expected {option}={type(getattr(n, option))()!r}, because {NAME} has no"
+        " such option."
+      )
   dense, text_time = n.vector_embedding == "dense", n.size_features > 0
   types = {
     direction: [f"{'CrossAttn' if level in n.attention_levels else ''}{direction}Block2D" for level in range(levels)]

@@ -38,6 +38,8 @@ class ConditionalUNet(nn.Module):
       has as many layers as the last level.
     heads: the number of attention heads. A sequence has one number for each level. The middle has as many as the last
       level.
+    positions: whether each transformer adds sine-cosine embeddings of the row and the column to its input. Without
+      them, as in Stable Diffusion, the network knows positions only from the padding of convolutions.
     linear_projections: whether the projections around transformer layers are linear layers (Stable Diffusion 2 and
       XL), not 1x1 convolutions.
     context_features: the number of features of the tokens. 0 accepts any number.
@@ -76,6 +78,7 @@ class ConditionalUNet(nn.Module):
   attention_levels: Sequence[int] = (0, 1, 2)
   transformer_layers: int | Sequence[int] = 1
   heads: int | Sequence[int] = 8
+  positions: bool = False
   linear_projections: bool = False
   context_features: int = 0
   vocabulary: int = 0
@@ -326,7 +329,9 @@ class ConditionalUNet(nn.Module):
   def _attend(self, x: Array, states: Array, mask: Array | None, level: int, name: str) -> Array:
     count = len(self.multipliers)
     heads, depth = (options.per_level(value, count)[level] for value in (self.heads, self.transformer_layers))
-    block = Transformer(heads, depth, self.linear_projections, self.remat, self._block_options, name=name)
+    block = Transformer(
+      heads, depth, self.linear_projections, self.remat, self._block_options, self.positions, name=name
+    )
     return block(x, states, mask)
 
   def _downward_path(

@@ -1,5 +1,6 @@
 """Define the transformers inside the U-Net of latent diffusion (Rombach et al. 2022, appendix E.2.1)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ class Transformer(nn.Module):
       Both compute the same function, but their parameters have different shapes.
     remat: see `networks.UNet`. A block is one layer.
     options: the options of all blocks. Transformers ignore `options.epsilon`, the constant of residual blocks.
+    positions: whether to add `embed_positions` before the layers.
   """
 
   heads: int
@@ -35,6 +37,7 @@ class Transformer(nn.Module):
   linear_projections: bool
   remat: str
   options: layers.BlockOptions
+  positions: bool = False
 
   @nn.compact
   def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
@@ -46,7 +49,10 @@ class Transformer(nn.Module):
       mask: booleans [B, L], False where a token must be ignored. None for no mask.
     """
     h = self.options._replace(epsilon=_GROUP_EPSILON).norm("norm")(x)
-    h = self._project(h, "proj_in").reshape(x.shape[0], -1, x.shape[-1])
+    h = self._project(h, "proj_in")
+    if self.positions:
+      h += embed_positions(x.shape[1:-1], x.shape[-1]).astype(h.dtype)[None]
+    h = h.reshape(x.shape[0], -1, x.shape[-1])
     layer = layers.rematerialize(TransformerLayer, self.remat)
     for index in range(self.depth):
       h = layer(self.heads, self.options, name=f"layer_{index}")(h, tokens, mask)
@@ -58,6 +64,28 @@ class Transformer(nn.Module):
     if self.linear_projections:
       return layers.Dense(features, o.dtype, kernel_init, kernels=o.kernels, name=name)(x)
     return layers.conv(x, features, name, o.dtype, size=1, kernel_init=kernel_init, kernels=o.kernels)
+
+
+def embed_positions(space: Sequence[int], features: int) -> Array:
+  """Return embeddings [*space, features] of the positions in a grid.
+
+  Each axis has an equal share of the features: the sines and cosines of the index along this axis (Vaswani et al. 2017,
+  section 3.5).
+
+  Raises:
+    ValueError: if the share of an axis is odd or below 4.
+  """
+  share = features // len(space)
+  if features % len(space) or share % 2 or share < 4:
+    raise ValueError(
+      f"Got {features} features to embed positions along {len(space)} axes; expected a multiple of {2 * len(space)}, at least"
+      f" {4 * len(space)}. Change the number of channels, or set positions=False."
+    )
+  axes = []
+  for axis, size in enumerate(space):
+    waves = layers.sinusoidal_embedding(jnp.arange(size), share, frequency_shift=0)
+    axes.append(jnp.broadcast_to(jnp.expand_dims(waves, [i for i in range(len(space)) if i != axis]), (*space, share)))
+  return jnp.concatenate(axes, axis=-1)
 
 
 class TransformerLayer(nn.Module):
