@@ -42,7 +42,7 @@ def get_config():
   config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
   config.ema.decay = 0.998
   config.training.update(
-    {"batch_size": 64, "steps": 3000, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
+    {"batch_size": 64, "steps": 1200, "log_every": 100, "checkpoint_every": 500, "sample_every": 1000}
   )
   config.sampler = spec("sampling.dpmpp_2m")
   config.sampling.update({"num_steps": 25, "batch_size": 100})

@@ -38,6 +38,7 @@ def get_config():
     blocks=1,
     attention_levels=(1, 2),
     heads=4,
+    positions=True,
     time_embedding="sin_cos",
   )
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
