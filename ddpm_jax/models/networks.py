@@ -147,6 +147,18 @@ def _with_kernels(module: Any, train: bool) -> Any:
   return module.clone(kernels=kernels)
 
 
+def with_kernels(network: Network, conditions: Mapping[str, Condition], kernels: str) -> Network:
+  """Return the network of a Linen module with other kernels, or the same network if its module has no such option.
+
+  Args:
+    network: a network that `from_linen` returned.
+    conditions: the conditions of the model, by name.
+    kernels: see `networks.UNet`.
+  """
+  has_kernels = hasattr(network.module, "kernels") and hasattr(network.module, "clone")
+  return from_linen(network.module.clone(kernels=kernels), conditions) if has_kernels else network
+
+
 def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencoder:
   """Return the parts of an autoencoder as pure functions.
 
