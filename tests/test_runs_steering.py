@@ -81,7 +81,8 @@ def test_evaluation_uses_the_class_frequencies_of_the_data():
   )
 
 
-def test_conditions_without_a_default_come_from_one_item_of_the_data():
+def test_conditions_without_a_default_come_from_one_item_of_the_data(monkeypatch):
+  monkeypatch.setattr(inputs, "_CHUNK", 7)
   numbers = np.arange(12)
   items = {"vector": numbers[:, None] + np.zeros(3), "sketch": np.zeros((12, 8, 8, 2)) + numbers[:, None, None, None]}
   with_conditions = experiment(
@@ -97,3 +98,34 @@ def test_conditions_without_a_default_come_from_one_item_of_the_data():
   np.testing.assert_array_equal(values["classes"], np.where(number < 9, 0, 2))
   np.testing.assert_array_equal(values["sketch"][:, 0, 0, 0], number)
   np.testing.assert_allclose(values["low"][:, 0, 0, 0], number / 127.5 - 1, atol=1e-6)
+
+
+class Captioned(data.ArraySource):
+  """Count the images that are read."""
+
+  num_read = 0
+
+  def __getitems__(self, indices):
+    self.num_read += len(indices)
+    return super().__getitems__(indices)
+
+
+def test_texts_and_classes_are_found_without_decoding_images():
+  captions = np.array([f"picture {number}" for number in range(12)])
+  images = np.zeros((12, 8, 8, 1), np.uint8)
+  captioned = Captioned(images, np.arange(12) % 3, text=captions, vector=np.arange(12)[:, None] + np.zeros(3))
+  conditions = experiment(
+    classes=spec("conditions.classes", number=3),
+    text=spec("conditions.words", vocabulary=("picture",), length=4),
+  ).model.conditions
+  values = inputs.default_inputs(conditions, 30, captioned)
+  assert captioned.num_read == 1
+  numbers = [int(text.split()[1]) for text in values["text"]]
+  assert set(numbers) == set(range(12))
+  np.testing.assert_array_equal(values["classes"], np.array(numbers) % 3)
+  assert (values["classes"].dtype, values["text"].dtype) == (np.int32, captions.dtype)
+  # Only the items show vectors. They belong to the same images as the texts.
+  conditions = conditions | {"vector": models.conditions.vector("vector", 3)}
+  again = inputs.default_inputs(conditions, 30, captioned)
+  np.testing.assert_array_equal(again["vector"][:, 0], numbers)
+  np.testing.assert_array_equal(again["text"], values["text"])

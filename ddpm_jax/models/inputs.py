@@ -14,6 +14,9 @@ from ddpm_jax.storage import images
 # The tasks of --mode=edit for the conditions of models that edit images.
 _TASKS = {"masked": "inpaint", "source": "instruct"}
 
+# The number of images in memory at once when the items of conditions are read from data.
+_CHUNK = 64
+
 
 def parse_inputs(
   conditions: Mapping[str, Condition],
@@ -146,11 +149,49 @@ def default_inputs(
     counts: the number of real samples of each class. If set, the default classes have the same proportions.
   """
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
-    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    inputs = inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
+    chosen = np.resize(np.random.default_rng(0).permutation(len(source)), count)
     known = {name: one.default for name, one in conditions.items() if one.is_known and one.default is not None}
-    return inputs | {name: default(count) for name, default in known.items()}
+    real = _read_inputs({name: one for name, one in conditions.items() if name not in known}, source, chosen)
+    return real | {name: default(count) for name, default in known.items()}
   inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
     inputs["classes"] = data.proportional_classes(counts, count)
   return inputs
+
+
+def _read_inputs(
+  conditions: Mapping[str, Condition], source: data.Source, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Return the items of conditions [B, ...] by name, from the data at some indices [B].
+
+  If the source knows all of them without reading images, as folders know captions and classes, no image is decoded.
+  Otherwise the images are read in chunks, because thousands of them may not fit into memory.
+  """
+  has_pixels = any(condition.from_data is not None for condition in conditions.values())
+  if not has_pixels:
+    found = {name: _known_items(source, name, indices) for name in conditions}
+    known = {name: items for name, items in found.items() if items is not None}
+    if known.keys() == conditions.keys():
+      return known
+  chunks = []
+  for first in range(0, len(indices), _CHUNK):
+    batch = data.read(source, indices[first : first + _CHUNK])
+    chunks.append(
+      inputs_from_data(conditions, batch | ({"image": images.as_floats(batch["image"])} if has_pixels else {}))
+    )
+  return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in conditions}
+
+
+def _known_items(source: data.Source, name: str, indices: np.ndarray) -> np.ndarray | None:
+  """Return the classes or the texts of items, or None if the source has to read images for them."""
+  if name == "classes":
+    classes = getattr(source, "classes", None)
+    return None if classes is None else np.asarray(classes, np.int32)[indices]
+  if not data.is_text(data.read(source, indices[:1]).get(name, np.zeros(()))):
+    return None
+  texts = data.known_texts(source, name, indices)
+  if texts is None:
+    return None
+  # An empty text may stand for a broken caption, which the source replaces or refuses when the item is read.
+  items = zip(texts, indices, strict=True)
+  return np.array([text or str(data.read(source, [index])[name][0]) for text, index in items])
