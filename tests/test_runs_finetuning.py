@@ -1,6 +1,8 @@
 """Train a small text pipeline on captioned images, from its folder to a folder that diffusers opens."""
 
+import gc
 import json
+import weakref
 
 import diffusers
 import jax
@@ -16,7 +18,7 @@ from ddpm_jax.config import recipes
 from ddpm_jax.devices import plan
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import plan as run_plans
-from ddpm_jax.runs import pretrained, reading, stepping
+from ddpm_jax.runs import pretrained, reading, stepping, training
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
 
@@ -83,6 +85,27 @@ def state_of(module):
   return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
+@pytest.fixture
+def checks_memory(monkeypatch):
+  """Check that the pretrained parameters are freed before training starts."""
+  load, train, started = pretrained.load_init_from, training._Trainer.train, []
+
+  def record(tree, **options):
+    tree, start = load(tree, **options)
+    started.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(start.params))
+    return tree, start
+
+  def check(trainer, *arguments):
+    gc.collect()
+    assert started
+    assert not any(leaf() is not None for leaf in started)
+    return train(trainer, *arguments)
+
+  monkeypatch.setattr(pretrained, "load_init_from", record)
+  monkeypatch.setattr(training._Trainer, "train", check)
+
+
+@pytest.mark.usefixtures("checks_memory")
 def test_a_pipeline_is_fine_tuned_sampled_and_exported(root, tmp_path, run_command):
   flags, run, exported = flags_for(root), tmp_path / "run", tmp_path / "exported"
   run_command(*flags, f"--workdir={run}")

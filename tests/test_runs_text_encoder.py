@@ -15,8 +15,9 @@ import ddpm_jax
 from ddpm_jax import config as configs
 from ddpm_jax import runs
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import reading, scoring, stepping
+from ddpm_jax.runs import frozen, latents, reading, scoring, stepping, training
 from tests import user_components
 from tests.parameters import one_device
 from tests.recipes import newest_state, tiny_config, tree_of
@@ -204,6 +205,27 @@ def test_scores_say_which_captions_the_samples_have(trained, run_command, capsys
   assert texts in capsys.readouterr().out
 
 
+def test_only_texts_of_both_the_data_and_the_model_are_read_from_the_data(root, tmp_path):
+  tree = tree_for(root, model__codec=f"{root / 'mine.py'}:tiny_autoencoder", sampling__clip=None)
+  runs.run_prepare(configs.build(tree), tmp_path / "prepared")
+  tree = configs.replace(tree, "data.latents", str(tmp_path / "prepared"))
+  source, _ = reading.read_data(configs.build(tree))
+  # The data have one text: no text of the first model, and one of two texts of the second model.
+  without = configs.replace(configs.replace(tree, "model.conditions.text", None), "model.network", "UNet(channels=8)")
+  other = {"component": "conditions.text", "path": str(root / "bert"), "length": 6, "dropout": 0.1}
+  for changed, stored in ((without, set()), (configs.replace(tree, "model.conditions.other", other), {"text"})):
+    experiment = configs.build(changed)
+    opened, full = latents.open_latents(experiment, source), experiment.model.load_frozen()
+    latents.check_codec(experiment, opened, full)
+    hosts = {name: one.host for name, one in experiment.model.conditions.items()}
+    trained = latents.with_stored_texts(experiment, opened).model
+    assert {name for name, one in trained.conditions.items() if one.host is not hosts[name]} == stored
+    needed = latents.without_encoders(experiment, opened, full)
+    assert jax.tree.structure(needed) == jax.tree.structure(trained.frozen_shapes())
+    again = latents.with_encoders(experiment, opened, needed, parallel.make_mesh(devices=jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, again, full)
+
+
 def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root, tmp_path, unscored, monkeypatch):
   autoencoder = f"{root / 'mine.py'}:tiny_autoencoder"
   latent = {"model__codec": autoencoder, "sampling__clip": None}
@@ -211,18 +233,33 @@ def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root,
   prepared = tmp_path / "prepared"
   runs.run_prepare(configs.build(tree_for(root, **latent)), prepared)
   tree = tree_for(root, data__latents=str(prepared), **latent)
-  found = []
-  step = stepping.encode
+  found, made, loaded = [], [], []
+  step, make, load = stepping.encode, training._Trainer.parameters, frozen.load_conditions
 
   def record(model, frozen, keys, batch):
     found.append((set(frozen["conditions"]["text"]), set(batch)))
     return step(model, frozen, keys, batch)
 
+  def record_parameters(trainer, state):
+    made.append(make(trainer, state))
+    assert made[-1].frozen["codec"] is trainer.frozen["codec"]
+    return made[-1]
+
+  def record_loading(experiment, names, mesh):
+    loaded.append(list(names))
+    return load(experiment, names, mesh)
+
   monkeypatch.setattr(stepping, "encode", record)
-  runs.run_train(tree, tmp_path / "run")
+  monkeypatch.setattr(training._Trainer, "parameters", record_parameters)
+  monkeypatch.setattr(frozen, "load_conditions", record_loading)
+  monkeypatch.setattr(scoring.Scorer, "training_scores", lambda *_: {})
+  runs.run_train(configs.replace(tree, "evaluation.every", 2), tmp_path / "run")
+  # The scores and the preview after the last step share the encoder. The scores of the run load it again.
+  assert loaded == [["text"]] * 2
+  assert [set(parameters.frozen["conditions"]["text"]) for parameters in made] == [{"encoders", "computed"}] * 2
   assert found
-  for frozen, batch in found:
-    assert frozen == {"computed"}
+  for parts, batch in found:
+    assert parts == {"computed"}
     assert {"text.states", "text.mask", "latent"} <= batch
   losses = [losses_of(tmp_path / name) for name in ("encoder", "run")]
   np.testing.assert_allclose(*losses, rtol=1e-5)
