@@ -43,6 +43,27 @@ def test_a_user_s_condition_that_cannot_parse_a_value_is_named():
     inputs.parse_inputs(conditions, {"bright": ["dark"]}, 2)
 
 
+def test_advice_to_edit_images_is_for_conditions_that_are_images():
+  vector = models.conditions.vector("source", 2)
+  low = models.conditions.low_resolution("low", (8, 8, 1), factor=2)
+  for condition, given, message in (
+    (vector, {}, "Set --given source=<value>"),
+    (vector._replace(parse=None), {}, "Sample in Python"),
+    (
+      vector._replace(parse=None),
+      {"source": ["1"]},
+      "without a text form; expected conditions with one. Sample in Python",
+    ),
+    (models.conditions.image("source", (8, 8, 1)), {}, "Use --mode=edit --task=instruct"),
+    (low, {"source": ["1"]}, "Use --mode=edit --task=superres"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      inputs.parse_inputs({"source": condition}, given, 2)
+  low_kind = models.conditions.low_resolution("masked", (8, 8, 1), factor=2)
+  assert inputs.edit_task("masked", low_kind) == "inpaint"
+  assert inputs.edit_task("masked", vector) is None
+
+
 def test_classes_have_the_proportions_of_the_data():
   """Counts follow the largest-remainder method.
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import ddpm_jax
 from ddpm_jax import config as configs
 from ddpm_jax import runs
+from ddpm_jax.commands import flags
 from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import inputs
@@ -155,8 +156,9 @@ def newest_samples(folder):
 def test_prompts_are_short_forms_and_pictures_keep_them(trained, tmp_path, run_command):
   sample = ["--mode=sample", f"--workdir={trained}", "--guidance_scale=2"]
   first, second = "a red fox", "größe 🦊, a fox"
-  run_command(*sample, "--given", f"text={first}", "--given", f"text={second}", "--num_samples=2")
+  run_command(*sample, "--given", f"text={first}", "--given", f"text={second}")
   _, expected = newest_samples(trained)
+  assert list(expected["text"]) == [first, second]
   run_command(*sample, "--prompt", first, "--prompt", second, "--num_samples=3")
   folder, arrays = newest_samples(trained)
   assert list(arrays["text"]) == [first, second, first]
@@ -187,10 +189,14 @@ def test_prompts_are_short_forms_and_pictures_keep_them(trained, tmp_path, run_c
     (["--prompts={missing}"], "Cannot read --prompts=.*missing"),
     (["--prompts={empty}"], "with no text; expected a file with one text in each line"),
     (["--prompts={binary}"], "Pass a text file in UTF-8"),
+    (["--prompts={large}"], "with more than 16 bytes; expected a file with one text in each line"),
   ],
 )
-def test_wrong_prompts_are_errors(words, message, trained, tmp_path, run_command):
-  files = {name: tmp_path / name for name in ("file", "missing", "empty", "binary")}
+def test_wrong_prompts_are_errors(words, message, trained, tmp_path, run_command, monkeypatch):
+  monkeypatch.setattr(flags, "_MAX_PROMPT_BYTES", 16)
+  files = {name: tmp_path / name for name in ("file", "missing", "empty", "binary", "large")}
+  # Byte 17 is inside a character.
+  files["large"].write_text("€" * 6, encoding="utf-8")
   files["file"].write_text("a\n")
   files["empty"].write_text("\n \n")
   files["binary"].write_bytes(b"\xff\xfe\xff")

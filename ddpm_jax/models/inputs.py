@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax import data
@@ -11,8 +12,8 @@ from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.guided import NEGATIVE_PREFIX
 from ddpm_jax.storage import images
 
-# The tasks of --mode=edit for the conditions of models that edit images.
-_TASKS = {"masked": "inpaint", "source": "instruct"}
+# The condition that gives the images to edit to models that were trained for a task of --mode=edit, by task.
+IMAGES_OF_TASKS = {"inpaint": "masked", "instruct": "source"}
 
 # The number of images in memory at once when the items of conditions are read from data.
 _CHUNK = 64
@@ -51,7 +52,7 @@ def parse_inputs(
       )
     if condition.parse is None:
       raise ValueError(
-        f"Got --given {name}=..., a condition without a text form; expected images. Use --mode=edit --task={_task(name)}."
+        f"Got --given {name}=..., a condition without a text form; expected conditions with one. {_advice(name, condition)}"
       )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} values of {name} for {count} samples; expected at most {count}.")
@@ -66,10 +67,9 @@ def parse_inputs(
     if condition.default is not None:
       inputs[name] = condition.default(count)
     elif not condition.is_source_image:
-      advice = f"Set {condition_flag(name)}=<value>."
-      if condition.parse is None or name in _TASKS:
-        advice = f"Use --mode=edit --task={_task(name)}, which computes it from images."
-      raise ValueError(f"Got no {name} for a model with the condition {name}; expected a value. {advice}")
+      raise ValueError(
+        f"Got no {name} for a model with the condition {name}; expected a value. {_advice(name, condition)}"
+      )
   return inputs
 
 
@@ -120,9 +120,22 @@ def condition_example(name: str) -> str:
   return f'{condition_flag(name)}="a red fox"' if name == "text" else f"{condition_flag(name)}=3"
 
 
-def _task(name: str) -> str:
-  """Return the task of --mode=edit that computes a condition from images."""
-  return _TASKS.get(name, "superres")
+def edit_task(name: str, condition: Condition) -> str | None:
+  """Return the task of --mode=edit that computes a condition from the images to edit, or None."""
+  if "image" not in jax.tree.leaves(condition.kind):
+    return None
+  tasks = {own: task for task, own in IMAGES_OF_TASKS.items()}
+  return tasks.get(name, "superres" if condition.is_source_image else None)
+
+
+def _advice(name: str, condition: Condition) -> str:
+  """Return how to give a condition to a model."""
+  task = edit_task(name, condition)
+  if task is not None:
+    return f"Use --mode=edit --task={task}, which computes it from images."
+  if condition.parse is None:
+    return "Sample in Python, with its items in the batch of Model.encode_conditions."
+  return f"Set {condition_flag(name)}=<value>."
 
 
 def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
