@@ -52,7 +52,7 @@ def test_advice_to_edit_images_is_for_conditions_that_are_images():
     (
       vector._replace(parse=None),
       {"source": ["1"]},
-      "without a text form; expected conditions with one. Sample in Python",
+      "without a text form; expected one that text can express. Sample in Python",
     ),
     (models.conditions.image("source", (8, 8, 1)), {}, "Use --mode=edit --task=instruct"),
     (low, {"source": ["1"]}, "Use --mode=edit --task=superres"),

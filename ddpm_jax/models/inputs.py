@@ -52,7 +52,7 @@ def parse_inputs(
       )
     if condition.parse is None:
       raise ValueError(
-        f"Got --given {name}=..., a condition without a text form; expected conditions with one. {_advice(name, condition)}"
+        f"Got --given {name}=..., a condition without a text form; expected one that text can express. {_advice(name, condition)}"
       )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} values of {name} for {count} samples; expected at most {count}.")
