@@ -9,8 +9,7 @@ import pytest
 from ddpm_jax import config as configs
 from ddpm_jax import data, runs
 from ddpm_jax.data import pairs, tokenizers
-from ddpm_jax.runs import reading
-from ddpm_jax.runs.tasks import digit_pairs
+from ddpm_jax.runs import reading, tasks
 from tests.conftest import ROOT
 from tests.test_configs import load
 
@@ -78,7 +77,7 @@ def test_other_captions_are_refused_before_training():
   for train, held_out in (sources, sources[::-1], (sources[1], None)):
     run = reading.Run(experiment, None, None, train, held_out)
     with pytest.raises(ValueError, match=r"Got the caption 'a fox'; .* set --config\.task=denoise"):
-      digit_pairs.digit_pairs().scorer(run)
+      tasks.digit_pairs().scorer(run)
 
 
 @pytest.mark.usefixtures("on_one_device")

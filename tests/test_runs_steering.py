@@ -55,13 +55,11 @@ def test_advice_to_edit_images_is_for_conditions_that_are_images():
       "without a text form; expected one that text can express. Sample in Python",
     ),
     (models.conditions.image("source", (8, 8, 1)), {}, "Use --mode=edit --task=instruct"),
-    (low, {"source": ["1"]}, "Use --mode=edit --task=superres"),
   ):
     with pytest.raises(ValueError, match=message):
       inputs.parse_inputs({"source": condition}, given, 2)
-  low_kind = models.conditions.low_resolution("masked", (8, 8, 1), factor=2)
-  assert inputs.edit_task("masked", low_kind) == "inpaint"
-  assert inputs.edit_task("masked", vector) is None
+  with pytest.raises(ValueError, match="Got --given low=.* Use --mode=edit --task=superres"):
+    inputs.parse_inputs({"low": low}, {"low": ["1"]}, 2)
 
 
 def test_classes_have_the_proportions_of_the_data():
