@@ -217,9 +217,8 @@ def test_only_texts_of_both_the_data_and_the_model_are_read_from_the_data(root, 
   tree = configs.replace(tree, "data.latents", str(tmp_path / "prepared"))
   source, _ = reading.read_data(configs.build(tree))
   # The data have one text: no text of the first model, and one of two texts of the second model.
-  without = configs.replace(
-    configs.replace(tree, "model.conditions.text", None), "model.network", "UNet(channels=8, groups=4)"
-  )
+  unconditional = configs.replace(tree, "model.network", {"component": "networks.UNet", **NETWORK})
+  without = configs.replace(unconditional, "model.conditions.text", None)
   other = {"component": "conditions.text", "path": str(root / "bert"), "length": 6, "dropout": 0.1}
   for changed, stored in ((without, set()), (configs.replace(tree, "model.conditions.other", other), {"text"})):
     experiment = configs.build(changed)
