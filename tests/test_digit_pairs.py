@@ -1,6 +1,7 @@
 """Test pairs of digits with captions, and the share of samples that agree with them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ddpm_jax import config as configs
 from ddpm_jax import data, runs
 from ddpm_jax.data import pairs, tokenizers
+from ddpm_jax.runs import reading, tasks
 from tests.conftest import ROOT
 from tests.test_configs import load
 
@@ -64,6 +66,18 @@ def test_words_of_captions_are_known_to_the_recipe():
   text = pairs.caption(8, 8, from_right=True)
   assert tokenizer.dropped([text]) == [""]
   assert tokenizers.UNKNOWN not in tokenizer([text]).ids
+
+
+def test_other_captions_are_refused_before_training():
+  images = np.zeros((2, 28, 56, 1), np.uint8)
+  sources = [data.ArraySource(images, text=np.array([text] * 2)) for text in (pairs.caption(1, 2), "a fox")]
+  experiment = SimpleNamespace(
+    data=SimpleNamespace(shape=images.shape[1:]), model=SimpleNamespace(conditions={"text": None})
+  )
+  for train, held_out in (sources, sources[::-1], (sources[1], None)):
+    run = reading.Run(experiment, None, None, train, held_out)
+    with pytest.raises(ValueError, match=r"Got the caption 'a fox'; .* set --config\.task=denoise"):
+      tasks.digit_pairs().scorer(run)
 
 
 @pytest.mark.usefixtures("on_one_device")

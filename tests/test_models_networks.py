@@ -312,13 +312,21 @@ def test_a_network_without_a_level_receives_it_as_a_vector(parameters, argument)
 
 
 def test_tokens_are_concatenated_along_their_length():
-  def tokens(length):
-    shape = jax.ShapeDtypeStruct((length, 5), jnp.float32)
+  def tokens(length, width=5):
+    shape = jax.ShapeDtypeStruct((length, width), jnp.float32)
     return conditions.Condition("tokens", shape, lambda frozen, keys, batch, train: None)
 
   given = {"text": jnp.ones((2, 3, 5)), "style": jnp.zeros((2, 2, 5))}
   result = call("tokens", {"text": tokens(3), "style": tokens(2)}, given)
   np.testing.assert_array_equal(result["tokens"], jnp.concatenate([given["text"], given["style"]], 1))
+  # Tokens of different widths form no sequence, so they need arguments of their own.
+  wide = {"text": tokens(3), "style": tokens(3, width=4)}
+  for make in (networks.from_linen, lambda module, wide: networks.from_component(type(module), {}, wide)):
+    with pytest.raises(ValueError, match="features .text with 5 features, style with 4 features.; expected one number"):
+      make(echo_class("tokens")(), wide)
+  given["style"] = jnp.zeros((2, 3, 4))
+  named = call("tokens, style", wide, given)
+  assert (named["tokens"].shape, named["style"].shape) == ((2, 3, 5), (2, 3, 4))
 
 
 def test_networks_receive_train_and_keys_if_they_accept_them():

@@ -1,6 +1,8 @@
 """Train a small text pipeline on captioned images, from its folder to a folder that diffusers opens."""
 
+import gc
 import json
+import weakref
 
 import diffusers
 import jax
@@ -11,10 +13,12 @@ from PIL import Image
 
 import ddpm_jax
 from ddpm_jax import config as configs
-from ddpm_jax import data, interop, models
+from ddpm_jax import data, interop, models, runs
 from ddpm_jax.config import recipes
+from ddpm_jax.devices import plan
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import pretrained, reading, stepping
+from ddpm_jax.runs import plan as run_plans
+from ddpm_jax.runs import pretrained, reading, stepping, training
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
 
@@ -39,10 +43,10 @@ def root(tmp_path_factory):
   return root
 
 
-def flags_for(root):
-  keys = {
-    "init_from": root / "pipeline",
-    "data.source.path": root / "images",
+def keys_for(root):
+  return {
+    "init_from": str(root / "pipeline"),
+    "data.source.path": str(root / "images"),
     "data.image_size": SIZE * FACTOR,
     "data.hold_out": 4,
     "model.conditions.text.dropout": 0.3,
@@ -57,7 +61,15 @@ def flags_for(root):
     "evaluation.num_samples": 4,
     "evaluation.k": 2,
   }
-  return ["--config=configs/sd15_finetune.py", *(f"--config.{name}={value}" for name, value in keys.items())]
+
+
+def flags_for(root):
+  return ["--config=configs/sd15_finetune.py", *(f"--config.{name}={value}" for name, value in keys_for(root).items())]
+
+
+def tree_for(root, **changes):
+  keys = keys_for(root) | {name.replace("__", "."): value for name, value in changes.items()}
+  return configs.read("configs/sd15_finetune.py", {name: str(value) for name, value in keys.items()})
 
 
 def losses_of(folder):
@@ -73,6 +85,27 @@ def state_of(module):
   return {name: tensor.numpy() for name, tensor in module.state_dict().items()}
 
 
+@pytest.fixture
+def checks_memory(monkeypatch):
+  """Check that the pretrained parameters are freed before training starts."""
+  load, train, started = pretrained.load_init_from, training._Trainer.train, []
+
+  def record(tree, **options):
+    tree, start = load(tree, **options)
+    started.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(start.params))
+    return tree, start
+
+  def check(trainer, *arguments):
+    gc.collect()
+    assert started
+    assert not any(leaf() is not None for leaf in started)
+    return train(trainer, *arguments)
+
+  monkeypatch.setattr(pretrained, "load_init_from", record)
+  monkeypatch.setattr(training._Trainer, "train", check)
+
+
+@pytest.mark.usefixtures("checks_memory")
 def test_a_pipeline_is_fine_tuned_sampled_and_exported(root, tmp_path, run_command):
   flags, run, exported = flags_for(root), tmp_path / "run", tmp_path / "exported"
   run_command(*flags, f"--workdir={run}")
@@ -95,6 +128,36 @@ def test_a_pipeline_is_fine_tuned_sampled_and_exported(root, tmp_path, run_comma
   apply = jax.jit(interop.diffusers.read(exported).network.apply)
   ours = apply(params, x, np.full(2, 500.0), {"text": states})
   np.testing.assert_allclose(np.moveaxis(theirs, 1, -1), ours, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_a_plan_of_a_fine_tuning_is_that_of_the_pipeline(root, monkeypatch, tmp_path):
+  refusal = plan.OutOfMemory(1e6, None, "not compiled")
+  monkeypatch.setattr(plan, "compile_step", lambda *_: refusal)
+  devices = {"topology_name": None, "num_devices": 1}
+  planned, model = runs.run_plan(tree_for(root), **devices), interop.diffusers.read(root / "pipeline")
+  expected = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+  assert planned.parameters == sum(leaf.size for leaf in expected)
+  wrong = tree_for(root, data__image_size=2 * SIZE * FACTOR)
+  with pytest.raises(ValueError, match=r"with data of \(64, 64, 3\); expected the same shape"):
+    runs.run_plan(wrong, **devices)
+  wrong, _ = pretrained.load_init_from(wrong, weights=False)
+  with pytest.raises(ValueError, match=r"with data of \(64, 64, 3\); expected the same shape"):
+    runs.run_prepare(configs.build(wrong), tmp_path / "latents")
+  # A run plans its copy of the pipeline's config.
+  (tmp_path / "run").mkdir()
+  tree, _ = pretrained.load_init_from(tree_for(root), weights=False)
+  configs.write(tmp_path / "run", pretrained.copy_config(tree, tmp_path / "run"))
+  assert pretrained.has_started(tree, tmp_path / "run")
+  assert not pretrained.has_started(tree, tmp_path)
+  monkeypatch.setattr(pretrained, "load_init_from", None)
+  assert runs.run_plan(configs.read_run(tmp_path / "run"), **devices, folder=tmp_path / "run") == planned
+
+
+def test_plans_of_cpus_use_plain_kernels(root):
+  tree, read = pretrained.replace_model(str(root / "pipeline"), configs.expand({}), recipe=False, weights=False)
+  assert read.model.network.module.kernels == "tuned"
+  for model in (read.model, None):
+    assert run_plans.build(tree, jax.devices(), model).model.network.module.kernels == "plain"
 
 
 @pytest.mark.slow

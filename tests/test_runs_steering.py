@@ -43,6 +43,25 @@ def test_a_user_s_condition_that_cannot_parse_a_value_is_named():
     inputs.parse_inputs(conditions, {"bright": ["dark"]}, 2)
 
 
+def test_advice_to_edit_images_is_for_conditions_that_are_images():
+  vector = models.conditions.vector("source", 2)
+  low = models.conditions.low_resolution("low", (8, 8, 1), factor=2)
+  for condition, given, message in (
+    (vector, {}, "Set --given source=<value>"),
+    (vector._replace(parse=None), {}, "Sample in Python"),
+    (
+      vector._replace(parse=None),
+      {"source": ["1"]},
+      "without a text form; expected one that text can express. Sample in Python",
+    ),
+    (models.conditions.image("source", (8, 8, 1)), {}, "Use --mode=edit --task=instruct"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      inputs.parse_inputs({"source": condition}, given, 2)
+  with pytest.raises(ValueError, match="Got --given low=.* Use --mode=edit --task=superres"):
+    inputs.parse_inputs({"low": low}, {"low": ["1"]}, 2)
+
+
 def test_classes_have_the_proportions_of_the_data():
   """Counts follow the largest-remainder method.
 
@@ -81,7 +100,8 @@ def test_evaluation_uses_the_class_frequencies_of_the_data():
   )
 
 
-def test_conditions_without_a_default_come_from_one_item_of_the_data():
+def test_conditions_without_a_default_come_from_one_item_of_the_data(monkeypatch):
+  monkeypatch.setattr(inputs, "_CHUNK", 7)
   numbers = np.arange(12)
   items = {"vector": numbers[:, None] + np.zeros(3), "sketch": np.zeros((12, 8, 8, 2)) + numbers[:, None, None, None]}
   with_conditions = experiment(
@@ -97,3 +117,34 @@ def test_conditions_without_a_default_come_from_one_item_of_the_data():
   np.testing.assert_array_equal(values["classes"], np.where(number < 9, 0, 2))
   np.testing.assert_array_equal(values["sketch"][:, 0, 0, 0], number)
   np.testing.assert_allclose(values["low"][:, 0, 0, 0], number / 127.5 - 1, atol=1e-6)
+
+
+class Captioned(data.ArraySource):
+  """Count the images that are read."""
+
+  num_read = 0
+
+  def __getitems__(self, indices):
+    self.num_read += len(indices)
+    return super().__getitems__(indices)
+
+
+def test_texts_and_classes_are_found_without_decoding_images():
+  captions = np.array([f"picture {number}" for number in range(12)])
+  images = np.zeros((12, 8, 8, 1), np.uint8)
+  captioned = Captioned(images, np.arange(12) % 3, text=captions, vector=np.arange(12)[:, None] + np.zeros(3))
+  conditions = experiment(
+    classes=spec("conditions.classes", number=3),
+    text=spec("conditions.words", vocabulary=("picture",), length=4),
+  ).model.conditions
+  values = inputs.default_inputs(conditions, 30, captioned)
+  assert captioned.num_read == 1
+  numbers = [int(text.split()[1]) for text in values["text"]]
+  assert set(numbers) == set(range(12))
+  np.testing.assert_array_equal(values["classes"], np.array(numbers) % 3)
+  assert (values["classes"].dtype, values["text"].dtype) == (np.int32, captions.dtype)
+  # Only the items show vectors. They belong to the same images as the texts.
+  conditions = conditions | {"vector": models.conditions.vector("vector", 3)}
+  again = inputs.default_inputs(conditions, 30, captioned)
+  np.testing.assert_array_equal(again["vector"][:, 0], numbers)
+  np.testing.assert_array_equal(again["text"], values["text"])

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 import ddpm_jax
 from ddpm_jax import config as configs
 from ddpm_jax import runs
+from ddpm_jax.commands import flags
 from ddpm_jax.config import spec
+from ddpm_jax.devices import parallel
 from ddpm_jax.models import inputs
-from ddpm_jax.runs import reading, scoring, stepping
+from ddpm_jax.runs import frozen, latents, reading, scoring, stepping, training
 from tests import user_components
 from tests.parameters import one_device
 from tests.recipes import newest_state, tiny_config, tree_of
@@ -154,8 +156,9 @@ def newest_samples(folder):
 def test_prompts_are_short_forms_and_pictures_keep_them(trained, tmp_path, run_command):
   sample = ["--mode=sample", f"--workdir={trained}", "--guidance_scale=2"]
   first, second = "a red fox", "größe 🦊, a fox"
-  run_command(*sample, "--given", f"text={first}", "--given", f"text={second}", "--num_samples=2")
+  run_command(*sample, "--given", f"text={first}", "--given", f"text={second}")
   _, expected = newest_samples(trained)
+  assert list(expected["text"]) == [first, second]
   run_command(*sample, "--prompt", first, "--prompt", second, "--num_samples=3")
   folder, arrays = newest_samples(trained)
   assert list(arrays["text"]) == [first, second, first]
@@ -186,10 +189,14 @@ def test_prompts_are_short_forms_and_pictures_keep_them(trained, tmp_path, run_c
     (["--prompts={missing}"], "Cannot read --prompts=.*missing"),
     (["--prompts={empty}"], "with no text; expected a file with one text in each line"),
     (["--prompts={binary}"], "Pass a text file in UTF-8"),
+    (["--prompts={large}"], "with more than 16 bytes; expected a file with one text in each line"),
   ],
 )
-def test_wrong_prompts_are_errors(words, message, trained, tmp_path, run_command):
-  files = {name: tmp_path / name for name in ("file", "missing", "empty", "binary")}
+def test_wrong_prompts_are_errors(words, message, trained, tmp_path, run_command, monkeypatch):
+  monkeypatch.setattr(flags, "_MAX_PROMPT_BYTES", 16)
+  files = {name: tmp_path / name for name in ("file", "missing", "empty", "binary", "large")}
+  # Byte 17 is inside a character.
+  files["large"].write_text("€" * 6, encoding="utf-8")
   files["file"].write_text("a\n")
   files["empty"].write_text("\n \n")
   files["binary"].write_bytes(b"\xff\xfe\xff")
@@ -204,6 +211,28 @@ def test_scores_say_which_captions_the_samples_have(trained, run_command, capsys
   assert texts in capsys.readouterr().out
 
 
+def test_only_texts_of_both_the_data_and_the_model_are_read_from_the_data(root, tmp_path):
+  tree = tree_for(root, model__codec=f"{root / 'mine.py'}:tiny_autoencoder", sampling__clip=None)
+  runs.run_prepare(configs.build(tree), tmp_path / "prepared")
+  tree = configs.replace(tree, "data.latents", str(tmp_path / "prepared"))
+  source, _ = reading.read_data(configs.build(tree))
+  # The data have one text: no text of the first model, and one of two texts of the second model.
+  unconditional = configs.replace(tree, "model.network", {"component": "networks.UNet", **NETWORK})
+  without = configs.replace(unconditional, "model.conditions.text", None)
+  other = {"component": "conditions.text", "path": str(root / "bert"), "length": 6, "dropout": 0.1}
+  for changed, stored in ((without, set()), (configs.replace(tree, "model.conditions.other", other), {"text"})):
+    experiment = configs.build(changed)
+    opened, full = latents.open_latents(experiment, source), experiment.model.load_frozen()
+    latents.check_codec(experiment, opened, full)
+    hosts = {name: one.host for name, one in experiment.model.conditions.items()}
+    trained = latents.with_stored_texts(experiment, opened).model
+    assert {name for name, one in trained.conditions.items() if one.host is not hosts[name]} == stored
+    needed = latents.without_encoders(experiment, opened, full)
+    assert jax.tree.structure(needed) == jax.tree.structure(trained.frozen_shapes())
+    again = latents.with_encoders(experiment, opened, needed, parallel.make_mesh(devices=jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, again, full)
+
+
 def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root, tmp_path, unscored, monkeypatch):
   autoencoder = f"{root / 'mine.py'}:tiny_autoencoder"
   latent = {"model__codec": autoencoder, "sampling__clip": None}
@@ -211,18 +240,33 @@ def test_prepared_states_give_the_losses_of_the_encoder_without_loading_it(root,
   prepared = tmp_path / "prepared"
   runs.run_prepare(configs.build(tree_for(root, **latent)), prepared)
   tree = tree_for(root, data__latents=str(prepared), **latent)
-  found = []
-  step = stepping.encode
+  found, made, loaded = [], [], []
+  step, make, load = stepping.encode, training._Trainer.parameters, frozen.load_conditions
 
   def record(model, frozen, keys, batch):
     found.append((set(frozen["conditions"]["text"]), set(batch)))
     return step(model, frozen, keys, batch)
 
+  def record_parameters(trainer, state):
+    made.append(make(trainer, state))
+    assert made[-1].frozen["codec"] is trainer.frozen["codec"]
+    return made[-1]
+
+  def record_loading(experiment, names, mesh):
+    loaded.append(list(names))
+    return load(experiment, names, mesh)
+
   monkeypatch.setattr(stepping, "encode", record)
-  runs.run_train(tree, tmp_path / "run")
+  monkeypatch.setattr(training._Trainer, "parameters", record_parameters)
+  monkeypatch.setattr(frozen, "load_conditions", record_loading)
+  monkeypatch.setattr(scoring.Scorer, "training_scores", lambda *_: {})
+  runs.run_train(configs.replace(tree, "evaluation.every", 2), tmp_path / "run")
+  # The scores and the preview after the last step share the encoder. The scores of the run load it again.
+  assert loaded == [["text"]] * 2
+  assert [set(parameters.frozen["conditions"]["text"]) for parameters in made] == [{"encoders", "computed"}] * 2
   assert found
-  for frozen, batch in found:
-    assert frozen == {"computed"}
+  for parts, batch in found:
+    assert parts == {"computed"}
     assert {"text.states", "text.mask", "latent"} <= batch
   losses = [losses_of(tmp_path / name) for name in ("encoder", "run")]
   np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -1,7 +1,9 @@
 """Test that every flipped bit and every truncation of a file is detected when it is read."""
 
+import hashlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -83,3 +85,17 @@ def test_tensors_round_trip_detects_flipped_bits(tmp_path):
     sealed.load_tensors(path)
   with pytest.raises(FileNotFoundError):
     sealed.load_tensors(tmp_path / "missing")
+
+
+def test_digests_cover_types_without_a_buffer():
+  # Other libraries' types, such as bfloat16, are not exported as buffers.
+  arrays = [np.arange(6, dtype=dtype).reshape(2, 3) for dtype in (jnp.bfloat16, np.float16, np.float32, np.uint8)]
+  for array in (*arrays, np.array(["a", "größe"]), np.zeros((0, 3)), np.float64(2.5), np.array([True])):
+    content = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+    assert sealed.digest(array) == hashlib.sha256(content).hexdigest()
+    assert (
+      sealed.digest(array.T) == hashlib.sha256(f"{array.dtype}{array.T.shape}".encode() + array.T.tobytes()).hexdigest()
+    )
+  other = arrays[0].copy()
+  other[1, 2] = 7
+  assert sealed.digest(other) != sealed.digest(arrays[0])

@@ -11,11 +11,13 @@ import transformers
 from ddpm_jax import data, models
 from ddpm_jax.models import conditions, inputs, texts
 from ddpm_jax.models.codecs import frozen_shapes
+from ddpm_jax.models.guided import Parameters
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.networks.kernels.attention import mask_bias
 from ddpm_jax.networks.text import blocks
 from ddpm_jax.networks.text.bert import EncoderLayer
 from ddpm_jax.runs import conditions as choices
+from ddpm_jax.runs import scoring
 from ddpm_jax.storage import frozen_file
 from tests.parameters import random_like
 from tests.tokenizer_folders import WORDS, write_bert
@@ -84,6 +86,11 @@ def test_the_null_value_has_no_digest(frozen, tmp_path):
   encoders = jax.tree.map(lambda leaf: leaf + 1, frozen["encoders"])
   with pytest.raises(ValueError, match=r"frozen parameters \(conditions\) that differ"):
     frozen_file.check(tmp_path, frozen_file.compute({"conditions": {"text": {**frozen, "encoders": encoders}}}))
+  # So the digest that identifies samples does not depend on it either.
+  parts = (frozen, changed, {**frozen, "encoders": encoders})
+  digests = [scoring.digest(Parameters({"w": jnp.ones(2)}, {"conditions": {"text": part}})) for part in parts]
+  assert digests[0] == digests[1] != digests[2]
+  assert scoring.digest(Parameters({"w": jnp.zeros(2)}, {"conditions": {"text": frozen}})) != digests[0]
 
 
 def test_several_encoders_give_tokens_and_a_vector():

@@ -352,7 +352,7 @@ def steering(args: Args) -> "Steering":
   if "@" in weak and not user_path(weak, "--weak=").is_dir():
     weak, _, step = weak.rpartition("@")
   return runs.Steering(
-    _by_condition("given", args.given, args.classes, prompts_of(args)),
+    _by_condition("given", args.given, args.classes, _prompts_of(args)),
     _by_condition("negative", args.negative, args.negative_classes, args.negative_prompt),
     args.classifier,
     path(weak, "weak"),
@@ -361,7 +361,7 @@ def steering(args: Args) -> "Steering":
   )
 
 
-def prompts_of(args: Args) -> list[str]:
+def _prompts_of(args: Args) -> list[str]:
   """Return the texts of --prompt or of the lines of --prompts. Empty lines of the file are skipped.
 
   Raises:
@@ -372,13 +372,16 @@ def prompts_of(args: Args) -> list[str]:
   if args.prompt:
     raise ValueError("Got --prompt and --prompts; expected only one of them. Add the text to the file.")
   try:
-    content = args.prompts.read_bytes()[: _MAX_PROMPT_BYTES + 1]
-    lines = content.decode("utf-8-sig").splitlines()
+    with args.prompts.open("rb") as file:
+      # A file that is too large may not fit into memory.
+      content = file.read(_MAX_PROMPT_BYTES + 1)
+    is_too_large = len(content) > _MAX_PROMPT_BYTES
+    lines = [] if is_too_large else content.decode("utf-8-sig").splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(f"Cannot read --prompts={args.prompts}: {error}. Pass a text file in UTF-8.") from error
   texts = [line.strip() for line in lines if line.strip()]
-  if not texts or len(content) > _MAX_PROMPT_BYTES:
-    problem = "no text" if not texts else f"more than {_MAX_PROMPT_BYTES:,} bytes"
+  if not texts:
+    problem = f"more than {_MAX_PROMPT_BYTES:,} bytes" if is_too_large else "no text"
     raise ValueError(f"Got --prompts={args.prompts} with {problem}; expected a file with one text in each line.")
   return texts
 

@@ -81,7 +81,7 @@ def run(args: flags.Args) -> None:
       raise ValueError(f"Got --{unused[0]} with --task=train; expected it with --task=sample only. Leave it out.")
     tree = flags.read_config(args, flags.config_keys(args))
     jax_setup.cache_compilations()
-    runs.run_plan(tree, **devices)
+    runs.run_plan(tree, **devices, folder=args.workdir)
     return
   keys, steering = flags.sampling_keys(args), flags.steering(args)
   path, choices = flags.pretrained_choices(args)

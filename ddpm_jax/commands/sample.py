@@ -15,7 +15,7 @@ EXAMPLES = (
   "--mode=sample --workdir=/tmp/samples --pretrained=/tmp/large_model --fsdp=8",
 )
 
-# The number of samples if neither --num_samples nor prompts are given.
+# The number of samples if neither --num_samples nor texts are given.
 _NUM_SAMPLES = 64
 
 FLAGS = (
@@ -23,7 +23,7 @@ FLAGS = (
   Group(
     "samples",
     (
-      Flag("num_samples", count, "The number of samples (default: one for each --prompt, otherwise 64)."),
+      Flag("num_samples", count, "The number of samples (default: one for each text, otherwise 64)."),
       Flag("seed", seed, "The random seed of sampling (default 0).", 0),
       Flag("upsampler", paths, "Folders of super-resolution runs that enlarge the samples, in this order.", []),
     ),
@@ -37,15 +37,18 @@ def run(args: flags.Args) -> None:
   from ddpm_jax import runs
 
   # Check all flags before devices are initialized.
-  prompts = flags.prompts_of(args)
   folder, steering, keys = flags.run_folder(args), flags.steering(args), flags.sampling_keys(args)
   jax_setup.join_processes(args)
   jax_setup.start_devices(args)
   experiment, model = flags.load_experiment(args, keys)
+  conditions = experiment.model.conditions
+  texts = [
+    values for name, values in steering.given.items() if name in conditions and conditions[name].host is not None
+  ]
   runs.run_sample(
     experiment,
     folder,
-    num_samples=args.num_samples or len(prompts) or _NUM_SAMPLES,
+    num_samples=args.num_samples or max(map(len, texts), default=_NUM_SAMPLES),
     seed=args.seed,
     choice=flags.weights_choice(args),
     steering=steering,

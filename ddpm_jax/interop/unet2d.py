@@ -256,8 +256,11 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
   jsonfiles.check_types(config, _TYPES, "UNet2DModel")
   name = config.get("_class_name", "UNet2DModel")
   if name not in ("UNet2DModel", "UNetUnconditionalModel"):
+    hint = " The network of a text pipeline needs the folder of the pipeline, with model_index.json." * (
+      name == "UNet2DConditionModel"
+    )
     raise ValueError(
-      f"Got a network of class {name}; expected UNet2DModel, the class that diffusers uses for pixel models."
+      f"Got a network of class {name}; expected UNet2DModel, the class that diffusers uses for pixel models.{hint}"
     )
   for key in _COUNTS:
     value = config.get(key)

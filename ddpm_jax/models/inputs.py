@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax import data
@@ -11,8 +12,11 @@ from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.guided import NEGATIVE_PREFIX
 from ddpm_jax.storage import images
 
-# The tasks of --mode=edit for the conditions of models that edit images.
-_TASKS = {"masked": "inpaint", "source": "instruct"}
+# The condition that gives the images to edit to models that were trained for a task of --mode=edit, by task.
+IMAGES_OF_TASKS = {"inpaint": "masked", "instruct": "source"}
+
+# The number of images in memory at once when the items of conditions are read from data.
+_CHUNK = 64
 
 
 def parse_inputs(
@@ -48,7 +52,7 @@ def parse_inputs(
       )
     if condition.parse is None:
       raise ValueError(
-        f"Got --given {name}=..., a condition without a text form; expected images. Use --mode=edit --task={_task(name)}."
+        f"Got --given {name}=..., a condition without a text form; expected one that text can express. {_advice(name, condition)}"
       )
     if len(words) > count:
       raise ValueError(f"Got {len(words)} values of {name} for {count} samples; expected at most {count}.")
@@ -63,10 +67,9 @@ def parse_inputs(
     if condition.default is not None:
       inputs[name] = condition.default(count)
     elif not condition.is_source_image:
-      advice = f"Set {condition_flag(name)}=<value>."
-      if condition.parse is None or name in _TASKS:
-        advice = f"Use --mode=edit --task={_task(name)}, which computes it from images."
-      raise ValueError(f"Got no {name} for a model with the condition {name}; expected a value. {advice}")
+      raise ValueError(
+        f"Got no {name} for a model with the condition {name}; expected a value. {_advice(name, condition)}"
+      )
   return inputs
 
 
@@ -117,9 +120,22 @@ def condition_example(name: str) -> str:
   return f'{condition_flag(name)}="a red fox"' if name == "text" else f"{condition_flag(name)}=3"
 
 
-def _task(name: str) -> str:
-  """Return the task of --mode=edit that computes a condition from images."""
-  return _TASKS.get(name, "superres")
+def edit_task(name: str, condition: Condition) -> str | None:
+  """Return the task of --mode=edit that computes a condition from the images to edit, or None."""
+  if "image" not in jax.tree.leaves(condition.kind):
+    return None
+  tasks = {own: task for task, own in IMAGES_OF_TASKS.items()}
+  return tasks.get(name, "superres" if condition.is_source_image else None)
+
+
+def _advice(name: str, condition: Condition) -> str:
+  """Return how to give a condition to a model."""
+  task = edit_task(name, condition)
+  if task is not None:
+    return f"Use --mode=edit --task={task}, which computes it from images."
+  if condition.parse is None:
+    return "Sample in Python, with its items in the batch of Model.encode_conditions."
+  return f"Set {condition_flag(name)}=<value>."
 
 
 def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -146,11 +162,49 @@ def default_inputs(
     counts: the number of real samples of each class. If set, the default classes have the same proportions.
   """
   if any(condition.from_data is not None or condition.default is None for condition in conditions.values()):
-    real = data.read(source, np.resize(np.random.default_rng(0).permutation(len(source)), count))
-    inputs = inputs_from_data(conditions, real | {"image": images.as_floats(real["image"])})
+    chosen = np.resize(np.random.default_rng(0).permutation(len(source)), count)
     known = {name: one.default for name, one in conditions.items() if one.is_known and one.default is not None}
-    return inputs | {name: default(count) for name, default in known.items()}
+    real = _read_inputs({name: one for name, one in conditions.items() if name not in known}, source, chosen)
+    return real | {name: default(count) for name, default in known.items()}
   inputs = parse_inputs(conditions, {}, count)
   if counts is not None and "classes" in inputs:
     inputs["classes"] = data.proportional_classes(counts, count)
   return inputs
+
+
+def _read_inputs(
+  conditions: Mapping[str, Condition], source: data.Source, indices: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Return the items of conditions [B, ...] by name, from the data at some indices [B].
+
+  If the source knows all of them without reading images, as folders know captions and classes, no image is decoded.
+  Otherwise the images are read in chunks, because thousands of them may not fit into memory.
+  """
+  has_pixels = any(condition.from_data is not None for condition in conditions.values())
+  if not has_pixels:
+    found = {name: _known_items(source, name, indices) for name in conditions}
+    known = {name: items for name, items in found.items() if items is not None}
+    if known.keys() == conditions.keys():
+      return known
+  chunks = []
+  for first in range(0, len(indices), _CHUNK):
+    batch = data.read(source, indices[first : first + _CHUNK])
+    chunks.append(
+      inputs_from_data(conditions, batch | ({"image": images.as_floats(batch["image"])} if has_pixels else {}))
+    )
+  return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in conditions}
+
+
+def _known_items(source: data.Source, name: str, indices: np.ndarray) -> np.ndarray | None:
+  """Return the classes or the texts of items, or None if the source has to read images for them."""
+  if name == "classes":
+    classes = getattr(source, "classes", None)
+    return None if classes is None else np.asarray(classes, np.int32)[indices]
+  if not data.is_text(data.read(source, indices[:1]).get(name, np.zeros(()))):
+    return None
+  texts = data.known_texts(source, name, indices)
+  if texts is None:
+    return None
+  # An empty text may stand for a broken caption, which the source replaces or refuses when the item is read.
+  items = zip(texts, indices, strict=True)
+  return np.array([text or str(data.read(source, [index])[name][0]) for text, index in items])

@@ -110,6 +110,7 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
       BatchNorm.
   """
   accepted = _accepted_arguments(type(module).__call__)
+  _check_token_widths(conditions, accepted)
 
   def init(key, x, time, given):
     options = keywords(conditions, given, accepted)
@@ -145,6 +146,18 @@ def _with_kernels(module: Any, train: bool) -> Any:
   # Samplers are loops. The other kernels compute gradients with respect to x slowly inside loops.
   kernels = "loop" if not train else "single_device" if jax.device_count() == 1 else "tuned"
   return module.clone(kernels=kernels)
+
+
+def with_kernels(network: Network, conditions: Mapping[str, Condition], kernels: str) -> Network:
+  """Return the network of a Linen module with other kernels, or the same network if its module has no such option.
+
+  Args:
+    network: a network that `from_linen` returned.
+    conditions: the conditions of the model, by name.
+    kernels: see `networks.UNet`.
+  """
+  has_kernels = hasattr(network.module, "kernels") and hasattr(network.module, "clone")
+  return from_linen(network.module.clone(kernels=kernels), conditions) if has_kernels else network
 
 
 def autoencoder(network: Network, data_shape: tuple[int, ...] = ()) -> Autoencoder:
@@ -303,6 +316,7 @@ def _make_apply(
 
   `call` creates a module and calls it.
   """
+  _check_token_widths(conditions, accepted)
   # Compile, so that a call outside jit does not compute unused initial values. Inline, so that programs contain no
   # call.
   compiled = jax.jit(call, static_argnames="train", inline=True)
@@ -331,12 +345,34 @@ def keywords(
   check_given(conditions, given, any_length=True)
   values: dict[str, list[Any]] = {}
   for name, condition in conditions.items():
-    if accepted is not None and name in accepted and name not in (*KINDS, *_OPTIONS):
+    if _has_own_argument(name, accepted):
       values[name] = [given[name]]
       continue
     for kind, value in _values_by_kind(condition, given[name]):
       values.setdefault(_argument(name, kind, accepted), []).append(value)
   return {argument: _concatenate(argument, leaves) for argument, leaves in values.items()}
+
+
+def _has_own_argument(name: str, accepted: frozenset[str] | None) -> bool:
+  return accepted is not None and name in accepted and name not in (*KINDS, *_OPTIONS)
+
+
+def _check_token_widths(conditions: Mapping[str, Condition], accepted: frozenset[str] | None) -> None:
+  """Raise a ValueError if the tokens that a network receives as one sequence have different numbers of features."""
+  widths = [
+    (name, int(part.shape[-1]))
+    for name, condition in conditions.items()
+    if not _has_own_argument(name, accepted)
+    for kind, part in _values_by_kind(condition, condition.shape)
+    if kind == "tokens" and not isinstance(part, Mapping)
+  ]
+  if len({width for _, width in widths}) > 1:
+    described = ", ".join(f"{name} with {width} features" for name, width in widths)
+    raise ValueError(
+      f"Got conditions of tokens with different numbers of features ({described}); expected one number, because the network"
+      " receives these tokens as one sequence. Use encoders of one width, or a network with a separate argument for each"
+      " condition, named after it."
+    )
 
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:

@@ -11,6 +11,7 @@ import numpy as np
 from ddpm_jax import editing, randomness, sampling
 from ddpm_jax.config import Experiment
 from ddpm_jax.models.guided import Parameters, argument_names, has_two_estimates
+from ddpm_jax.models.inputs import IMAGES_OF_TASKS
 from ddpm_jax.names import choose
 from ddpm_jax.predictions import Denoise
 from ddpm_jax.runs import generation, programs
@@ -33,8 +34,6 @@ TASKS: dict[str, dict[str, str]] = {
   "interpolate": {},
   "invert": {},
 }
-# The name of the condition that gives the images to edit to models that were trained for a task, by task.
-CONDITIONS = {"inpaint": "masked", "instruct": "source"}
 
 _LATENT_METHODS = (
   "--method=repaint or --method=replace, which keep the known positions of x, or --method=replace_decoded, which keeps the"
@@ -72,7 +71,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
       f"Got --task={task} for a super-resolution model; expected --task=superres, or a model of another kind."
     )
   model = experiment.model
-  if task == "instruct" and CONDITIONS[task] not in model.conditions:
+  if task == "instruct" and IMAGES_OF_TASKS[task] not in model.conditions:
     raise ValueError(
       "Got --task=instruct for a model without the condition 'source'; expected an InstructPix2Pix model in --pretrained."
     )
@@ -93,7 +92,7 @@ def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
 
 def generates_from_condition(experiment: Experiment, task: str) -> bool:
   """Return whether the model has a condition for the task's images, so that no method is needed."""
-  return experiment.editing.method is None and CONDITIONS.get(task) in experiment.model.conditions
+  return experiment.editing.method is None and IMAGES_OF_TASKS.get(task) in experiment.model.conditions
 
 
 def compile_edit(

@@ -12,7 +12,7 @@ from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import print_line
 from ddpm_jax.models.guided import is_neutral
-from ddpm_jax.models.inputs import condition_example, condition_flag
+from ddpm_jax.models.inputs import condition_example, condition_flag, edit_task
 from ddpm_jax.runs import edit_methods, generation, limits, programs
 from ddpm_jax.runs.model import WeightsChoice
 from ddpm_jax.runs.pretrained import Pretrained
@@ -202,8 +202,9 @@ def _steer(
     raise ValueError(
       "Got --classifier without --classes; expected one class, or one for each image, such as --classes=3."
     )
-  for task, name in edit_methods.CONDITIONS.items():
-    if name in missing:
+  for name in missing:
+    task = edit_task(name, conditions[name])
+    if task is not None:
       raise ValueError(
         f"Got a model with the condition {name}, which --task={task} computes from the images; expected this task. Set"
         f" --task={task}, or use a model for any task."

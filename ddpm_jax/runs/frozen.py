@@ -4,7 +4,7 @@ They are read from their original files and never written to a checkpoint.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,13 @@ def load_for_model(experiment: Experiment, folder: Path | None, mesh: jax.shardi
   if folder is not None:
     frozen_file.check(folder, digests_of(experiment, frozen))
   return frozen
+
+
+def load_conditions(experiment: Experiment, names: Collection[str], mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+  """Load the frozen parameters of some conditions into their shards, and return them by name."""
+  loaders = {name: experiment.model.conditions[name].load for name in names}
+  with _as_value_error():
+    return {name: load_frozen(loader, mesh) for name, loader in loaders.items() if loader is not None}
 
 
 def digests_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from ddpm_jax import data, models
 from ddpm_jax.config import Experiment
 from ddpm_jax.data.tokens import PROBES
 from ddpm_jax.models import Condition
+from ddpm_jax.runs import frozen as frozen_module
 from ddpm_jax.runs import reading
 from ddpm_jax.storage import frozen_file
 from ddpm_jax.storage.places import user_path
@@ -100,11 +101,12 @@ def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyT
   if not isinstance(latents, data.PackedSource):
     return
   settings, expected = latents.settings, settings_of(experiment, frozen)
-  if has_stored_texts(latents) and settings["encoders"] != expected["encoders"]:
-    raise ValueError(
-      f"Got config.data.latents={experiment.data.latents!r}, with texts encoded by another encoder than the one in config.model.conditions;"
-      f" expected the same encoder. {_AGAIN}"
-    )
+  for name in stored_texts(experiment, latents):
+    if settings["encoders"][name] != expected["encoders"][name]:
+      raise ValueError(
+        f"Got config.data.latents={experiment.data.latents!r}, with texts encoded by another encoder than the one in"
+        f" config.model.conditions.{name}; expected the same encoder. {_AGAIN}"
+      )
   if settings["codec"] != expected["codec"]:
     raise ValueError(
       f"Got config.data.latents={experiment.data.latents!r}, encoded by another autoencoder than the one in config.model.codec; expected the same"
@@ -167,25 +169,40 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
   return json.loads(json.dumps(arguments | {"tokens": _digest(ids)}))
 
 
-def has_stored_texts(latents: data.Source | None) -> bool:
-  """Return whether encoded data hold states of texts."""
-  return isinstance(latents, data.PackedSource) and bool(latents.settings.get("encoders"))
+def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[str, Condition]:
+  """Return the text conditions of the model whose states the encoded data hold, by name.
+
+  The data may hold states of texts that the model lacks, and the model may have texts whose states the data lack.
+  """
+  held = latents.settings.get("encoders", {}) if isinstance(latents, data.PackedSource) else {}
+  return {name: one for name, one in storable_texts(experiment).items() if name in held} if held else {}
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Return the experiment whose train step reads states of texts from encoded data, if the data hold them."""
-  if not has_stored_texts(latents):
+  """Return the experiment whose train step reads states of texts from encoded data, if the data hold any."""
+  stored = {name: models.texts.stored(name, one) for name, one in stored_texts(experiment, latents).items()}
+  if not stored:
     return experiment
-  stored = {name: models.texts.stored(name, one) for name, one in storable_texts(experiment).items()}
   return experiment._replace(model=experiment.model._replace(conditions={**experiment.model.conditions, **stored}))
 
 
 def without_encoders(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> PyTree:
   """Return the frozen parameters that the train step of `with_stored_texts` needs."""
-  if not has_stored_texts(latents):
+  texts = stored_texts(experiment, latents)
+  if not texts:
     return frozen
-  texts = storable_texts(experiment)
   rest = {
     name: models.texts.without_encoders(part) if name in texts else part for name, part in frozen["conditions"].items()
   }
   return {**frozen, "conditions": rest}
+
+
+def with_encoders(
+  experiment: Experiment, latents: data.Source | None, frozen: PyTree, mesh: jax.sharding.Mesh
+) -> PyTree:
+  """Load the encoders that `without_encoders` left out, and return all frozen parameters of the model."""
+  texts = stored_texts(experiment, latents)
+  if not texts:
+    return frozen
+  loaded = frozen_module.load_conditions(experiment, texts, mesh)
+  return {**frozen, "conditions": {**frozen.get("conditions", {}), **loaded}}

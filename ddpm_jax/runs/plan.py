@@ -1,5 +1,6 @@
 """Plan the memory and the cost of training on devices that need not be present."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,23 +9,33 @@ from ddpm_jax import config, training
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import parallel, plan, startup, topology
 from ddpm_jax.devices.progress import heartbeat, print_line
-from ddpm_jax.runs import frozen, model, scoring, stepping
+from ddpm_jax.models import Model, networks
+from ddpm_jax.runs import frozen, pretrained, scoring, stepping
+from ddpm_jax.runs.model import make_state
 
 
-def run_plan(tree: Tree, *, topology_name: str | None, num_devices: int | None) -> plan.Plan:
+def run_plan(
+  tree: Tree, *, topology_name: str | None, num_devices: int | None, folder: Path | None = None
+) -> plan.Plan:
   """Compile the train step for a TPU slice or for devices of this machine, and print the step's memory and time.
 
   Args:
-    tree: the config to train. Neither its data nor a run's folder is opened.
+    tree: the config to train. Its data are not opened, and no weights are read.
     topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
     num_devices: the number of GPUs or TPUs of this machine, or of devices that its CPU simulates; None for all devices.
+    folder: the folder of the run, whose copy of the `init_from` model is planned if there is one; None for no run.
 
   Raises:
     ValueError: if the slice does not exist, or if the config cannot be trained on it.
   """
   devices = choose_devices(topology_name, num_devices)
   # Building components starts JAX, so choose the devices first.
-  experiment = config.build(with_plain_kernels(tree, devices))
+  if folder is not None and pretrained.has_started(tree, folder):
+    tree, start = pretrained.restore_init_from(tree, folder), None
+  else:
+    tree, start = pretrained.load_init_from(tree, weights=False)
+  experiment = build(tree, devices, None if start is None else start.model)
+  pretrained.check_shape(experiment)
   mesh, shapes, batch, frozen_shapes = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen_shapes)
   size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -57,19 +68,31 @@ def choose_devices(topology_name: str | None, num_devices: int | None) -> list[A
   return jax.devices()
 
 
-def with_plain_kernels(tree: Tree, devices: list[Any]) -> Tree:
-  """Return the config with plain kernels if the devices are CPUs, which simulate another platform.
+def build(tree: Tree, devices: list[Any], model: Model | None = None) -> Experiment:
+  """Build an experiment, with plain kernels if the devices are CPUs, which simulate another platform.
 
   Kernels tuned for a CPU would distort the memory estimate.
+
+  Args:
+    tree: the config.
+    devices: the devices to plan for.
+    model: the model to use instead of the config's; None for the config's.
   """
-  if devices[0].platform == "cpu" and "model.network.kernels" in tree.parameters:
-    return config.replace(tree, "model.network.kernels", "plain")
-  return tree
+  if devices[0].platform != "cpu":
+    return config.build(tree, model)
+  if "model.network.kernels" in tree.parameters:
+    return config.build(config.replace(tree, "model.network.kernels", "plain"), model)
+  experiment = config.build(tree, model)
+  if not pretrained.is_read(tree):
+    return experiment
+  # The config of a model from a diffusers folder has no key for the kernels.
+  model = experiment.model
+  return config.build(tree, model._replace(network=networks.with_kernels(model.network, model.conditions, "plain")))
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
   """Return the mesh, and the shapes and shardings of a state, a batch and the frozen parameters."""
   mesh = stepping.training_mesh(experiment, devices)
   frozen_shapes = frozen.shapes(experiment, mesh)
-  _, shapes = model.make_state(experiment, mesh, frozen_shapes)
+  _, shapes = make_state(experiment, mesh, frozen_shapes)
   return mesh, shapes, stepping.batch_shapes(experiment, experiment.training.batch_size), frozen_shapes

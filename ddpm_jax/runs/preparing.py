@@ -18,7 +18,7 @@ from ddpm_jax.models import conditions
 from ddpm_jax.models.inputs import host_items
 from ddpm_jax.models.texts import stored_items
 from ddpm_jax.runs import frozen as frozen_module
-from ddpm_jax.runs import latents, limits, reading
+from ddpm_jax.runs import latents, limits, pretrained, reading
 from ddpm_jax.storage import files
 from ddpm_jax.storage.images import as_floats
 
@@ -41,6 +41,7 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
   Raises:
     ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
   """
+  pretrained.check_shape(experiment)
   limits.check_images(experiment.data.shape, 1, "config.data.image_size and channels")
   if experiment.data.buckets:
     raise ValueError(

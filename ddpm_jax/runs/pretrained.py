@@ -191,13 +191,29 @@ def copy_config(tree: Tree, folder: Path) -> Tree:
   return config.replace(tree, "model.path", str(copy))
 
 
+def is_read(tree: Tree) -> bool:
+  """Return whether the config's model is read from a diffusers folder."""
+  return "model" in tree.components and tree.components["model"].value is interop.diffusers.read
+
+
+def has_started(tree: Tree, folder: Path) -> bool:
+  """Return whether a folder holds a run that started from the `init_from` of the config."""
+  return _started(tree, folder) is not None
+
+
+def _started(tree: Tree, folder: Path) -> Tree | None:
+  """Return the config of the run that started from the same `init_from`, or None."""
+  saved = config.find_run(folder) if tree.values["init_from"] else None
+  return saved if saved is not None and saved.values["init_from"] == tree.values["init_from"] else None
+
+
 def restore_init_from(tree: Tree, folder: Path) -> Tree:
   """Return the config with the model that a run started from, if the config and the run have the same `init_from`.
 
   Otherwise return the config unchanged.
   """
-  saved = config.find_run(folder) if tree.values["init_from"] else None
-  if saved is None or saved.values["init_from"] != tree.values["init_from"]:
+  saved = _started(tree, folder)
+  if saved is None:
     return tree
   # Keep the options of the new config. `config.check_same_run` later allows only changes that affect speed.
   return _with_model(tree, saved.values["model"]["path"])

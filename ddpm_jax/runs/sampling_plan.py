@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import config, predictions, sampling
+from ddpm_jax import predictions, sampling
 from ddpm_jax.config import Experiment, Tree
 from ddpm_jax.devices import costs, parallel, plan, sampling_plan
 from ddpm_jax.devices.progress import heartbeat, print_line
@@ -17,7 +17,7 @@ from ddpm_jax.models import guided as guided_models
 from ddpm_jax.models.guided import Parameters
 from ddpm_jax.models.inputs import host_items
 from ddpm_jax.runs import frozen, generation, pretrained, programs, scoring
-from ddpm_jax.runs.plan import choose_devices, with_plain_kernels
+from ddpm_jax.runs.plan import build, choose_devices
 from ddpm_jax.runs.steering import Guided, Steering, steer
 
 PyTree = Any
@@ -101,13 +101,12 @@ def run_sampling_plan(
 
 def _build(model: ModelChoice, devices: list[Any]) -> tuple[Experiment, PyTree]:
   """Build the experiment, and return it with the shapes and types of the network's parameters."""
-  tree = with_plain_kernels(model.tree, devices)
   if not model.pretrained:
-    experiment = config.build(tree)
+    experiment = build(model.tree, devices)
     return experiment, _network_shapes(experiment.model)
   options: dict[str, Any] = {"keys": model.keys, "choices": model.choices}
-  tree, read = pretrained.replace_model(model.pretrained, tree, recipe=model.is_recipe, weights=False, **options)
-  return config.build(tree, read.model), read.params
+  tree, read = pretrained.replace_model(model.pretrained, model.tree, recipe=model.is_recipe, weights=False, **options)
+  return build(tree, devices, read.model), read.params
 
 
 def _batch_shapes(guided: Guided, size: int) -> dict[str, jax.ShapeDtypeStruct]:

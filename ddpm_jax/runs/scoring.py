@@ -25,7 +25,7 @@ from ddpm_jax.runs import generation, likelihoods, programs, reporting, spaces
 from ddpm_jax.runs.generation import Inputs
 from ddpm_jax.runs.model import Weights
 from ddpm_jax.runs.reading import Run
-from ddpm_jax.storage import images, scores, sealed
+from ddpm_jax.storage import frozen_file, images, scores, sealed
 
 # The number of samples in one call of the feature extractor.
 _CHUNK = 512
@@ -148,9 +148,7 @@ class Scorer:
     """
     start, run = time.perf_counter(), self._run
     variants = list(variants) or [run.experiment]
-    # The digest covers the frozen parameters too, because samples depend on them.
-    sha256 = sealed.digest_all(map(parallel.to_host, jax.tree.leaves(weights.parameters)))
-    weights = weights._replace(sha256=sha256)
+    weights = weights._replace(sha256=digest(weights.parameters))
     inputs = self._inputs(self._count)
     names = zip(variants, _names(variants, seed), strict=True)
     generated = [self._generate(variant, weights, seed, name, inputs) for variant, name in names]
@@ -324,6 +322,16 @@ def score_floor(
     return evaluate.score(floor, summary, settings, evaluate.score_names(space.feature_space)), len(chosen), ""
   except ValueError as error:  # too few images for the covariance's rank or for neighbors
     return None, len(chosen), str(error)
+
+
+def digest(parameters: Parameters) -> str:
+  """Return the SHA-256 of all parameters that were loaded, from any number of devices.
+
+  The frozen parameters are covered too, because samples depend on them. All processes must call this function, because
+  no process may hold all parameters.
+  """
+  leaves = [*jax.tree.leaves(parameters.params), *frozen_file.loaded_leaves(parameters.frozen)]
+  return sealed.digest_all(map(parallel.to_host, [*leaves, *frozen_file.loaded_leaves(parameters.guides)]))
 
 
 def dtype_of(experiment: Experiment) -> str:

@@ -157,7 +157,7 @@ class _Trainer:
     scorer: the scorer of the run's task.
     preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.
-    init: the function that makes the first state.
+    init: the function that makes the first state; None once a state exists.
     template: the shapes and shardings of the state.
     batch_shapes: the shapes of a batch, for each group of the data (see `data.sources`).
     frozen: the frozen parameters of the train step, or None.
@@ -170,7 +170,7 @@ class _Trainer:
   scorer: Any
   preview: Callable[[Parameters], np.ndarray] | None
   step: Callable
-  init: Callable[[], training.TrainState]
+  init: Callable[[], training.TrainState] | None
   template: training.TrainState
   batch_shapes: list[PyTree]
   frozen: PyTree | None
@@ -244,9 +244,12 @@ class _Trainer:
       print_line(f"resuming from the checkpoint of step {restored.step:,}")
     else:
       self._set_aside(None)
+      assert self.init is not None
       with progress.heartbeat("initializing the parameters"):
         state = jax.block_until_ready(self.init())
       print_line("starting a new run")
+    # The function holds the parameters of `init_from`, which would stay on the devices beside the state.
+    self.init = None
     # Write the config only after the state is loaded: a failed start must not change the saved config.
     if parallel.is_main():
       config.write(folder, pretrained.copy_config(experiment.tree, folder))
@@ -288,10 +291,11 @@ class _Trainer:
 
   def parameters(self, state: training.TrainState) -> Parameters:
     """Return the parameters for sampling, without the objective's parameters, such as a teacher's."""
+    model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
     if self.trained is not self.run.experiment:
       experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
-      return Parameters(ema.ema_params(state.opt_state), frozen.load_for_model(experiment, folder, mesh))
-    model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
+      model_frozen = latents.with_encoders(experiment, self.run.latents, model_frozen, mesh)
+      frozen_file.check(folder, frozen.digests_of(experiment, model_frozen))
     return Parameters(ema.ema_params(state.opt_state), model_frozen)
 
   def train(self, state: training.TrainState, profile: int) -> training.TrainState:
@@ -352,6 +356,8 @@ class _Work:
     self._writer, self._skipped = writer, skipped
     # The step and the values of the newest scores.
     self._scores: tuple[int, Metrics] = (-1, {})
+    # The parameters of the scores, until the preview of the same step is made.
+    self._kept: Parameters | None = None
     experiment = self._run.experiment
     self._rate, self._chip = stepping.schedule(experiment), hardware.chip_of(self._run.mesh.devices.flat[0].device_kind)
     self._flops = _mean_flops(trainer) if self._chip else 0.0
@@ -409,8 +415,13 @@ class _Work:
       print_line(f"the next batch cannot be read; saved at step {step:,}; run the same command again to resume")
 
   def _score(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
-    scores = self._trainer.scorer.training_scores(self._trainer.parameters(state))
+    parameters = self._trainer.parameters(state)
+    scores = self._trainer.scorer.training_scores(parameters)
     self._scores = (step, scores)
+    c = self._run.experiment.training
+    if self._trainer.preview is not None and (step % c.sample_every == 0 or step == c.steps):
+      # Reading the text encoders may take minutes.
+      self._kept = parameters
     print_line(f"step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if self._writer is not None:
       self._writer.scalars(step, scores)
@@ -424,7 +435,8 @@ class _Work:
 
   def _save_preview(self, step: int, state: training.TrainState, metrics: Metrics) -> None:
     assert self._trainer.preview is not None
-    picture = self._trainer.preview(self._trainer.parameters(state))
+    parameters, self._kept = self._kept or self._trainer.parameters(state), None
+    picture = self._trainer.preview(parameters)
     if self._writer is not None:
       images.save_grid(self._run.folder / "samples" / f"step_{step:07d}.png", picture)
       self._writer.image(step, "samples", images.grid(picture))

@@ -21,12 +21,13 @@ def compute(frozen: PyTree | None) -> dict[str, list[str]]:
 
   Arrays in entries `COMPUTED` are left out.
   """
+  return {name: digests.compute(loaded_leaves(part)) for name, part in (frozen or {}).items()}
 
-  def arrays(part: PyTree) -> list[Any]:
-    computed = jax.tree_util.DictKey(COMPUTED)
-    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(part) if computed not in path]
 
-  return {name: digests.compute(arrays(part)) for name, part in (frozen or {}).items()}
+def loaded_leaves(frozen: PyTree) -> list[Any]:
+  """Return the arrays of frozen parameters that a digest may cover: all but those in entries `COMPUTED`."""
+  computed = jax.tree_util.DictKey(COMPUTED)
+  return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen) if computed not in path]
 
 
 def check(folder: Path, current: dict[str, list[str]]) -> None:

@@ -41,7 +41,8 @@ def digest_all(arrays: Iterable[np.ndarray]) -> str:
   total = hashlib.sha256()
   for array in arrays:
     total.update(f"{array.dtype}{array.shape}".encode())
-    total.update(np.ascontiguousarray(array).data)
+    # Types of other libraries, such as bfloat16, export no buffer, so hash the bytes of every array.
+    total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return total.hexdigest()
 
 

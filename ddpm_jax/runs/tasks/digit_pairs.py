@@ -67,7 +67,7 @@ class DigitPairs(Denoise):
     """Return the scorer of the run's samples.
 
     Raises:
-      ValueError: if the data are not pairs of digits with captions.
+      ValueError: if the data are not pairs of digits with captions of the form that `data.digit_pairs` has.
     """
     shape = run.experiment.data.shape
     if shape != (_SIDE, 2 * _SIDE, 1) or "text" not in run.experiment.model.conditions:
@@ -75,6 +75,14 @@ class DigitPairs(Denoise):
         f"Got config.task=digit_pairs with data of shape {shape}; expected 28x56 gray images and a model with the"
         " condition text, as in configs/digits_text.py. Set --config.task=denoise."
       )
+    for source in filter(None, (run.source, run.held_out)):
+      (text,) = data.read_texts(source, "text", 1, most_slow=1)
+      try:
+        pairs.digits_of(text)
+      except ValueError as error:
+        raise ValueError(
+          f"{error} The task digit_pairs scores only such captions: set --config.task=denoise."
+        ) from error
     return Scorer(run)
 
 
