@@ -280,7 +280,7 @@ def batches(
   groups = getattr(source, "groups", None)
   if groups is not None:
     # The order of batches depends on the group of each image.
-    position["groups"] = zlib.crc32(np.asarray(groups, np.int64))
+    position["groups"] = zlib.crc32(np.asarray(groups, np.int64).tobytes())
   return Batches(start, source, position, put)
 
 
