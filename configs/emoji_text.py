@@ -44,7 +44,7 @@ def get_config():
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "clip_norm": 1.0})
   config.ema.decay = 0.999
   config.training.update(
-    {"batch_size": 32, "steps": 8000, "log_every": 100, "checkpoint_every": 1000, "sample_every": 2000}
+    {"batch_size": 32, "steps": 4000, "log_every": 100, "checkpoint_every": 1000, "sample_every": 1000}
   )
   config.sampler = spec("sampling.dpmpp_2m")
   config.sampling.update({"num_steps": 30, "batch_size": 64})
