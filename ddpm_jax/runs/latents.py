@@ -174,8 +174,8 @@ def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[st
 
   The data may hold states of texts that the model lacks, and the model may have texts whose states the data lack.
   """
-  held = latents.settings.get("encoders", {}) if isinstance(latents, data.PackedSource) else {}
-  return {name: one for name, one in storable_texts(experiment).items() if name in held} if held else {}
+  encoded = latents.settings.get("encoders", {}) if isinstance(latents, data.PackedSource) else {}
+  return {name: one for name, one in storable_texts(experiment).items() if name in encoded} if encoded else {}
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
