@@ -167,7 +167,7 @@ class Limits:
 
   def check(self, value: Any, path: str, default: Any) -> None:
     """Raise a ValueError if a number, or an item of a list, is out of range."""
-    for number in value if isinstance(value, list | tuple) else [value]:
+    for number in _flat(value):
       if isinstance(number, str | bool) or number is None:
         continue
       if isinstance(number, float) and not math.isfinite(number):
@@ -179,6 +179,11 @@ class Limits:
         raise _error(value, path, f"above {self.above}, such as {default}")
       if number < self.minimum:
         raise _error(value, path, "0 or more" if self.minimum == 0 else f"at least {self.minimum:g}")
+
+
+def _flat(value: Any) -> list[Any]:
+  """Return the items of a list, or of lists in it, or a list of a single value."""
+  return [item for one in value for item in _flat(one)] if isinstance(value, list | tuple) else [value]
 
 
 def read(text: str, kinds: Sequence[Any], path: str) -> Any:
