@@ -127,11 +127,20 @@ MORE_BLOCKS = [
 ]
 
 
+# Limits that make blocks of at most 7 queries: of all heads together, or of one head after another on a CPU.
+TOGETHER = {"_MAX_BATCH_BYTES": 4 * 2 * 2 * 61 * 48 - 1, "_BLOCK_BYTES": 4 * 2 * 2 * 7 * 48}
+BY_HEAD = {"_MAX_HEAD_BYTES": 0, "_CACHED_BYTES": 4 * 7 * 48}
+
+
 @pytest.mark.parametrize(
-  ("queries", "name", "implementation"),
-  [*BLOCKS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_BLOCKS)],
+  ("queries", "name", "implementation", "limits"),
+  [
+    *(pytest.param(*case, TOGETHER) for case in BLOCKS),
+    *(pytest.param(*case, BY_HEAD, id=f"{case[0]}-{case[1]}-by head") for case in BLOCKS if case[2] is None),
+    *(pytest.param(*case, TOGETHER, marks=pytest.mark.slow) for case in MORE_BLOCKS),
+  ],
 )
-def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, implementation, monkeypatch):
+def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, implementation, limits, monkeypatch):
   case = (queries, 48, 2, 8)
   bias, others = ([], {}) if name is None else options(name, case, dtype=np.float32)
   values = inputs(*case, np.float32) + bias
@@ -147,9 +156,8 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, 
     return jax.jit(compute)(*values), str(jax.make_jaxpr(compute)(*values))
 
   expected, unsplit = with_derivatives()
-  # A block has at most 7 of the queries.
-  monkeypatch.setattr(attention, "_MAX_BATCH_BYTES", 4 * 2 * 2 * queries * 48 - 1)
-  monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 2 * 7 * 48)
+  for limit, number in limits.items():
+    monkeypatch.setattr(attention, limit, number)
   results, blocks = with_derivatives()
   assert ("scan" in unsplit, "scan" in blocks) == (False, True)
   for result, value in zip(results, expected, strict=True):

@@ -119,7 +119,7 @@ def attend(
   # would save the weights of the CPU form and of the default form, and a memory plan would count both. XLA merges the
   # recomputation with the forward pass, so nothing is computed twice.
   tuned_cpu = jax.checkpoint(partial(_attend_tuned_cpu, scale=scale), prevent_cse=False)
-  cpu = partial(_attend_in_blocks, attend=tuned_cpu)
+  cpu = partial(_attend_by_head if _is_long(q, k) else _attend_in_blocks, attend=tuned_cpu)
   # On a TPU the backward pass always recomputes the weights. In a train step, saving and reading them would cost more
   # memory and traffic than the recomputation (docs/benchmarks.md).
   blocks = partial(_attend_in_blocks, attend=plain)
@@ -179,18 +179,53 @@ def _row_maximum(x: Array) -> Array:
 _MAX_BATCH_BYTES, _BLOCK_BYTES = 2**28, 2**26
 
 
-def _attend_in_blocks(
+# On a CPU, the scores of one head are computed alone if they exceed the first number of bytes, in blocks of at most the
+# second number. A block then stays in the cache. For shorter sequences, single heads are too little work for all cores.
+_MAX_HEAD_BYTES, _CACHED_BYTES = 2**21, 2**22
+
+
+def _is_long(q: Array, k: Array) -> bool:
+  return _score_bytes(q, k) > _MAX_HEAD_BYTES * q.shape[2]
+
+
+def _attend_by_head(
   q: Array, k: Array, v: Array, bias: Array | None, first: Array | None, attend: Callable[..., Array]
 ) -> Array:
-  """Apply attention to one block of queries after another, if all scores would exceed `_MAX_BATCH_BYTES`.
+  """Apply attention to one head of one sample after another, in blocks of queries that stay in a CPU's cache."""
+  batch, _, heads, _ = q.shape
 
-  The backward pass recomputes the scores of a block.
+  def split(x: Array) -> Array:
+    return jnp.swapaxes(x, 1, 2).reshape(batch * heads, 1, x.shape[1], 1, x.shape[-1])
+
+  def attend_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
+    return _attend_in_blocks(*head, first, attend=attend, limits=(_CACHED_BYTES, _CACHED_BYTES))
+
+  if bias is not None:
+    bias = jnp.broadcast_to(bias, (batch, heads, *bias.shape[2:])).reshape(batch * heads, 1, 1, *bias.shape[2:])
+  results = lax.map(attend_head, (split(q), split(k), split(v), bias))
+  return jnp.swapaxes(results.reshape(batch, heads, q.shape[1], v.shape[-1]), 1, 2)
+
+
+def _attend_in_blocks(
+  q: Array,
+  k: Array,
+  v: Array,
+  bias: Array | None,
+  first: Array | None,
+  attend: Callable[..., Array],
+  limits: tuple[int, int] | None = None,
+) -> Array:
+  """Apply attention to one block of queries after another, if all scores would exceed the first limit in bytes.
+
+  The scores of a block take at most the second limit. The default limits are `_MAX_BATCH_BYTES` and `_BLOCK_BYTES`. The
+  backward pass recomputes the scores of a block.
   """
+  most, block = limits or (_MAX_BATCH_BYTES, _BLOCK_BYTES)
   batch, queries, heads, channels = q.shape
   total = batch * _score_bytes(q, k)
-  if total <= _MAX_BATCH_BYTES or queries == 1:
+  if total <= most or queries == 1:
     return attend(q, k, v, bias, first)
-  count = -(-queries // max(_BLOCK_BYTES * queries // total, 1))
+  count = -(-queries // max(block * queries // total, 1))
   size = -(-queries // count)
 
   def split(x: Array, axis: int) -> Array:
