@@ -65,7 +65,7 @@ def key_of(code_points):
 
 
 def captions_of(package, available):
-  """Return the caption of each emoji that has an image, by its key, in the order of Unicode."""
+  """Return the captions of the emoji that have an image, by key, in the order of Emojibase's data file."""
   groups = json.loads(package["meta/groups.json"])["groups"]
   captions = {}
   for emoji in json.loads(package["en/data.json"]):

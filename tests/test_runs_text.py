@@ -103,7 +103,7 @@ def test_texts_reach_the_network_encoded(images):
   batch = inputs.host_items(model.conditions, {"text": ["abc", "zz"]})
   assert batch["text"]["counts"].dtype == np.int32
   for text in (["abc"], np.array(["abc"]), np.array(["abc"], object)):
-    with pytest.raises(ValueError, match=r"Got text as text; expected arrays of numbers\. .*host_items"):
+    with pytest.raises(ValueError, match=r"Got text in the item 'text'; expected arrays of numbers\. .*host_items"):
       model.encode_conditions(keys[:1], {"text": text}, model.load_frozen())
 
 

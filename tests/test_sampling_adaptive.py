@@ -86,7 +86,7 @@ def test_only_the_sample_that_does_not_finish_is_nan():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_ode_follows_the_exact_flow_in_both_directions(process):
-  """The solution runs from t_max, where x may contain no data, to a small time, and back."""
+  """The solution runs from t_max, where x may be pure noise, to a small time, and back."""
   solve, process = solver(process, "gaussian", rtol=1e-8, atol=1e-8), PROCESSES[process]
   high, low = process.t_max, 0.01 * process.t_max
   x = jnp.linspace(-2, 2, 9)[:, None] * process.sigma(high)

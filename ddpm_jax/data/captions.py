@@ -84,7 +84,7 @@ def from_values(values: Sequence[Any], field: str, where: str) -> Captions:
 
 
 def find_files(root: bytes, folders: Mapping[bytes, bytes]) -> tuple[np.ndarray, int]:
-  """Find the text files that have the names of images.
+  """Find the text files that are named like an image, such as 0.txt beside 0.png.
 
   Args:
     root: the folder of all images.

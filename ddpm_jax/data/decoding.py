@@ -24,7 +24,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES, _WHITE_IS_ZERO, _SIGNED = 258, 262
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-  """Return the names of the formats to decode, in the order in which Pillow tries them."""
+  """Return the names of the formats to decode, in the order in which Pillow is to try them."""
   from PIL import Image
 
   Image.init()

@@ -35,9 +35,10 @@ def load_unet(
   Args:
     path: the file (.safetensors or .ckpt). Code in a pickle never runs.
     heads: the number of attention heads, which the file does not contain. None selects 8 for models with convolutions
-      around transformers (Stable Diffusion 1), and otherwise one for each 64 features (2 and XL).
-    size_features: the features of each embedded size, which the file does not contain. None selects 256 for tokens of
-      2048 or 1280 features (Stable Diffusion XL and its refiner), and otherwise 0.
+      around transformers (Stable Diffusion 1). For other models (Stable Diffusion 2 and XL), it selects one head for
+      each 64 features.
+    size_features: the number of features in the embedding of each size, which the file does not contain. None selects
+      256 for tokens of 2048 or 1280 features (Stable Diffusion XL and its refiner), and otherwise 0.
     dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
 
   Returns:

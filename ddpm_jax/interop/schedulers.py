@@ -54,7 +54,7 @@ class Grid(NamedTuple):
 
   @property
   def interpolation(self) -> str:
-    """Return the interpolation that gives the process the noise levels of the scheduler at every time of the grid."""
+    """Return the interpolation for a process whose noise levels equal those of the scheduler on its grid."""
     if self.sigmas is not None:
       return "log_linear"
     return "cubic" if self.options.get("rounded", True) else "linear"

@@ -360,7 +360,7 @@ def _check_numbers(name: str, items: Any) -> None:
     isinstance(leaf, str | np.ndarray) and np.asarray(leaf).dtype.kind in "OSTU" for leaf in jax.tree.leaves(items)
   ):
     raise ValueError(
-      f"Got text as {name}; expected arrays of numbers. Convert the text with models.inputs.host_items(model.conditions, batch)."
+      f"Got text in the item {name!r}; expected arrays of numbers. Convert the text with models.inputs.host_items(model.conditions, batch)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Make the items of conditions from text, from real data or from defaults, and convert items to arrays."""
+"""Make the items that conditions need, from text, real data or defaults, and convert items to arrays."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence

@@ -179,7 +179,7 @@ def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[st
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Return the experiment whose train step reads states of texts from encoded data, if the data hold any."""
+  """Make the train step read the states of texts from the encoded data, if the data hold such states."""
   stored = {name: models.texts.stored(name, one) for name, one in stored_texts(experiment, latents).items()}
   if not stored:
     return experiment

@@ -63,7 +63,7 @@ def check(experiment: Experiment, held_out: data.Source | None) -> None:
   if "bound" in c.likelihood:
     if model.process.num_steps is None:
       raise ValueError(
-        "Got config.evaluation.likelihood='bound' for a continuous process; expected 'ode' or 'continuous', or a discrete process."
+        "Got config.evaluation.likelihood='bound' for a continuous process; expected a discrete process, or the likelihood 'ode' or 'continuous'."
       )
     if c.bound_variance == "learned" and not model.prediction.learned_variance:
       raise ValueError(

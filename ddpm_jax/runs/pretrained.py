@@ -174,8 +174,8 @@ def load_init_from(tree: Tree, *, weights: bool = True) -> tuple[Tree, Pretraine
     return tree, None
   if tree.short_name("task") == "autoencode":
     raise ValueError(
-      f"Got config.init_from={path!r} with config.task='autoencode'; expected no init_from, because only diffusion models can be loaded to"
-      " start a run from. Leave it out."
+      f"Got config.init_from={path!r} with config.task='autoencode'; expected no init_from, because a run of this"
+      " task does not start from a diffusion model. Leave it out."
     )
   config.make(tree, "task").check_can_sample(f"config.init_from={path!r}")
   return _read(tree, path, f"config.init_from={path!r}", weights=weights)

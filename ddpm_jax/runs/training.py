@@ -153,7 +153,8 @@ class _Trainer:
 
   Attributes:
     run: the run.
-    trained: the experiment of the train step. It differs from the run's if encoded data hold the states of texts.
+    trained: the experiment of the train step. It differs from the run's experiment if the encoded data contain the
+      outputs of text encoders, because the train step then reads these outputs.
     scorer: the scorer of the run's task.
     preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.

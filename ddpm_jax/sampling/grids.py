@@ -173,8 +173,8 @@ def linspace(
     num_steps: the number of steps K.
     end_step: the step n at which the grid ends, as in `leading`.
     rounded: whether to round the times to steps of the network. The Euler and Heun schedulers of diffusers do not round
-      them. Use them with `processes.discrete(betas, interpolation="linear")`.
-    open_end: whether to leave out the last step before the end, as in `leading`.
+      them. Use unrounded times with `processes.discrete(betas, interpolation="linear")`.
+    open_end: whether to compute the grid for K + 1 steps and drop step 1, as in `leading`.
   """
   count = num_steps + open_end
   last, n = _check_discrete(process, count, "linspace", min_steps=2)

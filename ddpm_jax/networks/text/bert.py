@@ -17,8 +17,8 @@ class BERT(nn.Module):
   """Encode texts by BERT (Devlin et al. 2019, section 3).
 
   The network is a Transformer with learned positions, and with normalization after each block. The vector of a text is
-  tanh of a linear map of the state at its first token. For the vectors of sentence encoders, call `sentence_vector`
-  with `tokens`.
+  tanh of a linear map of the state at its first token. To get the vectors of a sentence encoder, call
+  `sentence_vector` with the states `tokens` that this network returns.
 
   The defaults are those of all-MiniLM-L6-v2.
 
