@@ -67,8 +67,8 @@ def run_sample(
   mesh = programs.sampling_mesh(experiment)
   if low_res_name(experiment) is not None:
     raise ValueError(
-      f"Got --workdir={folder}, the run of a super-resolution model; expected the run of a model that needs no input image. To enlarge the samples"
-      f" of such a model, set --workdir to its run and --upsampler={folder}. To enlarge images, use --mode=edit --task=superres --input=<image, folder or .npz>."
+      f"Got --workdir={folder}, the run of a super-resolution model; expected the run of a model that needs no input image. To enlarge the samples of such"
+      f" a model, set --workdir to its run and --upsampler={folder}. To enlarge images, use --mode=edit --task=superres --input=<image, folder or .npz>."
     )
   if steering.prompt_weights and upsamplers:
     raise ValueError(
