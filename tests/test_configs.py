@@ -67,7 +67,7 @@ def loss_of(experiment, params, frozen, keys, batch):
 def test_each_recipe_builds_with_consistent_shapes(path):
   module = load(path)
   assert f"--config=configs/{path.name}" in module.__doc__
-  assert re.search(r"Score:|precision", module.__doc__)
+  assert re.search(r"^Score\b.*:|precision", module.__doc__, re.MULTILINE)
   assert "Hardware:" in module.__doc__
   config = module.get_config()
   experiment = configs.build(without_files(tree_of(config)))
