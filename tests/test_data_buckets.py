@@ -180,7 +180,7 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
       {"model__network": spec("tests/parameters.py:dense_network"), "data__buckets": ((8, 8), (8, 16))},
       r"network cannot take x of shape \(8, 16, 1\)",
     ),
-    ({"model__conditions": {"sketch": spec("conditions.image")}}, "the condition sketch, which is an image"),
+    ({"model__conditions": {"sketch": spec("conditions.image", shape=(8, 8, 1))}}, "the condition sketch, which is an image"),
   ],
 )
 def test_configs_that_do_not_fit_buckets_are_refused(folder, keys, message):
@@ -196,7 +196,8 @@ def test_images_of_several_sizes_are_not_packed(folder, tmp_path):
 def test_a_run_cannot_change_its_buckets(folder, tmp_path):
   flags = [RECIPE, f"--config.data.source=folder(path='{folder}')", f"--workdir={tmp_path}/run"]
   flags += ["--config.training.steps=1", "--config.training.batch_size=4", "--config.data.hold_out=4"]
-  code, output = call(*flags, "--config.data.buckets=(8, 8), (4, 16)", "--config.evaluation.num_samples=4")
+  scores = ["--config.evaluation.k=1", "--config.evaluation.kernel_size=2"]
+  code, output = call(*flags, "--config.data.buckets=(8, 8), (4, 16)", "--config.evaluation.num_samples=4", *scores)
   assert code == 0, output
   code, output = call(*flags, "--config.data.buckets=((8, 8), (4, 12))", "--config.training.steps=2")
   assert_refused(code, output, "a run of another config")

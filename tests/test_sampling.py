@@ -108,7 +108,6 @@ TRACES = {
   "dpm_solver_2": 2,
   "dpm_solver_3": 3,
   "dpmpp_2s": 2,
-  "plms": 2,
   "dpmpp_2s_ancestral": 2,
   "dpmpp_sde": 2,
   "dpmpp_sde_half": 2,
