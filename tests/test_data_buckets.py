@@ -180,7 +180,10 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
       {"model__network": spec("tests/parameters.py:dense_network"), "data__buckets": ((8, 8), (8, 16))},
       r"network cannot take x of shape \(8, 16, 1\)",
     ),
-    ({"model__conditions": {"sketch": spec("conditions.image", shape=(8, 8, 1))}}, "the condition sketch, which is an image"),
+    (
+      {"model__conditions": {"sketch": spec("conditions.image", shape=(8, 8, 1))}},
+      "the condition sketch, which is an image",
+    ),
   ],
 )
 def test_configs_that_do_not_fit_buckets_are_refused(folder, keys, message):
