@@ -1,6 +1,7 @@
 """Test training on images of several sizes (`config.data.buckets`)."""
 
 import collections
+import dataclasses
 import json
 
 import jax
@@ -164,7 +165,7 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
   ]
   assert shapes == [(4, *size, 1) for size in SIZES]
   # Without data, the shapes are those of the largest images.
-  large = configs.build(tree_for(folder, data__buckets=((8, 8), (8, 24))))
+  large = experiment._replace(data=dataclasses.replace(experiment.data, buckets=((8, 8), (8, 24))))
   assert stepping.batch_shapes(large, 4)["image"].shape == (4, 8, 24, 1)
 
 
