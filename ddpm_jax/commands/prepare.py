@@ -29,7 +29,7 @@ def run(args: flags.Args) -> None:
 
   tree = flags.read_recipe(args, flags.config_keys(args))
   if tree.values["init_from"]:
-    # The codec and the text encoders are those of the pretrained model.
+    # Use the codec and the text encoders of the pretrained model.
     jax_setup.start_devices(args)
     tree, _ = runs.pretrained.load_init_from(tree, weights=False)
   elif tree.short_name("model.codec") == "pixels":

@@ -14,9 +14,9 @@ Size = tuple[int, int]
 
 
 class Buckets:
-  """Read each image at the size of its bucket, whose aspect ratio is the closest to the image's own.
+  """Read each image at one of several sizes: the size with the closest aspect ratio.
 
-  Items of one bucket have images of one shape. `batches` takes all items of a batch from one bucket. The distance
+  A bucket is the set of images with the same size. `batches` takes all items of a batch from one bucket. The distance
   between two aspect ratios is the difference of their logarithms (Podell et al. 2023, section 2.3).
 
   Args:

@@ -54,7 +54,7 @@ def decode(path: str | Path) -> Any:
       pixels.
   """
   with _opened(path) as image:
-    # Read the bit depth first, because a rotated image no longer has a format.
+    # Find the bit depth before the image is turned upright: it depends on the format, which a turned image lacks.
     bits = _bits(image)
     image.load()
     return _to_eight_bits(_upright(image), bits)

@@ -153,7 +153,7 @@ class FolderSource:
     return texts
 
   def image_size(self, index: int) -> tuple[int, int]:
-    """Return the height and width of the image with this index before it is cropped and resized.
+    """Return the original height and width of the image with this index.
 
     Raises:
       BrokenImage: if the file cannot be opened.

@@ -312,7 +312,7 @@ def _check_merges(
 
 
 def check_ids(tokenizer: Any, tokens: Mapping[int, str]) -> None:
-  """Check that the tokenizer gives each token its id in `tokens`.
+  """Check that each token has the same id in the tokenizer and in `tokens`.
 
   Raises:
     ValueError: if a token has another id.

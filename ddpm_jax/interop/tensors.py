@@ -151,8 +151,8 @@ class ShardedFile:
 
   def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
     self.path = Path(path)
-    file_names, shards = _read_index(self.path), shards_of(self.path)
-    self._files = {name: TensorFile(shard) for name, shard in shards.items()}
+    file_names = _read_index(self.path)
+    self._files = {name: TensorFile(shard) for name, shard in _find_shards(self.path, file_names).items()}
     shapes: Shapes = {}
     for name, file in self._files.items():
       listed = {tensor for tensor, file_name in file_names.items() if file_name == name}
@@ -183,7 +183,11 @@ def shards_of(path: Path) -> dict[str, Path]:
   Raises:
     ValueError: if the index is malformed, or a file is missing.
   """
-  shards = {name: path.parent / name for name in sorted(set(_read_index(path).values()))}
+  return _find_shards(path, _read_index(path))
+
+
+def _find_shards(path: Path, file_names: dict[str, str]) -> dict[str, Path]:
+  shards = {name: path.parent / name for name in sorted(set(file_names.values()))}
   # os.path also accepts names that the operating system rejects.
   missing = [name for name, shard in shards.items() if not os.path.isfile(shard)]
   if missing:

@@ -221,7 +221,7 @@ def _activation(name: str, key: str) -> str:
 def _feed_forward(config: Mapping[str, Any], name: str) -> Config:
   """Return our options for T5's option feed_forward_proj, "<activation>" or "gated-<activation>"."""
   gated = name.startswith("gated-")
-  # Only in "gated-gelu", "gelu" stands for the approximation by tanh.
+  # transformers computes "gated-gelu" with the tanh approximation of GELU, and "gelu" exactly.
   plain = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")
   derived = {"dense_act_fn": plain, "is_gated_act": gated}
   for key, value in derived.items():

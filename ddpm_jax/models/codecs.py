@@ -156,7 +156,10 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
 
 
 def _like(array: Array, x: Array) -> Array:
-  """Reshape an array [C] or () to as many axes as x, because users may forbid JAX's implicit promotion of ranks."""
+  """Add leading axes to an array [C] or (), so that it has as many axes as x.
+
+  JAX adds them itself, unless the user has set jax_numpy_rank_promotion="raise".
+  """
   return jnp.reshape(array, (1,) * (x.ndim - jnp.ndim(array)) + jnp.shape(array))
 
 

@@ -358,7 +358,7 @@ def _has_own_argument(name: str, accepted: frozenset[str] | None) -> bool:
 
 
 def _check_token_widths(conditions: Mapping[str, Condition], accepted: frozenset[str] | None) -> None:
-  """Raise a ValueError if the tokens that a network receives as one sequence have different numbers of features."""
+  """Raise a ValueError if a network joins tokens of several conditions, and these have different widths."""
   widths = [
     (name, int(part.shape[-1]))
     for name, condition in conditions.items()
