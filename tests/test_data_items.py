@@ -213,7 +213,7 @@ def test_an_item_that_differs_from_the_first_is_an_error(changes, message, tmp_p
   ],
 )
 def test_images_of_wrong_range_or_type_are_errors_when_data_is_loaded(monkeypatch, changes, message):
-  monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
+  monkeypatch.setattr(data.loading, "cache_in_memory", lambda source, broken: source)
   with pytest.raises(ValueError, match=message):
     data.load(data.Splits(Wrong(0, **changes)))
 

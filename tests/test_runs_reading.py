@@ -210,7 +210,7 @@ def test_classes_stored_with_images_are_checked_when_they_are_read(monkeypatch, 
   classes = {"train": [0, 1, 2, wrong_class, 0, 1, 2, 0], "test": [0, wrong_class]}
   monkeypatch.setattr(data.choices, "TfdsSource", lambda name, split, *fit, **others: Streamed(classes[split]))
   # Do not cache the data in memory, as for data sets of more than a gigabyte.
-  monkeypatch.setattr(data.sources, "cache_in_memory", lambda source, broken: source)
+  monkeypatch.setattr(data.loading, "cache_in_memory", lambda source, broken: source)
   train, held_out = reading.read_data(experiment("", 3, source="tfds", data={"broken": broken}))
   with pytest.raises(ValueError, match=f"image 1: .*{message}"):
     data.read(held_out, [1])

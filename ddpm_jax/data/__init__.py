@@ -1,8 +1,10 @@
 """Load data: random-access sources of images, and the pipeline that turns a source into batches."""
 
 from ddpm_jax.data import prompts, tokenizers
+from ddpm_jax.data.broken import BrokenImage, SkipBroken, cache_in_memory
 from ddpm_jax.data.buckets import Buckets, check_buckets
 from ddpm_jax.data.choices import Place, Splits, arrays, digit_pairs, digits, fit_settings, folder, mnist, packed, tfds
+from ddpm_jax.data.classes import class_counts, complete_classes, proportional_classes
 from ddpm_jax.data.fitting import RESIZES, Fit, check_image_size, fit
 from ddpm_jax.data.folders import FolderSource
 from ddpm_jax.data.hosts import Host, run_hosts
@@ -21,18 +23,12 @@ from ddpm_jax.data.sources import (
   NO_CLASS,
   ArraySource,
   Batch,
-  BrokenImage,
-  SkipBroken,
   Source,
-  cache_in_memory,
-  class_counts,
-  complete_classes,
   group_members,
   hold_out,
   image_chunks,
   is_text,
   known_texts,
-  proportional_classes,
   read,
   read_images,
   read_texts,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax.data.broken import BrokenImage, broken_error
 from ddpm_jax.data.fitting import check_image_size
-from ddpm_jax.data.sources import BrokenImage, Source, broken_error, is_resizable, known_texts
+from ddpm_jax.data.sources import Source, is_resizable, known_texts
 
 Size = tuple[int, int]
 

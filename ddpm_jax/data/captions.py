@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax.data.sources import BrokenCaption
+from ddpm_jax.data.broken import BrokenCaption
 from ddpm_jax.storage import jsonfiles
 
 # The value of `data.fields.text` that selects the text file beside each image, which has the name of the image and this

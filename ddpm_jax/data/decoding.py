@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data.sources import BrokenImage
+from ddpm_jax.data.broken import BrokenImage
 
 # Pillow identifies the first five formats, but cannot decode them. It runs an external program to decode EPS. A .pcd
 # file today is usually a point cloud rather than a Photo CD.

@@ -9,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data import captions
+from ddpm_jax.data.broken import BrokenCaption
 from ddpm_jax.data.decoding import decode, size_of
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.listing import Folder, count_skipped, walk
 from ddpm_jax.data.metadata import FILE, Fields, number_classes, read_fields
-from ddpm_jax.data.sources import FRAMING, NO_CLASS, BrokenCaption
+from ddpm_jax.data.sources import FRAMING, NO_CLASS
 
 _NO_FIELDS = Fields()
 

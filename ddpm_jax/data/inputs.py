@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ddpm_jax.data.broken import BrokenImage
 from ddpm_jax.data.decoding import decode
 from ddpm_jax.data.fitting import check_fit, check_image_size, fit_to
 from ddpm_jax.data.listing import count_skipped, walk
 from ddpm_jax.data.readers import read_arrays
-from ddpm_jax.data.sources import BrokenImage
 from ddpm_jax.storage.images import as_uint8
 
 

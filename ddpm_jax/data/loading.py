@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.data import sources
+from ddpm_jax.data.broken import SkipBroken, cache_in_memory
 from ddpm_jax.data.choices import Splits
 from ddpm_jax.data.folders import FolderSource
-from ddpm_jax.data.sources import NO_CLASS, ArraySource, SkipBroken, Source
+from ddpm_jax.data.sources import NO_CLASS, ArraySource, Source
 
 # `check(source, classes)` raises a ValueError if the classes [N] of images in `source` are wrong. It uses `source` only
 # to name images in the message.
@@ -49,7 +50,7 @@ def load(
   train, held_out = split(splits, hold_out)
 
   def finish(source: Source) -> Source:
-    cached = sources.cache_in_memory(source, broken)
+    cached = cache_in_memory(source, broken)
     first = sources.read(SkipBroken(cached) if broken == "skip" else cached, [0])
     _check_item(first)
     _check_shape(first["image"].shape[1:], shape)

@@ -14,19 +14,8 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax.data.sources import (
-  LATENT,
-  NO_CLASS,
-  Batch,
-  BrokenImage,
-  Source,
-  broken_error,
-  check_alike,
-  check_single_texts,
-  is_text,
-  report_broken,
-  to_array,
-)
+from ddpm_jax.data.broken import BrokenImage, broken_error, report_broken
+from ddpm_jax.data.sources import LATENT, NO_CLASS, Batch, Source, check_alike, check_single_texts, is_text, to_array
 from ddpm_jax.storage import files, sealed
 
 INDEX, _CLASSES, _VERSION = "index.json", "classes.npy", 1

@@ -20,8 +20,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from ddpm_jax.data.broken import BrokenImage, SkipBroken
 from ddpm_jax.data.hosts import Host, run_hosts
-from ddpm_jax.data.sources import LATENT, Batch, BrokenImage, SkipBroken, Source, group_members, read
+from ddpm_jax.data.sources import LATENT, Batch, Source, group_members, read
 from ddpm_jax.storage.images import as_floats
 
 # While the main process waits for a batch, it checks at this interval in seconds whether the workers are alive.

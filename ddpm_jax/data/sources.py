@@ -26,12 +26,10 @@ A source may have more than a length and items:
   have the same shapes, and a batch holds items of one group.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from ddpm_jax.storage.images import as_uint8
 
@@ -45,8 +43,6 @@ FRAMING = "framing"
 # A value of `hold_out` that selects a tenth of the images.
 A_TENTH = -1
 _MAX_TENTH = 500
-# The largest set in bytes that `cache_in_memory` decodes.
-_MEMORY_LIMIT = 2**30
 _LARGEST_CLASS = 2**31 - 1
 # Images per chunk of `image_chunks`.
 _CHUNK = 512
@@ -73,7 +69,7 @@ def read(source: Source, indices: Sequence[int] | np.ndarray) -> Batch:
   if hasattr(source, "__getitems__"):
     batch = {name: to_array(name, value) for name, value in source.__getitems__(np.asarray(indices)).items()}
   else:
-    batch = _stack([source[int(index)] for index in indices])
+    batch = stack([source[int(index)] for index in indices])
   check_single_texts({name: array[0] for name, array in batch.items() if is_text(array) and len(array)})
   return batch
 
@@ -120,7 +116,12 @@ def image_chunks(source: Source, indices: np.ndarray) -> Iterator[np.ndarray]:
     yield read_images(source, indices[first : first + _CHUNK])
 
 
-def _stack(items: Sequence[dict[str, Any]]) -> Batch:
+def stack(items: Sequence[dict[str, Any]]) -> Batch:
+  """Combine items into one batch, a dict from name to array [B, ...].
+
+  Raises:
+    ValueError: if the names, types or shapes of the items differ.
+  """
   arrays = [{name: to_array(name, value) for name, value in item.items()} for item in items]
   for item in arrays[1:]:
     check_alike(item, arrays[0])
@@ -189,63 +190,6 @@ def check_alike(item: Batch, first: Batch) -> None:
     )
 
 
-class BrokenImage(ValueError):
-  """Report an image that cannot be decoded.
-
-  Attributes:
-    name: the file or record of the image.
-    reason: why it cannot be decoded.
-  """
-
-  def __init__(self, name: str, reason: str):
-    # Store everything in `args`, so that the error can be pickled by a worker process.
-    super().__init__(name, reason)
-    self.name, self.reason = name, reason
-
-  def __str__(self) -> str:
-    return (
-      f"Cannot decode the image {self.name}: {self.reason}. Replace or remove it, or skip all images that cannot be"
-      " decoded: --config.data.broken=skip."
-    )
-
-
-class BrokenCaption(BrokenImage):
-  """Report an image whose caption cannot be read.
-
-  Attributes:
-    name: the file of the caption.
-    reason: why it cannot be read.
-  """
-
-  def __str__(self) -> str:
-    return (
-      f"Cannot read the caption {self.name}: {self.reason}. Correct or remove it, or skip all images with broken files:"
-      " --config.data.broken=skip."
-    )
-
-
-def broken_error(errors: Sequence[BrokenImage], total: int) -> ValueError:
-  """Return one error for all broken images, with their number and the first ten names."""
-  if len(errors) == 1:
-    return errors[0]
-  return ValueError(
-    f"Cannot decode {len(errors):,} of {total:,} images:\n{_list(errors)}\nReplace or remove them, or skip them:"
-    " --config.data.broken=skip."
-  )
-
-
-def report_broken(errors: Sequence[BrokenImage], total: int, treatment: str) -> None:
-  """Print the number and names of the broken images, and how they are treated."""
-  tqdm.write(
-    f"{len(errors):,} of {total:,} images cannot be decoded and are {treatment}:\n{_list(errors, len(errors))}"
-  )
-
-
-def _list(errors: Sequence[BrokenImage], max_names: int = 10) -> str:
-  lines = [f"  {error.name}: {error.reason}" for error in errors[:max_names]]
-  return "\n".join([*lines, f"  and {len(errors) - max_names:,} more"] if len(errors) > max_names else lines)
-
-
 def check_classes(classes: np.ndarray) -> np.ndarray:
   """Check integer classes and convert them to int32.
 
@@ -261,127 +205,7 @@ def check_classes(classes: np.ndarray) -> np.ndarray:
   return classes.astype(np.int32)
 
 
-def complete_classes(source: Source) -> np.ndarray | None:
-  """Return the classes [N] of all images, or None.
-
-  None means that at least one image has no class, or that finding the classes requires reading the images.
-  """
-  classes = getattr(source, "classes", None)
-  return None if classes is None or np.min(classes) == NO_CLASS else classes
-
-
-def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
-  """Return the number of images of each class [num_classes], or None.
-
-  None means that `num_classes` is 0, that there are no classes, or that finding the classes requires reading the
-  images.
-
-  Raises:
-    ValueError: if a class is outside [0, num_classes).
-  """
-  classes = getattr(source, "classes", None)
-  if classes is None or not num_classes:
-    return None
-  if np.min(classes) < 0 or np.max(classes) >= num_classes:
-    raise ValueError(
-      f"Got classes {np.min(classes)} to {np.max(classes)} for {num_classes} classes; expected classes from 0 to"
-      f" {num_classes - 1}."
-    )
-  return np.bincount(classes, minlength=num_classes)
-
-
-def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
-  """Return `count` classes whose frequencies are proportional to `counts` [num_classes].
-
-  The method of largest remainders rounds the frequencies. Each class is spread evenly over the result.
-  """
-  quotas = count * counts / np.sum(counts)
-  shares = np.floor(quotas).astype(int)
-  # Stable sorts break ties in favor of the lower class.
-  by_remainder = np.argsort(shares - quotas, kind="stable")
-  shares[by_remainder[: count - np.sum(shares)]] += 1
-  classes = np.repeat(np.arange(len(counts), dtype=np.int32), shares)
-  positions = np.concatenate([(np.arange(share) + 0.5) / share for share in shares])
-  return classes[np.argsort(positions, kind="stable")]
-
-
-class SkipBroken:
-  """Replace each broken image of a source with the next image that can be decoded.
-
-  Each broken image is reported once.
-
-  Args:
-    source: any source.
-
-  Attributes:
-    broken: the broken images found so far, in the order of discovery, as a dict from name to reason.
-
-  Raises:
-    ValueError: when an item is read, if no image can be decoded.
-  """
-
-  def __init__(self, source: Source):
-    self.source, self.classes = source, getattr(source, "classes", None)
-    self.groups: np.ndarray | None = getattr(source, "groups", None)
-    self.broken: dict[str, str] = {}
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    item, errors = self.fetch(index)
-    self.report(errors)
-    return item
-
-  def __getitems__(self, indices: np.ndarray) -> Batch:
-    batch, errors = self.read(indices)
-    self.report(errors)
-    return batch
-
-  def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the texts of items (also broken ones), or None if the source has to read images for them."""
-    return known_texts(self.source, name, indices)
-
-  def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
-    """Return the first item that can be decoded, starting at `index`, and the errors of the broken images before it.
-
-    The errors are not reported.
-    """
-    errors: list[BrokenImage] = []
-    for other in self._from(index):
-      try:
-        return self.source[other], errors
-      except BrokenImage as error:
-        errors.append(error)
-    raise broken_error(errors, len(errors))
-
-  def _from(self, index: int) -> Iterable[int]:
-    """Return `index` and then, in order, all other indices of its group."""
-    if self.groups is None:
-      return ((index + step) % len(self) for step in range(len(self)))
-    members = np.flatnonzero(self.groups == self.groups[index])
-    return map(int, np.roll(members, -int(np.searchsorted(members, index))))
-
-  def read(self, indices: np.ndarray) -> tuple[Batch, list[BrokenImage]]:
-    """Return a batch with broken images replaced, and the errors of the broken images.
-
-    The errors are not reported.
-    """
-    try:
-      return read(self.source, indices), []
-    except BrokenImage:
-      pairs = [self.fetch(int(index)) for index in indices]
-      return _stack([item for item, _ in pairs]), [error for _, errors in pairs for error in errors]
-
-  def report(self, errors: Sequence[BrokenImage]) -> None:
-    """Print the errors of images that were not reported before."""
-    for error in errors:
-      if error.name not in self.broken:
-        self.broken[error.name] = error.reason
-        tqdm.write(f"broken image {len(self.broken):,}, replaced by the next: {error.name}: {error.reason}")
-
-
-class _InMemory:
+class InMemory:
   """Hold all items in memory as arrays [N, ...] by name."""
 
   def __init__(self, items: Batch):
@@ -407,10 +231,11 @@ class _InMemory:
     return {name: array[indices] for name, array in self._items.items()}
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    """Return the texts of items, or None if there is no item of this name."""
     return [str(text) for text in self._items[name][indices]] if name in self._items else None
 
 
-class ArraySource(_InMemory):
+class ArraySource(InMemory):
   """Provide images from an array in memory.
 
   Args:
@@ -457,7 +282,7 @@ def check_range(images: np.ndarray) -> None:
     )
 
 
-class _Subset:
+class Subset:
   """Select items of a source by index."""
 
   def __init__(self, source: Source, indices: np.ndarray):
@@ -465,6 +290,7 @@ class _Subset:
 
   @property
   def classes(self) -> np.ndarray | None:
+    """Return the classes [N], or None if they are not known without reading images."""
     classes = getattr(self.source, "classes", None)
     return None if classes is None else classes[self.indices]
 
@@ -478,20 +304,23 @@ class _Subset:
     return read(self.source, self.indices[indices])
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
+    """Return the texts of items, or None if the source has to read images for them."""
     return known_texts(self.source, name, self.indices[indices])
 
   def image_size(self, index: int) -> tuple[int, int]:
+    """Return the original height and width of an image, see `FolderSource.image_size`."""
     source: Any = self.source
     return source.image_size(int(self.indices[index]))
 
   def read_at(self, index: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return an item with its image at another size, see `FolderSource.read_at`."""
     source: Any = self.source
     return source.read_at(int(self.indices[index]), image_size)
 
 
 def is_resizable(source: Source) -> bool:
   """Return whether a source can read its images at any size."""
-  return hasattr(source.source if isinstance(source, _Subset) else source, "read_at")
+  return hasattr(source.source if isinstance(source, Subset) else source, "read_at")
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
@@ -518,61 +347,4 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
       f" training, or {A_TENTH} to hold out a tenth. Set --config.data.hold_out."
     )
   order = np.random.default_rng(0).permutation(len(source))
-  return _Subset(source, np.sort(order[count:])), _Subset(source, np.sort(order[:count]))
-
-
-def cache_in_memory(source: Source, broken: str = "stop") -> Source:
-  """Decode a source into memory if its items need at most 1 GiB, and return a larger source unchanged.
-
-  A source with `__getitems__` is also returned unchanged, because it is read fast already. Decoding a small set at the
-  start also finds all its broken files at once.
-
-  Args:
-    source: any source.
-    broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to replace each with the
-      next image that can be decoded.
-
-  Raises:
-    ValueError: if the items differ in names, types or shapes; if images cannot be decoded and `broken` is "stop"; or if
-      no image can be decoded. Errors about broken images give their number and the first ten names.
-  """
-  if hasattr(source.source if isinstance(source, _Subset) else source, "__getitems__"):
-    return source
-  first = {name: to_array(name, value) for name, value in SkipBroken(source).fetch(0)[0].items()}
-  if len(source) * sum(array.nbytes for array in first.values()) > _MEMORY_LIMIT:
-    return source
-  # An array of the kind "U" would give each text the length of the longest one, so hold texts as objects.
-  kinds = {name: np.dtype(object) if is_text(array) else array.dtype for name, array in first.items()}
-  items = {name: np.empty((len(source), *array.shape), kinds[name]) for name, array in first.items()}
-
-  def load(index: int) -> BrokenImage | None:
-    try:
-      item = source[index]
-    except BrokenImage as error:
-      return error
-    arrays = {name: to_array(name, value) for name, value in item.items()}
-    check_alike(arrays, first)
-    for name, array in arrays.items():
-      items[name][index] = array[()]
-    return None
-
-  errors = {}
-  with ThreadPoolExecutor() as pool:
-    results = pool.map(load, range(len(source)))
-    for index, error in enumerate(
-      tqdm(results, total=len(source), desc="decoding images", unit=" images", disable=len(source) < 5000)
-    ):
-      if error is not None:
-        errors[index] = error
-  if errors:
-    if broken == "stop":
-      raise broken_error(list(errors.values()), len(source))
-    report_broken(list(errors.values()), len(source), "replaced by the next image that can")
-    # Replace from the end, so that the next image is already decoded or replaced. The first decoded image replaces a
-    # broken last image.
-    first_decoded = next(index for index in range(len(source)) if index not in errors)
-    for index in sorted(errors, reverse=True):
-      next_index = index + 1 if index + 1 < len(source) else first_decoded
-      for array in items.values():
-        array[index] = array[next_index]
-  return _InMemory(items)
+  return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))

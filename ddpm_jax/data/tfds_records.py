@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.data import captions
+from ddpm_jax.data.broken import BrokenImage
 from ddpm_jax.data.decoding import eight_bits
 from ddpm_jax.data.fitting import check_fit, fit_to
 from ddpm_jax.data.metadata import Fields
-from ddpm_jax.data.sources import FRAMING, NO_CLASS, BrokenImage, check_classes
+from ddpm_jax.data.sources import FRAMING, NO_CLASS, check_classes
 from ddpm_jax.names import hint
 from ddpm_jax.storage.places import user_path
 
