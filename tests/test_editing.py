@@ -103,6 +103,21 @@ def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noi
       assert sampling.nfe(sampler, process, times) == len(calls), times
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_nfe_of_a_wrapped_rule_with_a_loop_is_the_number_of_calls(num_steps):
+  """Count the compiled calls of PLMS. With one step, it becomes another rule, which needs no additional call."""
+  process, calls = PROCESSES["vp"], []
+  sampler, times = WRAPPERS["dps"](sampling.plms(process), process), np.linspace(1, 0, num_steps + 1)
+
+  def denoise(x, t):
+    jax.debug.callback(lambda: calls.append(1))
+    return 0.5 * x
+
+  sampling.sample(jax.random.key(0), sampler, denoise, jnp.ones((3, 2)), times)
+  jax.effects_barrier()
+  assert sampling.nfe(sampler, process, times) == len(calls)
+
+
 @pytest.mark.parametrize(
   ("wrapper", "process"),
   one_wrapper_each(

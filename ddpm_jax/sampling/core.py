@@ -29,7 +29,7 @@ class Sampler(NamedTuple):
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
     calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step that
       starts or ends in pure noise (alpha = 0).
-    first_calls: the number of additional network calls in the first of several steps.
+    first_calls: the number of additional network calls in the first step.
     prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
       it.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
@@ -152,8 +152,10 @@ def _calls(sampler: Sampler, process: Process | None, times) -> Array:
 
   The times may be traced.
   """
-  between, to_data, at_zero_snr = sampler.calls
   first, last, steps = as_time(times[0]), as_time(times[-1]), len(times) - 1
+  if sampler.prepare is not None:
+    sampler = sampler.prepare(steps)
+  between, to_data, at_zero_snr = sampler.calls
   if process is None:
     clean_steps, no_data_steps = jnp.asarray(last == 0, jnp.int32), jnp.zeros((), jnp.int32)
   else:
@@ -162,9 +164,8 @@ def _calls(sampler: Sampler, process: Process | None, times) -> Array:
     clean_steps = jnp.asarray(process.sigma(last) == 0, jnp.int32)
     no_data = jnp.minimum(process.alpha(first), process.alpha(last)) == 0
     no_data_steps = jnp.asarray(no_data & (steps > clean_steps), jnp.int32)
-  first_calls = sampler.first_calls if steps > 1 else 0
   calls = between * (steps - clean_steps - no_data_steps) + to_data * clean_steps + at_zero_snr * no_data_steps
-  return calls + first_calls
+  return calls + sampler.first_calls
 
 
 def check_times(times, sampler: Sampler, x: Array) -> None:
