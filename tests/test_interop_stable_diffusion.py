@@ -464,6 +464,11 @@ def test_single_files_hold_the_same_model(name, written, tmp_path):
   for part, one in loaded.origin.encoders.items():
     theirs = model.origin.encoders[part].module
     assert one.module.clone(end=theirs.end) == theirs
+  # As a folder, the model can be used by the command line.
+  interop.diffusers.save(tmp_path / "folder", loaded, params)
+  again, params = interop.diffusers.load(tmp_path / "folder")
+  assert_same(params, parameters.params)
+  assert (again.network.module, again.origin.contents) == (loaded.network.module, loaded.origin.contents)
 
 
 def test_the_command_line_edits_with_prompts(written, tmp_path):

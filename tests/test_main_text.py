@@ -240,7 +240,7 @@ REFUSED = {
   "edit by another task": ("inpaint", (*EDIT, "--prompt=a"), "Set --task=inpaint"),
   "weights without CLIP": ("ldm", (*SAMPLE, "--prompt_weights"), "for a model without a text encoder of CLIP"),
   "prompts without CLIP": ("ldm", (*SAMPLE, "--prompt=a"), "a model that was trained without text"),
-  "single file": ("sd1/unet/config.json", (*SAMPLE, "--prompt=a"), "interop.single_file.load reads"),
+  "single file": ("sd1/unet/config.json", (*SAMPLE, "--prompt=a"), "with interop.single_file.load, and save it"),
   "flags of another plan": (
     "",
     ("--mode=plan", "--config=digits_vp", "--dtype=bfloat16"),

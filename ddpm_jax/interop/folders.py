@@ -139,7 +139,12 @@ def find_folder(
     return folder
   name, _, revision = str(path).partition("@")
   if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-    hint = " In Python, interop.single_file.load reads files of Stable Diffusion." if folder.is_file() else ""
+    hint = (
+      " To use a single file of Stable Diffusion, load it in Python with interop.single_file.load, and save it as a folder"
+      " with interop.diffusers.save."
+      if folder.is_file()
+      else ""
+    )
     raise ValueError(
       f"Got {path}, which is not a folder; expected a folder, or a name on the hub such as google/ddpm-cifar10-32.{hint}"
     )
