@@ -30,8 +30,9 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
   The method does not use the noise level of y; `scale` takes its place. No value of `scale` gives exact samples of the
   posterior. `posterior` with covariance="tweedie" and enough iterations is exact for Gaussian data.
 
-  One network call at x_t serves both the gradient and the step rule. Some rules need one additional call per step: `ode`,
-  rules that move x first (rules with churn, a corrector, or `replace`), and `plms`, which calls the network in a loop.
+  One network call at x_t serves both the gradient and the step rule. Some rules need one additional call per step:
+  `ode`, rules that move x first (rules with churn, a corrector, or `replace`), and `plms`, which calls the network in a
+  loop.
   `sampling.nfe` (except for `ode`) and `sampling.solve` count the additional calls.
 
   Args:
