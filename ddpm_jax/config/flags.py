@@ -9,7 +9,7 @@ from ddpm_jax.config.tree import Tree
 
 
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
-  """Set keys of a config from flags, and return the changed copy.
+  """Set keys in a copy of a config from flags, and return the copy.
 
   A flag that selects a component is applied before the flags that set arguments of this component, whatever the order
   of the flags on the command line.

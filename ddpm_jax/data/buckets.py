@@ -21,7 +21,7 @@ class Buckets:
   distance between two aspect ratios is the difference of their logarithms (Podell et al. 2023, section 2.3).
 
   Args:
-    source: images that can be read at any size: a `FolderSource`, or a part of a `FolderSource` from `hold_out`.
+    source: images that can be read at any size: a `FolderSource`, or a part of it that `hold_out` returned.
     sizes: the height and width in pixels of each bucket.
     broken: how to treat images that cannot be opened: "stop" to raise an error, or "skip" to put them into the bucket
       with the most images, where `SkipBroken` replaces them.
