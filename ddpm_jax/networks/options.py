@@ -284,9 +284,8 @@ def _check_features(network: Any) -> None:
     ):
       raise ValueError(
         f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, {heads};"
-        " expected an"
-        " integer divisible by groups and, at levels with attention, by heads or head_channels. Change channels,"
-        " multipliers, groups or heads."
+        " expected an integer divisible by groups and, at levels with attention, by heads or head_channels. Change"
+        " channels, multipliers, groups or heads."
       )
   _check_sinusoids("time_features" if n.time_features else "channels", n.time_features or n.channels)
 
@@ -295,8 +294,7 @@ def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:
   """Check that a network that halves data between its levels accepts data of `shape` [..., *space, C].
 
   Raises:
-    ValueError: if the data have too few axes or too many positions, or if a side cannot be halved once between any two
-      levels.
+    ValueError: if the data have too few axes or too many positions, or if a side is not divisible by 2^(levels - 1).
   """
   if len(shape) < dimensions + 1:
     raise ValueError(

@@ -123,8 +123,8 @@ def buckets_of(distances: np.ndarray, buckets: int, max_distance: int) -> np.nda
   """Return the index of the range that contains each distance, an integer from 0 to `buckets` - 1.
 
   A distance is the position of a key minus the position of a query. Distances of 0 or less use the first `buckets` / 2
-  ranges, and positive distances use the others. In each direction, the short distances have a range each. The longer
-  distances share the remaining ranges, half of all. These ranges become exponentially wider up to `max_distance`.
+  ranges, and positive distances use the others. In each direction, half of the ranges contain one short distance each.
+  The other ranges contain longer distances, and become exponentially wider up to `max_distance`.
 
   Raises:
     ValueError: if `buckets` is below 4, or `max_distance` is at most `buckets` / 4, rounded down.
