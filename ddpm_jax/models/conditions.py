@@ -40,7 +40,7 @@ class Condition(NamedTuple):
       "states" or "ids".
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`. The values are a pytree with the structure of
-      `shape`. There is a key for each sample [B]. The batch is a dict of arrays [B, ...] by name: the items of a data
+      `shape`. `keys` has a key for each sample [B]. `batch` is a dict of arrays [B, ...] by name: the items of a data
       source in training, the user's items in sampling. The batch has an entry with the condition's name. If `host` is
       set, this entry is the result of `host`.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance

@@ -22,8 +22,8 @@ def gather_model(model: Model, params_axes: PyTree, frozen_axes: Mapping[str, Py
 
   Args:
     model: the model.
-    params_axes: the axis of each parameter of the network that is split over devices, from `parallel.split_axes`.
-    frozen_axes: the same for each frozen parameter of the codec and the conditions.
+    params_axes: for each parameter of the network, the axis that is split over devices (see `parallel.split_axes`).
+    frozen_axes: for each frozen parameter of the codec and the conditions, the axis that is split over devices.
   """
   if all(axis < 0 for axis in jax.tree.leaves((params_axes, frozen_axes))):
     return model

@@ -160,8 +160,8 @@ def _encode_batch(
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch.
 
-  A condition that is missing in the batch gets its null value if it has one. Exceptions are images that are computed
-  from the data, and conditions with `Condition.is_known` unless `is_negative`. `Condition.from_data` computes these.
+  A condition that is missing from the batch gets its null value if it has one. But `Condition.from_data` computes
+  images to enlarge and, unless `is_negative`, conditions with `Condition.is_known`.
   """
   missing = {
     name: condition

@@ -94,7 +94,7 @@ def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
 def hosts_of(conditions: Mapping[str, Condition]) -> dict[str, data.Host]:
   """Return the host functions of conditions by the names of entries in a batch.
 
-  Each function has two names, such as "text" and "negative_text", because items to guide away from need it too.
+  Each function has two names, such as "text" and "negative_text", because items to guide away from are converted too.
   """
   hosts = {name: condition.host for name, condition in conditions.items() if condition.host is not None}
   return hosts | {f"{NEGATIVE_PREFIX}{name}": host for name, host in hosts.items()}

@@ -33,8 +33,8 @@ class SamplingDefaults(NamedTuple):
     clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves the estimates
       unchanged.
     guidance_scale: the scale of classifier-free guidance.
-    scheduler: the scheduler config in the folder of diffusers' format that the model was read from. `interop` uses it
-      to save the model in the same format. None for a model from elsewhere.
+    scheduler: the scheduler config of a model that was read from a folder in diffusers' format. `interop` needs the
+      config to save the model in this format. None for other models.
   """
 
   name: str
@@ -59,8 +59,8 @@ class Model(NamedTuple):
     shape: the shape of one sample of x.
     time_input: A function from times to the network's time input. None uses the process's function.
     defaults: the default sampler and its settings. None if the model has no defaults.
-    origin: the parts of the folder that the model was read from, which `interop` needs to save the model in the same
-      format. None if saving needs no such parts.
+    origin: for a model that was read from a pipeline, the pipeline's parts. `interop` needs them to save the model in
+      the same format. None for other models.
   """
 
   network: Network
