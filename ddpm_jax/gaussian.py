@@ -46,7 +46,8 @@ class DiagonalGaussian(NamedTuple):
 def from_moments(moments: Array) -> DiagonalGaussian:
   """Create a distribution from the moments [B, ..., 2C] that an encoder computes.
 
-  On the last axis, `moments` has C means and then C log variances. The log variances are clipped to `LOG_VARIANCE_RANGE`.
+  On the last axis, `moments` has C means and then C log variances. The log variances are clipped to
+  `LOG_VARIANCE_RANGE`.
   """
   mean, log_variance = jnp.split(moments, 2, axis=-1)
   return DiagonalGaussian(mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE))

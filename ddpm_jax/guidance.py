@@ -9,9 +9,9 @@ A scale of 0 gives the unconditional model: in `classifier_free` the model with 
 `autoguidance` the weaker model. A scale of 1 gives the conditional model. A scale above 1 strengthens the effect of the
 condition. Only `cfg_plus_plus` has another convention.
 
-In `classifier_free`, `autoguidance` and `classifier`, the scale may be a function of time. These three wrappers skip some
-unnecessary network calls, such as the call for the negative condition at a scale of 1. They skip no call if the function
-returns one scale per sample [B].
+In `classifier_free`, `autoguidance` and `classifier`, the scale may be a function of time. These three wrappers skip
+some unnecessary network calls, such as the call for the negative condition at a scale of 1. They skip no call if the
+function returns one scale per sample [B].
 """
 
 import math
@@ -52,8 +52,8 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: float = 1.0) -> Denoise:
   """Clip each sample at a percentile of its absolute values, and rescale it (Saharia et al. 2022, section 2.3).
 
-  The sample is clipped to [-s, s], where s is the percentile of the sample's |x_0|, but at least `data_max`. The clipped
-  sample is multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
+  The sample is clipped to [-s, s], where s is the percentile of the sample's |x_0|, but at least `data_max`. The
+  clipped sample is multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
 
   Args:
     denoise: the denoiser.
@@ -129,8 +129,9 @@ def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree,
   """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
   The estimate of the data is u + scale (c - u), where c is the estimate with `condition` and u the estimate with
-  `negative`. The noise is derived from u. Separate estimates for data and noise work only with the rules `ddim`, `euler`
-  and `euler_ancestral` of `sampling`, and with `deis` and `dpm_solver` if their order is 1. Other rules raise an error.
+  `negative`. The noise is derived from u. Separate estimates for data and noise work only with the rules `ddim`,
+  `euler` and `euler_ancestral` of `sampling`, and with `deis` and `dpm_solver` if their order is 1. Other rules raise
+  an error.
 
   Args:
     conditional: the conditional model, as in `classifier_free`.

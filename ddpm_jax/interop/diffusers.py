@@ -72,11 +72,11 @@ def load(
   """Load a model that diffusers or `save` wrote.
 
   The model has the condition that its U-Net embeds, if there is one: "classes", "level" (one number, if the U-Net's
-  class_embed_type is "timestep") or "vector" (if class_embed_type is "identity"). If the U-Net takes more input channels
-  than x has, the model also has the condition "hint", an image. The sampling defaults come from the scheduler. A latent
-  model also has the codec of its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set other
-  options of the codec, replace `model.codec` with the result of `read_codec`. For the models of text pipelines, see
-  `stable_diffusion`.
+  class_embed_type is "timestep") or "vector" (if class_embed_type is "identity"). If the U-Net takes more input
+  channels than x has, the model also has the condition "hint", an image. The sampling defaults come from the scheduler.
+  A latent model also has the codec of its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set
+  other options of the codec, replace `model.codec` with the result of `read_codec`. For the models of text pipelines,
+  see `stable_diffusion`.
 
   Args:
     path: the folder of a pipeline, with unet/, scheduler/ and, for a latent model, an AutoencoderKL in vqvae/ or vae/.

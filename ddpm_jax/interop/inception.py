@@ -1,7 +1,7 @@
 """Load the weights of the Inception network that FID uses.
 
-The weights are in a PyTorch file, a port of TensorFlow's graph of 2015, or in a safetensors file that `convert` made from
-the PyTorch file.
+The weights are in a PyTorch file, ported from TensorFlow's graph of 2015, or in a safetensors file that `convert` made
+from the PyTorch file.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeight
       other weights do not give FID.
 
   Raises:
-    ValueError: if the file is missing or damaged, its SHA-256 does not begin with `sha256_prefix`, or PyTorch is needed but
-      not installed.
+    ValueError: if the file is missing or damaged, if the SHA-256 does not begin with `sha256_prefix`, or if PyTorch is
+      necessary but not installed.
   """
   raw, sha256 = _read_checked(path, sha256_prefix)
   return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))

@@ -33,9 +33,9 @@ def save(
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  A model that was read from a folder keeps the scheduler of that folder, if the scheduler agrees with the model and with
-  the arguments of this function. All other models get a DDPMScheduler or, for latent models without learned variance, a
-  DDIMScheduler.
+  A model that was read from a folder keeps the scheduler of that folder, if the scheduler agrees with the model and
+  with the arguments of this function. All other models get a DDPMScheduler or, for latent models without learned
+  variance, a DDIMScheduler.
 
   DDPMPipeline and DDIMPipeline can open every saved pixel model, but they cannot sample from every model: both pass no
   condition to a network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent
@@ -53,10 +53,10 @@ def save(
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
-      "learned", even if this argument differs. None selects the variance of the scheduler that the model was read
-      with, or "large" without such a scheduler.
-    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace". None selects the
-      grid of the scheduler that the model was read with, or "trailing" without such a scheduler.
+      "learned", even if this argument differs. None keeps the variance of the scheduler that the model was read
+      with, and selects "large" for a new scheduler.
+    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace". None keeps the
+      grid of the scheduler that the model was read with, and selects "trailing" for a new scheduler.
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
     frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.

@@ -100,9 +100,9 @@ def _find(betas: np.ndarray) -> tuple[str | None, tuple[float, float], bool]:
   """Find diffusers' schedule that has a table of betas.
 
   Returns:
-    Three values: diffusers' name of the schedule, or None if no schedule has these betas; the first and the last beta of
-    the schedule before rescaling, or diffusers' defaults if the name is None; and whether the betas were rescaled to
-    zero terminal SNR.
+    diffusers' name for the schedule, or None if no schedule has these betas.
+    The first and the last beta of the schedule before rescaling, or diffusers' defaults if the name is None.
+    Whether the betas were rescaled to zero terminal SNR.
   """
   n, ends = len(betas), (float(f"{betas[0]:.12g}"), float(f"{betas[-1]:.12g}"))
   for schedule in _SCHEDULES:
