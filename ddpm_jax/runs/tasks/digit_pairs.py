@@ -23,8 +23,9 @@ class Scorer(scoring.Scorer):
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
     """Return the share of images that show the digits of their captions in the right order, as "agreement".
 
-    The shares of samples and of real held-out images are separate. Each has one share for pairs of digits that occur in
-    the training data, and one for other pairs. A share of real images is below 1 only if the classifier makes errors.
+    Samples and real held-out images have separate shares. Each share is computed once for the pairs of digits that
+    occur in the training data, and once for all other pairs. A share of real images is below 1 only if the classifier
+    makes errors.
     """
     classifier, held_out = self._classifier(), self._run.held_out
     report = {"samples": _agreement(classifier, samples, inputs["text"])}
