@@ -147,21 +147,22 @@ def train_step(
     objective: the objective to minimize, such as `losses.denoising(apply, process, prediction)`.
     optimizer: the optimizer chain for the model's parameters, or for `{"model": ..., "extra": ...}` if the objective
       has extra parameters (see `optim.chain`).
-    encode: `encode(frozen, keys, batch) -> batch` converts data to the inputs of the objective: `x`, and `given`, a dict
-      of the network's conditions. `keys` [B] has one random key for each sample. The conversion runs before the loss,
-      and is part of neither the gradient nor `distribute`.
+    encode: `encode(frozen, keys, batch) -> batch` converts data to the inputs of the objective: `x`, and `given`, a
+      dict of the network's conditions. `keys` [B] has one random key for each sample. The conversion runs before the
+      gradient function that `distribute` decorates, so its gradient is not computed.
     accumulate: the number of parts into which each device's shard is split, to save memory. The parts are processed
       one after the other, and their gradients are averaged.
     unroll: whether to unroll the loop over these parts. On a CPU, gradients of convolutions take many times as long
       inside a loop as outside.
-    distribute: under `jit`, a decorator that makes the gradient function run on all devices, such as
+    distribute: under `jit`, a decorator that makes the function of the loss's gradient run on all devices, such as
       `parallel.shard_gradient(mesh)`.
     axis_name: under `pmap`, the mapped axis over which gradients are averaged; None under `jit`.
 
   Returns:
     The state after the step, and the metrics: `loss` and `grad_norm` (the norm of all gradients together, before
-    clipping) as float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps (`optim.skip_nonfinite`); and the
-    metrics of `objective.summarize`. A skipped step changes only the step number and the counts of skipped steps.
+    clipping) as float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps
+    (`optim.skip_nonfinite`); and the metrics of `objective.summarize`. A skipped step changes only the step number and
+    the counts of skipped steps.
 
   Raises:
     ValueError: if the objective's frozen parameters are missing, or the structure, a shape or a type in the
