@@ -12,7 +12,7 @@ Encode the faces once with --mode=prepare (see docs/latents.md).
 Settings, as in the paper: 274M parameters, 410,000 steps with 48 images each, a learning rate of 9.6e-5, betas from
 0.0015 to 0.0195 whose square roots increase linearly, and no conditions.
 Hardware: one accelerator with 40 GB of memory or more.
-Score: in the paper, FID 5.11 for 50,000 samples with 500 steps of DDIM. Not yet reproduced with this code.
+Score: in the paper, FID 5.11 for 50,000 samples with 500 steps of DDIM. This recipe has not been run.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -38,7 +38,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any]:
   """Write scores to eval.json atomically, with the software versions and the device that produced them.
 
-  If the same scores are written again, only the value of "times" differs: the date and the duration of the evaluation.
+  The files of identical runs differ only in the value of "times", which is the date and the duration of the evaluation.
 
   Args:
     folder: the run's folder.
