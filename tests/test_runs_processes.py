@@ -170,7 +170,7 @@ def get_config():
 def terminated(folder, patch, **kwargs):
   """Start two processes.
 
-  The first process sends itself SIGTERM when it calls the patched function.
+  `patch` replaces a function. When the first process calls this function, the process sends SIGTERM to itself.
   """
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))
