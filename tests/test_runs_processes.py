@@ -170,7 +170,7 @@ def get_config():
 def terminated(folder, patch, **kwargs):
   """Start two processes.
 
-  `patch` replaces a function. When the first process calls this function, the process sends SIGTERM to itself.
+  `patch` replaces a function by a version that makes the first process send SIGTERM to itself.
   """
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))
