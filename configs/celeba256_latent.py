@@ -1,4 +1,4 @@
-"""Train a latent diffusion model on faces at 256x256, LDM-4 of Rombach et al. 2022 (table 12).
+"""Train LDM-4, a latent diffusion model, on faces at 256x256 (Rombach et al. 2022, table 12).
 
 python -m ddpm_jax.main --config=configs/celeba256_latent.py --workdir=/tmp/celeba256_latent \
   --config.data.source.path=<folder> --config.model.codec.path=<autoencoder>
@@ -9,10 +9,10 @@ To train an autoencoder with the paper's codebook, use configs/imagenet256_autoe
 --config.model.network.bottleneck=vq --config.model.network.num_codes=8192.
 Encode the faces once with --mode=prepare (see docs/latents.md).
 
-The settings are those of the paper: 274M parameters, batch 48, 410,000 steps, a learning rate of 9.6e-5, betas that are
-linear in their square roots from 0.0015 to 0.0195, and no conditions.
-Hardware: one accelerator of 40 GB or more.
-Score: the paper reports FID 5.11 for 50,000 samples with 500 steps of DDIM. This recipe was not run here.
+Settings, as in the paper: 274M parameters, 410,000 steps with 48 images each, a learning rate of 9.6e-5, betas from
+0.0015 to 0.0195 whose square roots increase linearly, and no conditions.
+Hardware: one accelerator with 40 GB of memory or more.
+Score: in the paper, FID 5.11 for 50,000 samples with 500 steps of DDIM. This recipe has not been run.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -5,9 +5,9 @@ python -m ddpm_jax.main --mode=prepare --config=configs/celeba64_vp.py
 python -m ddpm_jax.main --config=configs/celeba64_vp.py --workdir=/tmp/celeba64_vp
 
 Network: 78.7M parameters.
-Data: celeb_a of TFDS, 162,770 training images of 178x218. The central 140x140 pixels are resized to 64x64, as in
-score_sde, but with antialiased bicubic instead of bilinear interpolation. The code of DDIM instead crops a square of
-128x128 pixels whose center is a little lower. Scores are comparable only for equal crops.
+Data: the TFDS data set celeb_a, 162,770 training images of 178x218 pixels. The central 140x140 pixels are resized to
+64x64, as in the code of score_sde, but with antialiased bicubic instead of bilinear interpolation. The code of DDIM
+instead crops a square of 128x128 pixels whose center is a little lower. Scores are comparable only for equal crops.
 The decoded training set takes 2 GB. Only sets of at most 1 GiB are decoded once at the start, so here each image is
 decoded every time it is read. To decode images only once, pack them as 64x64 records: add --output=<new folder> to
 --mode=prepare, then train with --config.data.source=packed --config.data.source.path=<new folder>.

@@ -8,7 +8,7 @@ In training, the class of an image is hidden with a probability of 10%. To prepa
 images, see configs/cifar10_vp.py.
 
 Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
-Score: not yet trained in full.
+Score: none yet, because the recipe was not yet trained in full.
 """
 
 from ddpm_jax.config import default_config, spec

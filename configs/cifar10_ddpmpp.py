@@ -2,12 +2,12 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_ddpmpp.py --workdir=/tmp/cifar10_ddpmpp
 
-Network: 55,733,891 parameters. It has the paper's 9 inputs for augmentations. This recipe trains without these
-augmentations, on plain and flipped images, so these 9 inputs are zero.
+Network: 55,733,891 parameters. As in the paper, the network has 9 inputs that describe how an image was augmented. This
+recipe only flips images and uses no other augmentations, so these 9 inputs are zero.
 Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
 Hardware: one GPU or a TPU slice. The paper trained 390,625 steps with 512 images each, 200 million images in total.
-Score: in the paper, FID 1.97 with augmentation and 18 steps of Heun (35 evaluations). Not yet reproduced with this
-code.
+Score: in the paper, FID 1.97 with augmentation and 18 steps of Heun (35 network evaluations). Not yet reproduced with
+this code.
 """
 
 from ddpm_jax.config import default_config, spec

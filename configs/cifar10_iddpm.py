@@ -2,12 +2,12 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_iddpm.py --workdir=/tmp/cifar10_iddpm
 
-Network: 52.5M parameters. The time embedding scales and shifts the features. Attention has 4 heads, at 16x16 and 8x8.
+Network: 52.5M parameters. The time embedding scales and shifts the features. Attention at 16x16 and 8x8 has 4 heads.
 Process: the cosine schedule with 4000 steps.
 Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
 Hardware: one GPU or a TPU slice. The paper trained 500,000 steps with 128 images each.
-Score: in the paper, FID 3.19 of 50,000 samples against the training set, with 4000 steps. Not yet reproduced with this
-code.
+Score: in the paper, FID 3.19 of 50,000 samples against the training set, with 4000 sampling steps. Not yet reproduced
+with this code.
 """
 
 from ddpm_jax.config import default_config, spec

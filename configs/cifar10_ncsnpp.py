@@ -2,13 +2,13 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_ncsnpp.py --workdir=/tmp/cifar10_ncsnpp
 
-Network: 56.4M parameters. It differs from configs/cifar10_ddpmpp.py in three ways: it embeds the noise level with
-Fourier features, resamples with the filter (1, 3, 3, 1), and adds the resized input at every level of the encoder
-(Song et al. 2021, appendix H).
+Network: 56.4M parameters. It differs in three ways from the network of configs/cifar10_ddpmpp.py: it embeds the noise
+level with Fourier features, resamples with the filter (1, 3, 3, 1), and adds the resized input at every level of the
+encoder (Song et al. 2021, appendix H).
 Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
 Hardware: one GPU or a TPU slice. The paper trained 390,625 steps with 512 images each, 200 million images in total.
-Score: in the paper, FID 1.98 with augmentation and 18 steps of Heun (35 evaluations). Not yet reproduced with this
-code.
+Score: in the paper, FID 1.98 with augmentation and 18 steps of Heun (35 network evaluations). Not yet reproduced with
+this code.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -2,7 +2,8 @@
 
 python -m ddpm_jax.main --config=configs/cifar10_sde.py --workdir=/tmp/cifar10_sde
 
-Network: DDPM's, trained on the continuous-time loss. This is "DDPM cont. (VP)" in table 2 of the paper.
+Network: as in configs/cifar10_vp.py, but trained with the continuous-time loss. Table 2 of the paper calls this model
+"DDPM cont. (VP)".
 Data: as in configs/cifar10_vp.py, prepared once with --mode=prepare.
 Hardware: one GPU or a TPU slice. On a CPU a step takes a minute.
 Score: in the paper, FID 3.69 with the probability-flow sampler. Not yet reproduced with this code.

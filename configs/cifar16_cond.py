@@ -1,10 +1,10 @@
-"""Train the base model of a color cascade, a class-conditional DDPM on CIFAR-10 at 16x16 (Ho et al. 2022).
+"""Train a class-conditional DDPM on CIFAR-10 at 16x16, the base model of a cascade (Ho et al. 2022).
 
 python -m ddpm_jax.main --config=configs/cifar16_cond.py --workdir=/tmp/cifar16_cond --config.data.source.path=<folder>
 
 The folder has train/<class>/ and test/<class>/ with the images of CIFAR-10. To read CIFAR-10 from TFDS instead, prepare
-it as in configs/cifar10_vp.py and add --config.data.source=tfds. `configs/cifar_superres.py` enlarges the samples to
-32x32.
+it as in configs/cifar10_vp.py and add --config.data.source=tfds. The model of configs/cifar_superres.py enlarges the
+samples to 32x32.
 
 Hardware: 2 CPU cores for a first look. For good pictures use a GPU, with more --config.training.steps and
 --config.model.network.channels.

@@ -3,7 +3,7 @@
 python -m ddpm_jax.main --config=configs/emoji_autoencoder.py --workdir=/tmp/emoji_autoencoder \
   --config.data.source.path=<folder>
 
-Data: a folder with train/ and test/. `experiments/emoji.py` makes one with 1,599 emoji on white.
+Data: a folder with train/ and test/. `experiments/emoji.py` makes such a folder with 1,599 emoji on a white background.
 Hardware: 2 CPU cores. Time: 16 minutes, including compilation and scoring.
 Score: for the 199 emoji of test/, PSNR 31.5 dB, SSIM 0.93.
 """

@@ -1,4 +1,4 @@
-"""Train a DDPM on the latents of 64x64 emoji, conditional on the emoji's group (Rombach et al. 2022).
+"""Train a DDPM on the latents of 64x64 emoji, conditional on each emoji's group (Rombach et al. 2022).
 
 python experiments/emoji.py --packages=<packages> --output=<folder>
 python -m ddpm_jax.main --config=configs/emoji_autoencoder.py --workdir=/tmp/emoji_autoencoder \
@@ -13,9 +13,9 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_latent --num_samples=
 Data: 1,400 emoji to train on and 199 held out (see docs/data.md). The class of an emoji is its group, numbered in
 alphabetical order: activities, animals-nature, food-drink, objects, people-body, smileys-emotion, symbols and
 travel-places.
-Hardware: 2 CPU cores. Time: 40 minutes without the autoencoder, while other programs ran on the same cores. Alone, a
-step takes 0.22 seconds, and all take 30 minutes.
-Score: for 199 samples in pixel space, precision 0.91 (real training images 0.77), recall 0.59 (0.78).
+Hardware: 2 CPU cores. Time: 40 minutes without the autoencoder, while other programs ran on the same cores. Without
+other programs, a step takes 0.22 seconds, and the training takes 30 minutes.
+Score: for 199 samples in pixel space, precision 0.91 and recall 0.59 (real training images: 0.77 and 0.78).
 """
 
 from ddpm_jax.config import default_config, spec

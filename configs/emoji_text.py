@@ -11,11 +11,11 @@ python -m ddpm_jax.main --config=configs/emoji_text.py --workdir=/tmp/emoji_text
   --config.model.conditions.text.path=<folder of all-MiniLM-L6-v2> --config.data.latents=/tmp/emoji_text_latents
 python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_text --prompt="red apple" --prompt="fox" --num_samples=64
 
-Data: 1,400 emoji to train on and 199 held out (see docs/data.md), with their names as captions. The prepared folder
-holds the states of the captions too, so training does not run the text encoder.
-Hardware: 2 CPU cores. Time: about 20 minutes of training at 0.3 seconds a step, after 16 minutes for the autoencoder.
-Score (real images in parentheses): for 199 samples of held-out captions, precision in pixel space 0.78 (0.77) and
-recall 0.84 (0.78). Pictures: docs/text.md.
+Data: 1,400 emoji to train on and 199 held out (see docs/data.md), with their names as captions. The folder that
+--mode=prepare writes also contains the text encoder's output for each caption, so training does not run the text
+encoder. Hardware: 2 CPU cores. Time: about 20 minutes of training at 0.3 seconds a step, after 16 minutes for the
+autoencoder. Score (real images in parentheses): for 199 samples of held-out captions, precision in pixel space 0.78
+(0.77) and recall 0.84 (0.78). Pictures: docs/text.md.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -4,15 +4,15 @@ python -m ddpm_jax.main --config=configs/folder.py --workdir=/tmp/folder --confi
 
 The model has the cosine schedule and v-prediction. The folder may have subfolders of any depth. Images are resized and
 cropped to 64x64; set --config.data.image_size for another size. If the folder has train/ and test/, the images in test/
-are held out for evaluation. Otherwise a tenth of the images is held out, at most 500. To hold out another number, set
---config.data.hold_out=<count>; 0 holds out no images and disables scores.
-A large folder is best decoded once into records:
+are held out for evaluation. Otherwise a tenth of all images is held out, but at most 500. To choose the number of
+held-out images, set --config.data.hold_out=<count>; 0 holds out no images and disables scores.
+For a large folder, it is faster to decode all images once into records:
 python -m ddpm_jax.main --mode=prepare --config=configs/folder.py \
   --config.data.source.path=<folder> --output=<new folder>
 Then train with --config.data.source=packed --config.data.source.path=<new folder>.
 
 Hardware: one GPU. On a CPU a step takes seconds; try --config.data.image_size=16 --config.model.network.channels=32.
-Score: depends on the folder. The run prints it next to its floor.
+Score: depends on the folder. The run prints the score of its samples and the score of real images (the floor).
 """
 
 from ddpm_jax.config import default_config, spec

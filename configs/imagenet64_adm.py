@@ -7,15 +7,15 @@ python -m ddpm_jax.main --config=configs/imagenet64_adm.py --workdir=/tmp/imagen
 
 Network: 296M parameters. The network computes in bfloat16. The backward pass recomputes activations to save memory
 (model.network.remat).
-Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. Images are halved
-repeatedly with box filters, then resized with bicubic interpolation and cropped, as in the paper's code
-(data.resize=adm). Packed images take 14 GB, and training decodes no JPEG. Training also works on the folder itself,
-but only as fast as the host decodes JPEG.
+Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. As in the paper's code, box
+filters repeatedly halve the size of an image, which is then resized with bicubic interpolation and cropped
+(data.resize=adm). The packed images take 14 GB, and training on them decodes no JPEG. Training also works on the
+original folder, but only as fast as the host decodes JPEG.
 To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into the folder
 downloads/manual of TFDS. In both commands, replace --output and all --config.data.source flags by
 --config.data.source="tfds(name='imagenet2012', eval_split='validation')".
 For the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
-Hardware: a TPU slice or 8 GPUs. The paper trained 540,000 steps with 2048 images each.
+Hardware: a TPU slice or 8 GPUs. The paper trained for 540,000 steps with 2048 images per step.
 Score: in the paper, FID 2.07 without guidance, for 50,000 samples with 250 steps. Not yet reproduced with this code.
 """
 

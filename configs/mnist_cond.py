@@ -6,9 +6,9 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/mnist_cond --num_samples=10
 
 Data: 5,000 digits. In training, the class of an image is hidden with a probability of 10%.
 Hardware: 2 CPU cores. Time: about 20 minutes if nothing else runs on the cores (31 minutes of CPU time), and 44 minutes
-if other runs train on them.
+if other runs train on the same cores.
 Score (real images in parentheses): Frechet distance in pixel space 24.7 (22.9), precision 0.97 (0.96), recall 0.89
-(0.95), for 500 samples with 50 steps of DDIM. docs/guidance.md tells how often samples show the requested class.
+(0.95), for 500 samples with 50 steps of DDIM. docs/guidance.md reports how often samples show the requested class.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -1,4 +1,7 @@
-"""Define Gaussian distributions with a diagonal covariance, the posteriors of autoencoders."""
+"""Define Gaussian distributions with a diagonal covariance.
+
+The posterior of an autoencoder with the bottleneck "kl" is such a distribution.
+"""
 
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ class DiagonalGaussian(NamedTuple):
   log_variance: Array
 
   def sample(self, keys: Array) -> Array:
-    """Draw a sample [B, ...] with one key, or with a key for each sample [B]."""
+    """Draw B samples [B, ...] from one key, or from keys [B], one for each sample."""
     return self.mean + jnp.exp(0.5 * self.log_variance) * randomness.normal(keys, self.mean.shape, self.mean.dtype)
 
   def mode(self) -> Array:
@@ -34,16 +37,17 @@ class DiagonalGaussian(NamedTuple):
   def kl(self) -> Array:
     """Return the Kullback-Leibler divergence [B] from a standard normal distribution, in nats.
 
-    It is summed over all values of a sample (Kingma and Welling 2014, appendix B).
+    The divergence of a sample is the sum over all values of the sample (Kingma and Welling 2014, appendix B).
     """
     terms = self.mean**2 + jnp.exp(self.log_variance) - 1 - self.log_variance
     return 0.5 * jnp.sum(terms.reshape(terms.shape[0], -1), axis=-1)
 
 
 def from_moments(moments: Array) -> DiagonalGaussian:
-  """Return the distribution whose mean and log variance share the last axis of `moments` [B, ..., 2C].
+  """Create a distribution from the moments [B, ..., 2C] that an encoder computes.
 
-  The log variance is clipped to `LOG_VARIANCE_RANGE`.
+  On the last axis, `moments` has C means and then C log variances. The log variances are clipped to
+  `LOG_VARIANCE_RANGE`.
   """
   mean, log_variance = jnp.split(moments, 2, axis=-1)
   return DiagonalGaussian(mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE))

@@ -9,8 +9,9 @@ A scale of 0 gives the unconditional model: in `classifier_free` the model with 
 `autoguidance` the weaker model. A scale of 1 gives the conditional model. A scale above 1 strengthens the effect of the
 condition. Only `cfg_plus_plus` has another convention.
 
-A scale may be a function of time. Some wrappers skip a network call that a scale of 0 or 1 makes unnecessary. They skip
-none if the function returns one scale per sample [B].
+In `classifier_free`, `autoguidance` and `classifier`, the scale may be a function of time. These three wrappers skip
+some unnecessary network calls, such as the call for the negative condition at a scale of 1. They skip no call if the
+function returns one scale per sample [B].
 """
 
 import math
@@ -51,8 +52,8 @@ def clip(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
 def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: float = 1.0) -> Denoise:
   """Clip each sample at a percentile of its absolute values, and rescale it (Saharia et al. 2022, section 2.3).
 
-  The range is [-s, s]. Here s is the percentile of the sample's |x_0|, but at least `data_max`. The clipped sample is
-  multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
+  The sample is clipped to [-s, s], where s is the percentile of the sample's |x_0|, but at least `data_max`. The
+  clipped sample is multiplied by data_max / s. Samples within the data's range therefore stay unchanged.
 
   Args:
     denoise: the denoiser.
@@ -89,15 +90,15 @@ def classifier_free(
   Args:
     conditional: `conditional(x_t, t, condition) -> x_0 estimate`.
     condition: the condition to guide toward, arrays [B, ...].
-    negative: the condition to guide away from, with the structure and shapes of `condition`. With the null class, u is
-      the unconditional estimate. A class to avoid is also possible.
+    negative: the condition to guide away from. It has the same structure and shapes as `condition`. Pass the null class
+      to make u the unconditional estimate, or pass a class that the samples should avoid.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
     rescale: how far to rescale each sample's guided estimate to the standard deviation of c, from 0 (not at all) to 1
       (fully). It has no effect at a constant scale of 0. Source: Lin et al. 2024, equations 15 and 16, applied to x_0.
 
   Raises:
     ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions are not
-      arrays of equal shapes. The returned function raises it if the conditions do not match the batch. It checks this
+      arrays of equal shapes. The returned function raises a ValueError if the conditions do not match the batch, but
       only in calls that compute both c and u.
   """
   _check_scale(scale)
@@ -127,14 +128,15 @@ def classifier_free(
 def cfg_plus_plus(conditional: Conditional, condition: PyTree, negative: PyTree, scale: float = 0.6) -> Denoise:
   """Apply CFG++ guidance (Chung et al. 2024, algorithm 2).
 
-  The estimate of the data interpolates between the estimates with the two conditions. The noise is derived from the
-  estimate with the negative condition. Separate estimates for data and noise work only with the rules `ddim`, `euler`
-  and `euler_ancestral` of `sampling`, and with `deis` and `dpm_solver` if their order is 1. Other rules raise an error.
+  The estimate of the data is u + scale (c - u), where c is the estimate with `condition` and u the estimate with
+  `negative`. The noise is derived from u. Separate estimates for data and noise work only with the rules `ddim`,
+  `euler` and `euler_ancestral` of `sampling`, and with `deis` and `dpm_solver` if their order is 1. Other rules raise
+  an error.
 
   Args:
     conditional: the conditional model, as in `classifier_free`.
     condition: the condition to guide toward.
-    negative: the condition to guide away from. The noise is derived from the estimate with this condition.
+    negative: the condition to guide away from.
     scale: the paper's lambda in [0, 1]. A value of 0.6 corresponds to a scale of 7.5 to 9 in `classifier_free`.
 
   Raises:
@@ -166,16 +168,16 @@ def two_conditions(
 ) -> Denoise:
   """Apply guidance with a scale for each of two conditions (Brooks et al. 2023, equation 3).
 
-  The estimate is u + partial_scale (p - u) + scale (c - p), for the estimates c, p and u with `condition`, `partial`
-  and `negative`. One call with a tripled batch computes all three. A learned variance comes from c.
+  The guided estimate is u + partial_scale (p - u) + scale (c - p). Here c is the estimate with `condition`, p with
+  `partial` and u with `negative`. One call with a tripled batch computes all three. A learned variance comes from c.
 
   Args:
     conditional: the conditional model, as in `classifier_free`.
-    condition: both conditions, such as an instruction and the image to edit.
-    partial: the same, with the null value of the condition that `scale` strengthens, such as the instruction.
-    negative: the same, with the null values of both.
-    scale: the scale of the condition that `partial` lacks.
-    partial_scale: the scale of the other condition.
+    condition: the first and the second condition, such as an instruction and the image to edit.
+    partial: the null value of the first condition, and the second condition.
+    negative: the null values of the first and of the second condition.
+    scale: the scale of the first condition.
+    partial_scale: the scale of the second condition.
 
   Raises:
     ValueError: if a scale is negative or not finite. Errors for the conditions are the same as in `classifier_free`.
@@ -200,7 +202,7 @@ def autoguidance(denoise: Denoise, weak: Denoise, scale: Scale = 2.0) -> Denoise
   The weaker model is smaller, or was trained for fewer steps.
 
   Args:
-    denoise: the model. It also gives the learned variance, unless only `weak` is called.
+    denoise: the model to guide. A learned variance comes from this model, or from `weak` if only `weak` is called.
     weak: the weaker model, for the same data and condition.
     scale: 1 for no guidance, and then only `denoise` is called. At a constant scale of 0 only `weak` is called. The
       scale may be a function of time.
@@ -227,10 +229,10 @@ def classifier(
   `scale sigma^2 / alpha` times the gradient to the estimate of x_0. For an unconditional model and the exact
   p(y | x_t), a scale of 1 gives the conditional model. A learned variance stays unchanged.
 
-  With `sampling.ancestral` the result differs from the paper's algorithm 1. Algorithm 1 moves the mean of a step by
-  `scale` times the variance of its noise times the gradient. This function moves the mean by
-  `scale (alpha_s / alpha_t) step_variance(t, s)` times the gradient, for any variance of the noise. The ratio of this
-  move to the move of algorithm 1 is alpha_s / alpha_t with variance="large", and
+  With `sampling.ancestral`, guidance of a step from t to s differs from the paper's algorithm 1. Algorithm 1 moves the
+  mean of x_s by the gradient times `scale` times the variance of the step's noise. This function moves the mean by the
+  gradient times `scale (alpha_s / alpha_t) process.step_variance(t, s)`, whichever variance the step's noise has. The
+  ratio of this move to the move of algorithm 1 is alpha_s / alpha_t with variance="large", and
   (alpha_s / alpha_t) (sigma_t / sigma_s)^2 with variance="small".
 
   Args:
@@ -241,8 +243,8 @@ def classifier(
     scale: 0 for no guidance, and then `log_prob` is not called. It may be a function of time.
 
   Raises:
-    ValueError: if the scale is negative or not finite. The returned function raises it if the shape of `log_prob`'s
-      result is not [B].
+    ValueError: if the scale is negative or not finite. The returned function raises a ValueError if the shape of
+      `log_prob`'s result is not [B].
   """
   _check_scale(scale)
   if not callable(scale) and scale == 0:
@@ -335,8 +337,8 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
 def _branches(conditional: Conditional, x_t: Array, t, *conditions: PyTree) -> list[Any]:
   """Compute the estimates with several conditions in one call.
 
-  The rows of a sample are adjacent in the larger batch. If the batch is sharded over devices, each sample
-  therefore stays on its device.
+  The batch of this call has one row for each sample and condition. The rows for one sample are adjacent, so each sample
+  stays on its device if the batch is sharded over devices.
   """
   for leaf in jax.tree.leaves(conditions):
     if jnp.shape(leaf)[:1] != x_t.shape[:1]:
@@ -360,10 +362,10 @@ def _interpolate(u: Array, c: Array, w) -> Array:
 
 
 def _with_scale(guide: Callable[[Array, Array, Any], Any], toward: Denoise, against: Denoise, scale: Scale) -> Denoise:
-  """Return a denoiser that calls `guide(x_t, t, w)`, except where one branch is enough.
+  """Return a denoiser that calls `guide(x_t, t, w)` with the scale w at time t.
 
-  With one scale for the entire batch, it calls only `toward` at a scale of 1, and only `against` at a constant scale of
-  0.
+  If the scale is 1 for the entire batch, the denoiser calls only `toward` instead. If the scale is the constant 0, the
+  denoiser is `against`.
   """
   if not callable(scale):
     if scale in (0, 1):

@@ -1,4 +1,4 @@
-"""Run the command line, `ddpm-jax --config=digits_vp --workdir=<folder>` or `python -m ddpm_jax`."""
+"""Run the program `ddpm-jax` (or `python -m ddpm_jax`), as in `ddpm-jax --config=digits_vp --workdir=<folder>`."""
 
 import logging as standard_logging
 import os
@@ -11,7 +11,7 @@ from ddpm_jax.devices import heap, interrupts
 
 
 def main() -> None:
-  """Run the command that the command line names.
+  """Run the command that the arguments of the program select.
 
   Raises:
     SystemExit: with code 1 after a program error, 2 after an input error, and 128 plus the signal number after a

@@ -21,8 +21,8 @@ class Denoised(NamedTuple):
     fraction: the learned variance of the reverse step as a fraction [B, ...]. 0 is the variance of the posterior, and 1
       is the variance of the forward step. A fraction between 0 and 1 interpolates the logarithms of these variances.
       None if the variance is not learned.
-    unguided: a second estimate of the data [B, ...], for the derivation of the noise (CFG++). None if the noise is
-      derived from `x_0`.
+    unguided: a second estimate of the data [B, ...], from which CFG++ derives the noise. None if the noise is derived
+      from `x_0`.
   """
 
   x_0: Array
@@ -253,12 +253,12 @@ def denoiser(
 
   Returns:
     `denoise(x_t, t)` for `x_t` [B, ...] and `t` a scalar or [B]. The result has the shape and dtype of `x_t`. If the
-    prediction has a learned variance, the result is a `Denoised`. With variance="learned", `sampling.ancestral` and the
-    variational bound use its `fraction`.
+    prediction has a learned variance, the result is a `Denoised`. The sampler `ancestral` and the variational bound use
+    the `fraction` of this result if their argument `variance` is "learned".
 
   Raises:
-    ValueError: if the prediction does not determine x_0 at the process's t_max. The returned function raises it if the
-      shape of the network's output does not match `x_t`.
+    ValueError: if the prediction does not determine x_0 at the process's t_max. The returned function raises a
+      ValueError if the shape of the network's output does not match `x_t`.
   """
   check_prediction(process, prediction)
 

@@ -77,8 +77,8 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: a small time above 0. The grids `log_snr` and `karras` use it as the last time before 0, unless another is
-      passed to them. `losses.log_normal` and `losses.logit_normal` sample no smaller time.
+    t_min: a small time above 0. It is the last time before 0 in the grids `log_snr` and `karras`, unless they are
+      called with another `t_min`. `losses.log_normal` and `losses.logit_normal` sample no times below `t_min`.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """
@@ -97,9 +97,9 @@ class Process(NamedTuple):
   def time_of(self, log_snr) -> Array:
     """Return the time [] or [B] in [0, t_max] with a given log-SNR.
 
-    The log-SNR decreases with time. A value outside its range gives the nearest end, 0 or t_max. The method evaluates
-    `alpha` and `sigma` to search for the time. The result is accurate to 1e-11 t_max or to float precision,
-    whichever is coarser, and differentiable in `log_snr`.
+    The log-SNR decreases with time. For a log-SNR above the value at t = 0, the result is 0. For a log-SNR below the
+    value at t_max, the result is t_max. The method evaluates `alpha` and `sigma` to search for the time. The result is
+    accurate to 1e-11 t_max or to float precision, whichever is coarser, and differentiable in `log_snr`.
     """
     log_snr = as_time(log_snr)
     # Each round divides the interval into _SECTIONS sections and keeps one. A few wide operations replace a long loop.
@@ -173,16 +173,16 @@ class Process(NamedTuple):
     return (from_x_t * state + from_x_0 * data).astype(x_t.dtype), sigma_s**2 * added
 
   def step_variance(self, t, s) -> Array:
-    """Return the variance of q(x_t | x_s), the noise that the forward process adds from s to t > s.
+    """Return the variance of the noise that the forward process adds from s to t > s.
 
-    For neighboring steps of a discrete process it is beta_n.
+    This is the variance of q(x_t | x_s). From step n - 1 to step n of a discrete process, it is beta_n.
     """
     return self.sigma(t) ** 2 * self.added_share(t, s)
 
   def prior(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """Sample the prior N(0, sigma(t_max)^2), the start of sampling, with one key, or with one key per sample.
+    """Sample from the prior N(0, sigma(t_max)^2) with one key, or with one key per sample.
 
-    The result has the shape `shape` [B, ...].
+    Sampling starts from this noise. The result has the shape `shape` [B, ...].
     """
     noise = randomness.normal(key, shape, dtype)
     sigma, noise = widen(self.sigma(as_time(self.t_max)), noise)
@@ -342,7 +342,7 @@ def discrete(betas: schedules.Betas, interpolation: str = "cubic") -> Process:
 
   Raises:
     ValueError: if the betas are not a one-dimensional table of 1 to 2^24 numbers, or if a beta is outside (0, 1). The
-      last of several betas may be 1. Also if `interpolation` has another value.
+      last of several betas may be 1. Also if `interpolation` is not "cubic", "linear" or "log_linear".
   """
   if interpolation not in ("cubic", "linear", "log_linear"):
     raise ValueError(f"Got interpolation={interpolation!r}; expected 'cubic', 'linear' or 'log_linear'.")

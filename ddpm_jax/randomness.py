@@ -52,7 +52,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arr
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-  """Sample uniform numbers in [0, 1) of `shape` [B, ...] from one key, or from one key per sample [B].
+  """Sample an array of `shape` [B, ...], uniform in [0, 1), from one key, or from one key per sample [B].
 
   Errors are the same as in `normal`.
   """
@@ -60,7 +60,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Ar
 
 
 def rademacher(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-  """Sample signs, -1 or 1, of `shape` [B, ...] from one key, or from one key per sample [B].
+  """Sample an array of `shape` [B, ...] with signs -1 or 1 from one key, or from one key per sample [B].
 
   Errors are the same as in `normal`.
   """

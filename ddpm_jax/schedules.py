@@ -34,12 +34,13 @@ def scaled_linear(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: 
   The name is from diffusers.
 
   Raises:
-    ValueError: unless 1 <= num_steps <= 2^24, or if `beta_start` or `beta_end` is negative.
+    ValueError: if `num_steps` is outside [1, 2^24], or if `beta_start` or `beta_end` is negative.
   """
   check_steps(num_steps)
   if not (beta_start >= 0 and beta_end >= 0):
     raise ValueError(
-      f"Got beta_start={beta_start}, beta_end={beta_end}; expected both at least 0, as in scaled_linear(1000, 0.00085, 0.012)."
+      f"Got beta_start={beta_start}, beta_end={beta_end}; expected both at least 0, as in scaled_linear(1000,"
+      " 0.00085, 0.012)."
     )
   return np.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=np.float64) ** 2
 
@@ -53,7 +54,7 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     max_beta: the upper limit of every beta. A limit near 1 affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
-    ValueError: unless 1 <= num_steps <= 2^24, or if the offset is negative or not finite.
+    ValueError: if `num_steps` is outside [1, 2^24], or if `offset` is negative or not finite.
   """
   check_steps(num_steps)
   if not 0 <= offset < np.inf:
@@ -68,14 +69,15 @@ def sigmoid(
 ) -> np.ndarray:
   """Return betas [num_steps] so that alpha_bar follows a sigmoid from 1 to 0 (Jabri et al. 2023, appendix B).
 
-  The paper calls this schedule `sigmoid_schedule`. It is
-  alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)), with S(x) = 1 / (1 + exp(-x / tau)).
+  The paper calls this schedule `sigmoid_schedule`. Its formula is
+  alpha_bar(t) = (S(end) - S(start + t (end - start))) / (S(end) - S(start)), where S(x) = 1 / (1 + exp(-x / tau)) and
+  t = n / N at step n.
 
   Args:
     num_steps: the number N of diffusion steps.
     start: the position of t = 0 on the sigmoid.
     end: the position of t = 1 on the sigmoid.
-    tau: the temperature. A lower temperature makes the middle steeper.
+    tau: the temperature. A lower temperature makes alpha_bar steeper in the middle.
     max_beta: the upper limit of every beta. A limit near 1 affects only the last steps, where alpha_bar goes to 0.
 
   Raises:
@@ -94,8 +96,9 @@ def sigmoid(
 def zero_terminal_snr(betas: Betas) -> np.ndarray:
   """Rescale betas [N] so that no data is left at step N and the last beta is 1 (Lin et al. 2024, algorithm 1).
 
-  The function shifts sqrt(alpha_bar) to end at 0, and scales it to keep its first value. A model with the rescaled
-  betas must predict V, X0, VELOCITY or `edm`, because EPS and SCORE do not determine the data at step N.
+  The function shifts sqrt(alpha_bar) so that its last value is 0, and then scales it so that its first value is the
+  same as before. A model with the rescaled betas must use the prediction V, X0, VELOCITY or `edm` (see `predictions`),
+  because EPS and SCORE do not determine the data at step N.
 
   Raises:
     ValueError: if the betas are not a one-dimensional table of at least 2 numbers, or a beta is outside (0, 1).
@@ -114,12 +117,13 @@ def as_table(betas) -> np.ndarray:
   """Convert betas to a float64 array.
 
   Raises:
-    ValueError: if the betas are not numbers, for example a schedule that was not called.
+    ValueError: if the betas are not numbers, for example if they are a schedule's function and not its result.
   """
   if callable(betas) or isinstance(betas, str):
     description = f"the function {getattr(betas, '__name__', betas)}" if callable(betas) else repr(betas)
     raise ValueError(
-      f"Got {description} as betas; expected a table of numbers. Pass the result of a schedule, such as schedules.linear(1000)."
+      f"Got {description} as betas; expected a table of numbers. Pass the result of a schedule, such as"
+      " schedules.linear(1000)."
     )
   return np.asarray(betas, np.float64)
 
@@ -130,6 +134,6 @@ def check_steps(num_steps: int) -> None:
     raise ValueError(f"Got a schedule of {num_steps} steps; expected at least 1.")
   if num_steps > MAX_STEPS:
     raise ValueError(
-      f"Got num_steps={num_steps}; expected at most {MAX_STEPS:,}, because float32 cannot distinguish the times of more steps."
-      f" The tables take at least {_BYTES_PER_STEP * num_steps / 1e9:,.3g} GB."
+      f"Got num_steps={num_steps}; expected at most {MAX_STEPS:,}, because float32 cannot distinguish the times of"
+      f" more steps. The tables take at least {_BYTES_PER_STEP * num_steps / 1e9:,.3g} GB."
     )

@@ -1,9 +1,9 @@
-"""Draw samples of a text model beside the real images of the same captions.
+"""Plot samples of a text model below the real images of the same captions.
 
 python experiments/captions.py --workdir=/tmp/emoji_text --output=/tmp/captions.png
 
-Half of the captions come from the training data, and half from the held-out data, which training has not seen. They
-are chosen at random by --seed, not by hand. Unknown flags, such as --guidance_scale=3, are passed on to
+Half of the captions come from the training data, and half from the held-out data, which training has not seen. The
+captions are chosen at random with --seed, not by hand. Unknown flags, such as --guidance_scale=3, are passed on to
 `python -m ddpm_jax.main --mode=sample`.
 """
 
@@ -23,7 +23,7 @@ TITLES = ("captions of the training data", "held-out captions")
 
 
 def choose(source, count, rng):
-  """Return images and captions of a source, without repeated captions."""
+  """Return random images and their captions from a source, with no caption twice."""
   items = data.read(source, rng.permutation(len(source))[: 4 * count])
   _, first = np.unique(items["text"], return_index=True)
   chosen = np.sort(first)[:count]
@@ -31,7 +31,7 @@ def choose(source, count, rng):
 
 
 def sample(folder, texts, flags):
-  """Return a sample for each text."""
+  """Run `--mode=sample`, and return one sample for each text."""
   with tempfile.TemporaryDirectory() as name:
     prompts = Path(name) / "prompts.txt"
     prompts.write_text("\n".join(texts) + "\n", encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Make a folder of 1,599 captioned emoji, 64x64 RGB on white, for --config=emoji_latent and text-to-image.
+"""Make a folder of 1,599 captioned emoji as 64x64 RGB images on a white background, for the emoji recipes.
 
 npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0 --pack-destination=<packages>
 python experiments/emoji.py --packages=<packages> --output=<folder>
 
-The images are the 3D emoji of Microsoft's Fluent Emoji (MIT), as npm distributes them. The English names, groups and
-tags are those of emojibase (MIT). Flags, skin-tone variants, and components (such as a skin tone without an emoji) are
+The images are the 3D emoji of Microsoft's Fluent Emoji (MIT), as npm distributes them. Their English names, groups and
+tags come from emojibase (MIT). Flags, skin-tone variants, and components (such as a skin tone without an emoji) are
 omitted.
 
 The folder has the layout of Hugging Face's ImageFolder: train/ (1,400) and test/ (199) contain images and a
-metadata.jsonl with `file_name`, `text`, `group` and `tags`. The split is random, and always the same. To train on the
-groups as classes, set --config.data.source.path=<folder> --config.data.fields.classes=group.
+metadata.jsonl with `file_name`, `text`, `group` and `tags`. The split is random with a fixed seed, so it is the same in
+every run. To train on the groups as classes, set --config.data.source.path=<folder> --config.data.fields.classes=group.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHARE = 8
 
 
 def read_package(folder, package, prefixes):
-  """Return the contents of the files in an npm package, by name, for names that start with one of `prefixes`."""
+  """Read an npm package, and return the contents of each file whose name starts with one of `prefixes`."""
   path = folder / f"{package.removeprefix('@').replace('/', '-').replace('@', '-')}.tgz"
   if not path.is_file():
     raise ValueError(
@@ -60,12 +60,12 @@ def read_package(folder, package, prefixes):
 
 
 def key_of(code_points):
-  """Return the name of an emoji: its code points in lower case, without the selector."""
+  """Return the key of an emoji: its code points in lower case, without the variation selector."""
   return "-".join(point for point in code_points.lower().split("-") if point != SELECTOR)
 
 
 def captions_of(package, available):
-  """Return the captions of the emoji that have an image, by key, in the order of Emojibase's data file."""
+  """Return a dict from key to metadata of all emoji with an image, in the order of emojibase's data file."""
   groups = json.loads(package["meta/groups.json"])["groups"]
   captions = {}
   for emoji in json.loads(package["en/data.json"]):
@@ -81,7 +81,7 @@ def captions_of(package, available):
 
 
 def resize(content):
-  """Return an image as a WebP file of SIZE x SIZE pixels on white."""
+  """Resize an image to SIZE x SIZE pixels on a white background, and return the bytes of a WebP file."""
   image = Image.open(io.BytesIO(content)).convert("RGBA")
   white = Image.new("RGBA", image.size, "white")
   white.alpha_composite(image)
@@ -91,7 +91,7 @@ def resize(content):
 
 
 def main(packages, output):
-  """Write the folder."""
+  """Write the folder of images and captions."""
   files.check_new_folder(output)
   assets = read_package(packages, IMAGES, ("assets/",))
   emojibase = read_package(packages, CAPTIONS, ("en/data.json", "meta/groups.json", "LICENSE"))

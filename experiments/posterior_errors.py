@@ -4,8 +4,8 @@ python experiments/posterior_errors.py
 
 The images have 2 by 4 correlated pixels. The measurement is the left half (inpainting) or the mean of each block of 2
 by 2 pixels (super-resolution). The posterior assumes noise of standard deviation 0.02 in the measurement. The table
-lists errors of the mean and covariance of the samples, relative to the errors of the prior: 0 is exact, and 1 is as bad
-as no measurement.
+lists the errors of the samples' mean and covariance. Each error is divided by the same error of the prior: 0 is exact,
+and 1 is as bad as without a measurement.
 """
 
 import jax
@@ -35,7 +35,8 @@ def denoise(x, t):
 def exact_posterior(operator):
   """Return three values: the posterior mean of x_0, its posterior covariance, and the measurement y [1, ...].
 
-  The posterior is that of y = A x_0 + noise. The value of y is A applied to `TRUTH`, without noise.
+  The posterior assumes y = A x_0 + noise, where A is the operator. The value of y is A applied to `TRUTH`, without
+  noise.
   """
   matrix = np.asarray(operator(jnp.eye(8).reshape(8, *SHAPE)), np.float64).reshape(8, -1).T
   y = matrix @ TRUTH.ravel()
@@ -45,9 +46,9 @@ def exact_posterior(operator):
 
 
 def methods(operator, y, inpainting, resamples=(2, 5, 10, 20), jumps=(5,), scales=(0.03, 0.1, 0.3, 1.0)):
-  """Return (sampler, denoise) of each method by name.
+  """Return a dict from each method's name to its pair (sampler, denoiser).
 
-  All step rules have order 2, so their errors are small compared to the errors of the methods.
+  All step rules have order 2, so their discretization errors are small compared to the errors of the methods.
   """
   rule, flow = sampling.dpmpp_sde(PROCESS), sampling.heun(PROCESS)
   image = jnp.asarray(TRUTH, jnp.float32)
@@ -67,7 +68,7 @@ def methods(operator, y, inpainting, resamples=(2, 5, 10, 20), jumps=(5,), scale
 
 
 def errors(sampler, denoiser, mean, covariance, count, times):
-  """Return the errors of the mean and covariance of samples, relative to the errors of the prior."""
+  """Return the errors of the samples' mean and covariance, each divided by the same error of the prior."""
   x = PROCESS.prior(jax.random.key(0), (count, *SHAPE))
   run = jax.jit(lambda x: sampling.sample(jax.random.key(1), sampler, denoiser, x, times))
   samples = np.asarray(run(x), np.float64).reshape(count, 8)

@@ -45,9 +45,10 @@ def start(folder):
 
 
 def unfinished_checkpoints(folder):
-  """Return the unfinished checkpoints, each as its name and inode.
+  """Return the names and inodes of unfinished checkpoints.
 
-  The inode distinguishes a checkpoint in progress from one that an earlier kill interrupted.
+  The inode distinguishes a checkpoint in progress from an older one of the same name, which an earlier kill
+  interrupted.
   """
   unfinished = set()
   for path in folder.glob("checkpoints/*.orbax-checkpoint-tmp*"):
@@ -60,7 +61,8 @@ def kill(folder, rng, while_saving):
   """Start the run and kill it during training.
 
   Returns:
-    "while saving" or "between saves", or None if the run ended before the kill.
+    "while saving" if the kill interrupted a checkpoint, "between saves" if not, and None if the run ended before the
+    kill.
   """
   old, process = unfinished_checkpoints(folder), start(folder)
   latest = max(checkpoint.Checkpoints.steps(folder / "checkpoints"), default=0)

@@ -1,4 +1,4 @@
-"""Measure the errors and paths of every sampler on a two-dimensional mixture with an exact denoiser."""
+"""Measure the errors and paths of every sampler on a two-dimensional Gaussian mixture with an exact denoiser."""
 
 import functools
 import math
@@ -67,10 +67,11 @@ class Entry(NamedTuple):
 
   Attributes:
     make: `make(process) -> Sampler`, or None for the adaptive solver.
-    order: the nominal order; 0 for a sampler without an order.
+    order: the theoretical order of accuracy; 0 for a sampler without an order.
     color: the color in the figures.
-    use: when to use it.
-    model: `model(process, data)` returns the function for the sampler, a denoiser or a consistency function.
+    use: when to use the sampler.
+    model: `model(process, data)` returns the exact function that the sampler calls: a denoiser or a consistency
+      function.
   """
 
   make: Callable | None
@@ -183,7 +184,7 @@ def with_progress(names, title):
 
 
 def starts(process, count):
-  """Return samples of the prior [count, 2], with the first `NUM_PATHS` on a circle so that their paths spread out."""
+  """Return samples [count, 2] of the prior, but place the first `NUM_PATHS` on a circle to spread their paths."""
   angles = 2 * np.pi * (np.arange(NUM_PATHS) + 0.35) / NUM_PATHS
   circle = 1.9 * jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) * process.sigma(process.t_max)
   return process.prior(jax.random.key(0), (count, 2), jnp.asarray(0.0).dtype).at[:NUM_PATHS].set(circle)
@@ -193,7 +194,7 @@ def run_sampler(name, process, states, times, data=DATA):
   """Run a sampler on a grid of K steps and record paths.
 
   Args:
-    name: the sampler.
+    name: the name of the sampler, a key of `ALL`.
     process: the forward process.
     states: exact states [k, B, 2] at the first k times of the grid, for k from 1 to 3. The first state is the start.
       The other states fill the memory of a multistep rule.
@@ -201,7 +202,7 @@ def run_sampler(name, process, states, times, data=DATA):
     data: the mixture.
 
   Returns:
-    The final samples [B, 2] and the paths of the first samples [K + 1, NUM_PATHS, 2].
+    The final samples [B, 2], and the paths [K + 1, NUM_PATHS, 2] of the first `NUM_PATHS` samples.
   """
   sampler, steps = sampler_for(name, process), len(times) - 1
   if sampler.prepare is not None:
@@ -235,7 +236,7 @@ def rms(difference):
 
 
 def longest_grid(sampler, process, grid, budget):
-  """Return the longest grid that calls the network at most `budget` times, and its number of calls."""
+  """Return the longest grid on which the sampler makes at most `budget` calls, and the number of calls."""
   extra = 2 if min(sampler.calls) < sampler.calls[0] else 0  # the first and last steps may take fewer calls
   for steps in range(budget // sampler.calls[0] + extra, 0, -1):
     times = grid(steps)
@@ -248,7 +249,8 @@ def longest_grid(sampler, process, grid, budget):
 def flow_errors(process, grid, end, budgets, points, tolerances):
   """Measure the errors of the deterministic samplers against the exact probability flow.
 
-  The distances are root mean squares at the time `end`. Call this function in float64 mode.
+  A distance is the root mean square difference between samples and exact states at the time `end`. Call this function
+  in float64 mode.
 
   Returns:
     `{sampler: {NFE: distance}}`.
@@ -284,9 +286,9 @@ def measured_orders(points):
   mean, std, start, end = 0.3, 0.4, 0.9, 0.1
 
   def flow(x, t):
-    """Move x along the exact probability flow.
+    """Move x along the exact probability flow from the time `start` to the time t.
 
-    The flow preserves quantiles.
+    The flow maps each quantile at `start` to the same quantile at t.
     """
     old, new = (jnp.sqrt(VP.alpha(u) ** 2 * std**2 + VP.sigma(u) ** 2) for u in (start, t))
     return VP.alpha(t) * mean + new / old * (x - VP.alpha(start) * mean)
@@ -307,7 +309,7 @@ def measured_orders(points):
 class ExactQuantiles:
   """Store the exact quantiles of the mixture projected on eight directions.
 
-  Distances to samples thus have no random error from a reference set.
+  Distances between samples and the mixture thus have no random error from a reference set.
   """
 
   def __init__(self, count):
@@ -327,7 +329,7 @@ class ExactQuantiles:
   def floor(self, repeats=20):
     """Return the distances between the mixture and `repeats` sets of exact samples.
 
-    Each set has as many samples as the runs of samplers.
+    Each set has as many samples as each run of a sampler.
     """
     rng, count = np.random.default_rng(0), len(self.quantiles[0])
     components = rng.choice(len(DATA.weights), (repeats, count), p=DATA.weights)
@@ -348,7 +350,7 @@ def distances(exact, names, grid, budgets):
 
 
 def sampler_paths(names, count, budget):
-  """Return `{sampler: (states [K + 1, NUM_PATHS, 2], NFE)}` for the VP process."""
+  """Return `{sampler: (paths [K + 1, NUM_PATHS, 2], NFE)}` for the VP process, where K is the number of steps."""
   paths = {}
   for name in names:
     calls = 3 if name == "multistep_consistency" else budget
@@ -358,7 +360,7 @@ def sampler_paths(names, count, budget):
 
 
 def ode_paths(tolerance=0.01):
-  """Return the paths and the NFE of the adaptive solver.
+  """Return the paths [21, NUM_PATHS, 2] and the NFE of the adaptive solver.
 
   The solver returns only final states, so each point of a path is the result of a separate integration to that time.
   """

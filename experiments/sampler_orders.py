@@ -2,10 +2,10 @@
 
 python experiments/sampler_orders.py --output=docs/figures
 
-The script writes sampler_errors.png and sampler_trajectories.png to the folder. If the parent folder has a page
-samplers.md, the script also updates the tables on that page. The data are a Gaussian mixture in the plane. Its denoiser
-has a closed form, so all errors come from the samplers. The script takes four minutes on two CPU cores. With --quick,
-it uses fewer samples and takes one minute.
+The script writes sampler_errors.png and sampler_trajectories.png to the folder in --output. If the parent of this
+folder has a page samplers.md, the script also updates the tables on that page. The data are a Gaussian mixture in the
+plane. The denoiser of the mixture has a closed form, so all errors come from the samplers. The script takes four
+minutes on two CPU cores. With --quick, the script uses fewer samples and takes one minute.
 """
 
 import argparse
@@ -75,7 +75,10 @@ def plot_errors(results, path):
 
 
 def plot_curves(panel, curves, slopes):
-  """Plot curves `{name: ({NFE: error}, entry)}` on logarithmic axes, with a name at the right end of each line."""
+  """Plot curves `{name: ({NFE: error}, entry)}` on logarithmic axes, with a name at the right end of each line.
+
+  The entry of a sampler has its color and its order.
+  """
   panel.set(xscale="log", yscale="log")
   for curve, entry in curves.values():
     style = {"marker": {1: "o", 2: "s", 3: "^", 4: "D"}.get(entry.order, "."), "markersize": 4, "linewidth": 1.5}
@@ -192,7 +195,7 @@ def save(figure, path):
 
 
 def tables(results):
-  """Return the Markdown tables for docs/samplers.md by name."""
+  """Return a dict from the name to the Markdown text of each table in docs/samplers.md."""
   budgets, (vp, flow), floor = (10, 20, 50), results["flow"].values(), results["floor"]
   plain = [
     ["sampler", "order", "measured", "calls a step", "10 NFE", "20 NFE", "50 NFE", "rectified flow, 20 NFE", "use"]
@@ -224,7 +227,10 @@ def tables(results):
 
 
 def error_within(curve, budget):
-  """Return the error at the largest NFE within the budget, or NaN."""
+  """Return the error at the largest NFE of a curve that is at most `budget`.
+
+  Return NaN if each NFE of the curve is larger.
+  """
   return curve.get(max((calls for calls in curve if calls <= budget), default=None), math.nan)
 
 
@@ -238,7 +244,10 @@ def markdown(rows):
 
 
 def write_tables(page, texts):
-  """Write each table to a page, between its markers `<!-- name -->` and `<!-- end -->`."""
+  """Write each table to a page, between the markers `<!-- name -->` and `<!-- end -->`.
+
+  `texts` maps the name of each table to its Markdown text.
+  """
   text = page.read_text()
   for name, table in texts.items():
     before, marker, after = text.partition(f"<!-- {name} -->\n")
@@ -251,7 +260,10 @@ def write_tables(page, texts):
 
 
 def main(output: pathlib.Path, quick: bool = False) -> dict[str, str]:
-  """Plot both figures, update the page next to the folder, and print and return the tables."""
+  """Plot both figures to the folder `output`, and print and return the tables.
+
+  If the parent of the folder has a page samplers.md, also update the tables on that page.
+  """
   output.mkdir(parents=True, exist_ok=True)
   points, budgets = (40, (10, 20)) if quick else (400, (5, 6, 8, 10, 14, 20, 28, 40, 50, 70, 100, 140, 200))
   tolerances = (1e-1, 1e-3) if quick else 10.0 ** -np.arange(1, 8)

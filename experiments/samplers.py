@@ -1,4 +1,4 @@
-"""Run every sampler on a ring of eight Gaussians, with 1,000 samples each."""
+"""Run every sampler on a ring of eight Gaussians, and take 1,000 samples with each sampler."""
 
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,11 @@
-"""Compare the scores of real images with the scores of noise, blurred images, missing classes and copies.
+"""Compare scores of real images with scores of noise, blurred images, and sets that lack classes or repeat images.
 
 pip install '.[mnist]'
 python experiments/score_sanity.py [--data=digits,mnist] [--steps=600]
 
 One half of the held-out images is the reference. The script scores the other half and degraded versions of it. It uses
-two feature spaces: the pixels, and the features of a small classifier trained on the remaining images. For each data
-set and feature space it prints a table for docs/evaluation.md.
+two feature spaces: the pixels, and the features of a small classifier that it trains on the images that are not held
+out. For each data set and feature space, it prints a table for docs/evaluation.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SCORES = ("frechet", "kernel", "class_score", "precision_recall", "density_cover
 
 
 def degraded(images, classes, rng):
-  """Return the images and degraded versions of them by name."""
+  """Return a dict that maps names to image sets: the real images and degraded versions of them."""
   blurred = np.stack([gaussian_filter(image.astype(float), (0.8, 0.8, 0)) for image in images])
   few = np.resize(images[classes < 3], images.shape)
   copies = images.copy()
@@ -35,7 +35,7 @@ def degraded(images, classes, rng):
 
 
 def run(source, steps, spaces=("classifier", "pixels"), held_out=600):
-  """Return the scores of every image set by feature space and name."""
+  """Return the scores as `{feature space: {image set: {score: value}}}`."""
   train, test = (data.read(part, np.arange(len(part))) for part in data.hold_out(source, held_out))
   half = held_out // 2
   image_sets = degraded(test["image"][half:], test["classes"][half:], np.random.default_rng(0))

@@ -6,12 +6,13 @@ python experiments/steering.py classifier --data=digits --workdir=/tmp/digits_vp
 python experiments/steering.py inpainting --data=digits --workdir=/tmp/digits_vp
 
 The script calls the command line to sample from the finished run of a recipe, with several guidance scales or
-inpainting methods. A k-nearest-neighbor classifier (k = 3) of real training digits determines the digit in each sample.
-The slant of all digits is removed first. Otherwise the classifier is wrong on one in eighteen held-out MNIST digits.
-Precision and recall (k = 5, pixels) compare the samples with held-out digits.
+inpainting methods. A k-nearest-neighbor classifier (k = 3) on real training digits determines the digit in each sample.
+The script removes the slant of all digits before it classifies them. Otherwise the classifier would be wrong on one in
+eighteen held-out MNIST digits. Precision and recall (k = 5, pixels) compare the samples with held-out digits.
 
-The script prints a table, with real digits as a reference. With --output, it also plots the scores of guidance. It
-passes unknown flags, such as --sampler=dpmpp_2m --num_steps=20, on to `python -m ddpm_jax.main`.
+The script prints a table, with real digits as a reference. With --output, the script also plots the scores at each
+guidance scale. The script passes flags that it does not know, such as --sampler=dpmpp_2m --num_steps=20, on to
+`python -m ddpm_jax.main`.
 """
 
 import argparse
@@ -37,9 +38,9 @@ def flatten(x):
 
 
 def deslant(x):
-  """Return images as vectors [N, D] of norm 1, without their slant.
+  """Remove the slant of N images, and return them as vectors [N, D] of norm 1.
 
-  The second moments of an image determine its slant.
+  D is the number of pixels. The second moments of an image determine its slant.
   """
   rows, columns = np.mgrid[: x.shape[1], : x.shape[2]]
 
@@ -55,7 +56,10 @@ def deslant(x):
 
 
 def run_command(folder, *flags):
-  """Run a command on a run folder, load the arrays that it saves, and delete its new files."""
+  """Run a command on a run folder, and return the arrays that the command saves.
+
+  The function deletes the files that the command writes.
+  """
   before = set(folder.rglob("*.npz"))
   call = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={folder}", *flags]
   subprocess.run(call, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -68,7 +72,10 @@ def run_command(folder, *flags):
 
 
 def score_guidance(args, classifier, held_out, flags):
-  """Return class agreement, precision and recall of samples at each guidance scale."""
+  """Return class agreement, precision and recall of samples at each guidance scale.
+
+  Class agreement is the share of samples in which the classifier recognizes the requested class.
+  """
   rows = []
   for scale in args.scales or SCALES[args.experiment]:
     extra = [f"--classifier={args.classifier}"] if args.experiment == "classifier" else []
@@ -85,7 +92,10 @@ def score_guidance(args, classifier, held_out, flags):
 
 
 def score_inpainting(args, classifier, held_out, flags):
-  """Return class agreement, precision and recall after each method inpaints the lower half of held-out digits."""
+  """Return class agreement, precision and recall after each method inpaints the lower half of held-out digits.
+
+  Class agreement is the share of inpainted digits in which the classifier recognizes the class of the real digit.
+  """
   count, rows = min(args.count, len(held_out["image"])), []
   # Use only digits that the classifier recognizes before inpainting.
   is_correct = classifier.predict(deslant(held_out["image"])) == held_out["classes"]

@@ -2,8 +2,8 @@
 
 python experiments/strip.py [--output=docs/figures/strip.png]
 
-The figures are samples and edits of models that the recipes trained. The page that shows a figure also has the command
-that makes the figure.
+The figures show samples of models that the recipes trained, and images that these models edited. The page that shows a
+figure also has the command that makes the figure.
 """
 
 import argparse
@@ -26,7 +26,10 @@ GAP = 24  # between panels
 
 
 def panel(name):
-  """Return the upper left tiles of a figure, each enlarged or reduced to TILE pixels."""
+  """Return the tiles in the upper left part of a figure as one picture.
+
+  Each tile is enlarged or reduced to TILE x TILE pixels.
+  """
   size, columns, rows = PANELS[name]
   picture = Image.open(FIGURES / f"{name}.png").convert("RGB")
   result = Image.new("RGB", (columns * (TILE + MARGIN) - MARGIN, rows * (TILE + MARGIN) - MARGIN), "white")

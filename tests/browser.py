@@ -32,14 +32,14 @@ class View(NamedTuple):
   def run(self, script):
     """Return the value of a JavaScript expression.
 
-    If the value is a promise, wait for its result.
+    If the value is a promise, wait for it and return its result.
     """
     return self.page.evaluate(script)
 
   def wait(self, script):
     """Wait until a JavaScript expression is true.
 
-    Playwright's own wait evaluates text as code in the page, and our pages forbid that.
+    Playwright's own wait evaluates text as code in the page, and the content security policy of our pages forbids that.
     """
     deadline = time.monotonic() + _PATIENCE_MS / 1000
     while not self.run(script):

@@ -42,7 +42,7 @@ _count = itertools.count(1)
 def _forget_programs():
   """Drop compiled programs after every 400 tests.
 
-  Otherwise each worker would need gigabytes, and JAX's cache of 8,192 calls would overflow.
+  Otherwise each worker of pytest would need gigabytes of memory, and JAX's cache of 8,192 calls would overflow.
   """
   yield
   if next(_count) % 400 == 0:
@@ -60,7 +60,10 @@ _PURE = re.compile(
 
 @pytest.fixture(autouse=True)
 def _strict_promotion(request):
-  """Make implicit promotion of types and ranks an error in tests of pure functions, because users may do the same."""
+  """Make implicit promotion of types and ranks an error in tests of pure functions.
+
+  Users may choose the same settings.
+  """
   if not _PURE.match(request.module.__name__.rpartition(".")[2]):
     yield
     return
@@ -76,7 +79,7 @@ def x64():
 
 @pytest.fixture
 def on_one_device():
-  """Use one of the eight devices, so that programs compile quickly."""
+  """Use only one of the eight simulated devices, so that programs compile quickly."""
   from tests.parameters import one_device
 
   with one_device():
@@ -93,7 +96,7 @@ def dense(monkeypatch):
 
 @pytest.fixture(scope="module")
 def dense_module():
-  """Replace the U-Net by the dense network for all tests and fixtures of a file."""
+  """Replace the U-Net by the dense network for all tests and fixtures of a test file."""
   from tests.parameters import use_dense
 
   with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +122,7 @@ def run_command(monkeypatch):
 
 @pytest.fixture
 def unscored(monkeypatch):
-  """Skip scores of diffusion models at the end of runs."""
+  """Skip the scores that a run of a diffusion model computes when it ends."""
   from ddpm_jax.runs import scoring
 
   monkeypatch.setattr(scoring.Scorer, "score", lambda *_: None)

@@ -8,6 +8,6 @@ from tests.parameters import dense_network
 
 
 def get_config() -> ConfigDict:
-  """Return the config, and replace the U-Net by the dense network in this process."""
+  """Return the tiny config, and replace the U-Net by the dense network in this process."""
   networks.UNet = dense_network
   return recipes.get_config()

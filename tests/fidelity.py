@@ -1,6 +1,7 @@
 """Import torch-fidelity and clean-fid without torchvision.
 
-Both packages import torchvision, but the tested functions do not use it, so the tests do not install it.
+Both packages import torchvision, but the functions that the tests use do not need it. So torchvision is not installed
+for tests.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""Run the command line in forks of an interpreter that has already imported its libraries.
+"""Run the command line in forks of an interpreter that has already imported the libraries.
 
-Importing them takes longer than most commands.
+Importing the libraries takes longer than running most commands.
 """
 
 import atexit
@@ -53,7 +53,7 @@ class Command:
 
 
 class Server:
-  """Run commands one after the other in one process, so that JAX starts only once and reuses programs."""
+  """Run commands one after the other in one process, so that JAX starts only once and reuses compiled programs."""
 
   def __init__(self, environment):
     self._pipe, other_end = _CONTEXT.Pipe()

@@ -1,4 +1,4 @@
-"""Define an objective that uses the step, frozen parameters, the EMA, a memory and extra parameters."""
+"""Define an objective that uses the step number, frozen parameters, the EMA, a memory and extra parameters."""
 
 import functools
 

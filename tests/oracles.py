@@ -45,7 +45,10 @@ class Mixture(NamedTuple):
   stds: np.ndarray
 
   def _posterior(self, process, x, t):
-    """Return log p(component | x_t) [B, K] up to a constant, and E[x_0 | x_t, component] [B, K, D]."""
+    """Return log p(component | x_t) [B, K] up to a constant, and E[x_0 | x_t, component] [B, K, D].
+
+    The states x_t have shape [B, D], and the mixture has K components.
+    """
     t = jnp.broadcast_to(t, x.shape[:1])
     values = (value[None] for value in self)
     x, alpha, sigma, weights, means, stds = widen(x, process.alpha(t)[:, None], process.sigma(t)[:, None], *values)
@@ -56,7 +59,7 @@ class Mixture(NamedTuple):
     return log_posterior, means + (alpha * stds**2 / variance)[..., None] * difference
 
   def denoise(self, process):
-    """Return the exact denoiser E[x_0 | x_t]."""
+    """Return the exact denoiser E[x_0 | x_t] as a function of x_t and t."""
 
     def denoise(x, t):
       log_posterior, x_0 = self._posterior(process, x, t)
@@ -65,11 +68,14 @@ class Mixture(NamedTuple):
     return denoise
 
   def classify(self, process):
-    """Return the exact classifier, the logits of p(component | x_t) [B, K]."""
+    """Return the exact classifier as a function of x_t and t.
+
+    It computes the logits of p(component | x_t) [B, K].
+    """
     return lambda x, t: self._posterior(process, x, t)[0]
 
   def moments(self):
-    """Return the mean [D] and the covariance [D, D]."""
+    """Return the mean [D] and the covariance [D, D] of the mixture."""
     mean = self.weights @ self.means
     within = self.weights @ self.stds**2 * np.eye(self.means.shape[1])
     return mean, within + (self.means - mean).T @ (self.weights[:, None] * (self.means - mean))
@@ -86,9 +92,9 @@ class Mixture(NamedTuple):
 
 
 def tanh_denoiser(process):
-  """Return a cheap denoiser for rules that run uncompiled.
+  """Return a cheap denoiser for samplers that run uncompiled.
 
-  It is not the exact denoiser of any data, but it is nonlinear in x and depends on the noise level.
+  The denoiser is not exact for any data, but it is nonlinear in x and depends on the noise level.
   """
 
   def denoise(x, t):
@@ -107,7 +113,7 @@ MIXTURE = Mixture(np.array([0.3, 0.7]), np.array([[-0.7, 0.2], [0.5, -0.4]]), np
 
 
 def gaussian_flow(process, mean, std, x, t, s):
-  """Move x from time t to time s along the exact probability flow of N(mean, std^2) data.
+  """Move x from time t to time s along the exact probability flow for data from N(mean, std^2).
 
   The flow preserves quantiles.
   """
@@ -131,7 +137,7 @@ def vp_flow(denoise, shape):
 
 
 def network_of(process, prediction, denoise):
-  """Return a network that represents a denoiser, with outputs of type `prediction`.
+  """Return a network that is equivalent to a denoiser and has outputs of type `prediction`.
 
   The time input of the network is t itself.
   """

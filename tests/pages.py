@@ -10,7 +10,10 @@ _COMMAND = r"(?:python -m ddpm_jax(?:\.main)?|ddpm-jax) (.*)"
 
 
 def blocks(path, language=""):
-  """Return the fenced code blocks of a page, in any language by default."""
+  """Return the fenced code blocks of a page.
+
+  By default, return blocks in any language.
+  """
   return re.findall(rf"^```{language}\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -22,7 +25,7 @@ def saved_files(text):
 def commands_in(text):
   """Return the arguments of each command in a text.
 
-  `PLACEHOLDER` replaces each <...>, and optional flags in brackets are included.
+  Replace each <...> by `PLACEHOLDER`, and include the optional flags, which are in square brackets.
   """
   text = re.sub(r"\[(--[^]]*)\]", r"\1", re.sub(r"<[^>]*>", PLACEHOLDER, text.replace("\\\n", " ")))
   matches = [re.match(_COMMAND, line) for line in text.splitlines()]

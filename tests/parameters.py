@@ -1,4 +1,4 @@
-"""Provide random parameters, runs with random parameters, and a network that compiles fast."""
+"""Provide random parameters, folders of runs with random parameters, and a network that compiles fast."""
 
 import contextlib
 
@@ -18,9 +18,9 @@ from tests.recipes import experiment_of, tree_of
 
 
 def random_params(config, seed=0, scale=0.2):
-  """Return random values for every parameter, so that the output depends on every input.
+  """Return random values for every parameter of a config's model, so that the output depends on every input.
 
-  This compiles nothing.
+  The function compiles nothing.
   """
   return random_like(jax.eval_shape(experiment_of(config).model.init, jax.random.key(0)), seed, scale)
 
@@ -33,7 +33,7 @@ def random_like(shapes, seed=0, scale=0.2):
 
 @contextlib.contextmanager
 def one_device():
-  """Let runs use one of the eight devices, so that their programs compile fast."""
+  """Let runs use only one of the eight simulated devices, so that their programs compile fast."""
   make = parallel.make_mesh
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(parallel, "make_mesh", lambda data=0, fsdp=1, devices=None: make(data, fsdp, jax.devices()[:1]))
@@ -41,7 +41,7 @@ def one_device():
 
 
 def write_run(config, folder, seed=0, scale=0.2, averages_seed=None):
-  """Write the folder of a finished run with random parameters.
+  """Write a folder like the folder of a finished run, with random parameters.
 
   By default, the EMA equals the parameters. With `averages_seed`, the EMA has other random values.
   """

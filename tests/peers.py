@@ -1,4 +1,4 @@
-"""Run diffusers and k-diffusion on the problems of `test_peers` with our denoiser, start, times and noise."""
+"""Run diffusers and k-diffusion on the problems of `test_peers`, with the denoiser, times and noise of our samplers."""
 
 import functools
 import importlib.util
@@ -23,7 +23,8 @@ EDM = processes.edm(0.002, 80.0)
 def load_k_diffusion():
   """Load the file k_diffusion/sampling.py without its package.
 
-  The package imports torchvision and more, but the samplers use only one function of these imports.
+  The package imports torchvision and other libraries, but the samplers need only the function `append_dims` of its
+  other files.
   """
   path = Path(importlib.util.find_spec("k_diffusion").origin).with_name("sampling.py")
   source = path.read_text()
@@ -48,9 +49,9 @@ class Doubled:
 
 
 def noise(dtype, *indices):
-  """Return the noise of our samplers for the indices that are folded into the key.
+  """Return the noise that our samplers use after they fold `indices` into the key.
 
-  The first index is the step. A rule with two noises per step folds a second index.
+  The first index is the step. A rule with two noises per step also folds in a second index.
   """
   key = functools.reduce(jax.random.fold_in, indices, jax.random.key(SEED))
   return np.asarray(randomness.normal(key, SHAPE, dtype))
@@ -62,7 +63,7 @@ def start(process, t, dtype):
 
 
 def trajectory(sampler, process, x, times, data=MIXTURE):
-  """Run our sampler, and return all its states [K + 1, B, D]."""
+  """Run our sampler for K steps on a batch x [B, D], and return all states [K + 1, B, D]."""
   denoise = data.denoise(process)
 
   def run(x):
@@ -88,9 +89,9 @@ def k_model():
 
 
 def run_diffusers(scheduler, process, network, x, times, *, before=None, **options):
-  """Run a scheduler, and return the start and the state after each network call.
+  """Run a scheduler of diffusers, and return the start and the state after each network call.
 
-  The network is called at `times`, so they must match the scheduler's timesteps.
+  The function calls the network at `times`, so `times` must match the scheduler's timesteps.
   """
   np.testing.assert_allclose(scheduler.timesteps, process.time_input(times), rtol=1e-5, atol=1e-3)
   scale = getattr(scheduler, "scale_model_input", lambda x, time: x)
@@ -106,16 +107,17 @@ def run_diffusers(scheduler, process, network, x, times, *, before=None, **optio
 def states_of_heun_steps(states):
   """Return the start and the state after each Heun step.
 
-  The argument has the start and the state after each network call. Each step has two calls, but the last step, to 0,
-  has only one.
+  The argument `states` has the start and the state after each network call. Each step makes two calls, except that the
+  last step, to 0, makes only one call.
   """
   return np.concatenate([states[::2], states[-1:]])
 
 
 def run_k_diffusion(rule, x, sigmas, noises, **options):
-  """Run a rule of k-diffusion with the arrays `noises` in order, and return all its states.
+  """Run a rule of k-diffusion that uses the arrays `noises` in order, and return all states.
 
-  For a rule with churn, a replaced torch.randn_like records the states. For the other rules, a callback does.
+  For a rule with churn, a replacement of torch.randn_like records the states. For every other rule, a callback records
+  them.
   """
   states, noises = [], iter([torch.tensor(array) for array in noises])
 
@@ -135,9 +137,9 @@ def run_k_diffusion(rule, x, sigmas, noises, **options):
 
 
 def noise_of_dpmpp_sde(sigmas, eta, dtype):
-  """Yield the unit-variance noises of each `dpmpp_sde` step, for its first half and for the entire step.
+  """Yield two unit-variance noises for each `dpmpp_sde` step, first for its first half and then for the entire step.
 
-  The noise of the entire step contains the noise of its first half.
+  The noise of the entire step is a weighted sum of the noise of the first half and an independent noise.
   """
   step = k_diffusion.get_ancestral_step
   for i, (t, s) in enumerate(itertools.pairwise(sigmas[:-1].astype(np.float64))):
@@ -148,12 +150,12 @@ def noise_of_dpmpp_sde(sigmas, eta, dtype):
 
 
 def fixed_dpmpp_3m():
-  """Return k-diffusion's DPM-Solver++(3M) with the correct factor 2 of the second difference.
+  """Return k-diffusion's DPM-Solver++(3M) with the missing factor 2 in the term of the second difference.
 
   For u from 0 to h in lambda, the rule's estimate of x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The
-  integral of exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. So do diffusers'
-  multistep rule and its source, the code of the paper's authors. The singlestep rule of the authors has the factor 2.
-  The missing term is of order h^3 in each step.
+  integral of exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. The multistep rule in
+  diffusers and the multistep rule in the code of the paper's authors have the same error. The singlestep rule of the
+  authors has the factor 2. The missing term is of order h^3 in each step.
   """
   rule = k_diffusion.sample_dpmpp_3m_sde
   source, names = inspect.getsource(rule), dict(vars(k_diffusion))

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
-  """Write random images of every class into a folder per class."""
+  """Write random images of each class into a folder that has the name of the class."""
   rng = np.random.default_rng(0)
   for name in classes:
     (root / name).mkdir(parents=True)
@@ -21,9 +21,9 @@ def write_folder(root, count=3, classes=("cat", "dog"), size=(6, 4)):
 
 
 def backdate(root):
-  """Set the modification times of all folders an hour back.
+  """Subtract an hour from the modification times of all folders.
 
-  Otherwise each new source lists the folders again, because they changed just now.
+  Otherwise each new data source lists the folders again, because their modification times are recent.
   """
   for path in [root, *(path for path in root.rglob("*") if path.is_dir())]:
     old = path.stat().st_mtime_ns - 3600 * 10**9
@@ -31,7 +31,7 @@ def backdate(root):
 
 
 def truncate(path):
-  """Truncate an image file."""
+  """Remove everything after the first 50 bytes of an image file."""
   path.write_bytes(path.read_bytes()[:50])
 
 
@@ -90,7 +90,7 @@ def write_png(path, pixels, color_type):
 
 
 def write_bomb(path, side):
-  """Write a PNG of less than 100 bytes with the header of an image of `side` x `side` pixels."""
+  """Write a PNG of less than 100 bytes whose header says that the image has `side` x `side` pixels."""
   write_png(path, np.zeros((1, 1), np.uint16), 0)
   content = bytearray(path.read_bytes())
   content[16:24] = struct.pack(">II", side, side)

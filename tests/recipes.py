@@ -33,9 +33,10 @@ def tiny_config() -> ConfigDict:
 
 
 def set_keys(config: ConfigDict, **keys) -> ConfigDict:
-  """Set keys of a config and return it: `sampling__num_steps=3` sets sampling.num_steps.
+  """Set keys of a config, and return the config.
 
-  A component or section is replaced as a unit.
+  The argument `sampling__num_steps=3` sets sampling.num_steps. A new component or section replaces the old component or
+  section completely.
   """
   for name, value in keys.items():
     *path, last = name.split("__")
@@ -49,8 +50,8 @@ def set_keys(config: ConfigDict, **keys) -> ConfigDict:
 def without_files(tree: configs.Tree) -> configs.Tree:
   """Return a config whose codec and text encoder are not read from files.
 
-  An autoencoder with the same downsampling and the same number of channels replaces the codec, and words replace a text
-  encoder.
+  A small random autoencoder with the same downsampling and the same number of channels replaces the codec. A vocabulary
+  of a few words replaces the text encoder.
   """
   if "path" in (tree.values["model"].get("conditions", {}).get("text") or {}):
     words = {"component": "conditions.words", "vocabulary": ("a", "red", "fox"), "length": 8}
@@ -63,7 +64,7 @@ def without_files(tree: configs.Tree) -> configs.Tree:
 
 
 def tree_of(config: ConfigDict) -> configs.Tree:
-  """Expand a config into a tree."""
+  """Expand a config into a tree that has all keys."""
   return configs.to_tree(config)
 
 
@@ -101,7 +102,7 @@ def _kill_after(step, path):
 
 
 def newest_state(folder):
-  """Return the train state of a run's newest checkpoint on one device, with keys as numbers."""
+  """Return the train state of a run's newest checkpoint as NumPy arrays, with random keys as integers."""
   import jax
 
   from ddpm_jax import training

@@ -1,4 +1,4 @@
-"""Build the content of a report of real digits, with every section."""
+"""Build the content of a report on real digits, with every section."""
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -63,9 +63,9 @@ def schedule():
 
 
 def neighbors(copied=1):
-  """Return digits as samples, with other digits as neighbors.
+  """Return digits that serve as samples, and other digits that serve as their nearest neighbors.
 
-  The first `copied` samples are equal to their nearest neighbor.
+  The first `copied` samples are equal to their nearest neighbors.
   """
   images, _ = digits()
   distances = np.sort(np.random.default_rng(0).uniform(1.6, 3, (8, 3)), axis=1)
@@ -84,7 +84,7 @@ def denoising(frames=9, count=6):
 
 
 def content(**changes):
-  """Return content for every section, with some fields replaced."""
+  """Return content for every section of a report, with `changes` in some fields."""
   images, classes = digits()
   frames, times = denoising()
   source = {"component": "data.folder", "path": "/data/digits"}
@@ -107,5 +107,5 @@ def content(**changes):
 
 
 def bare():
-  """Return the minimal content of a page."""
+  """Return the minimal content of a report."""
   return report.Content("bare", [], {}, {}, np.zeros((0, 8, 8, 1), np.uint8))

@@ -1,4 +1,4 @@
-"""List all samplers under test and the orders of the deterministic rules, and provide helpers to run them."""
+"""List all samplers under test and the orders of the deterministic rules, and provide helpers to run samplers."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ REPRESENTATIVE = ("ancestral", "heun", "dpmpp_3m", "unipc_3")
 
 
 def rotate(names, processes):
-  """Pair each name with one of the processes, in rotation."""
+  """Assign one of the processes to each name, in rotation, and return the set of pairs (name, process)."""
   return {(name, processes[i % len(processes)]) for i, name in enumerate(names)}
 
 
@@ -100,7 +100,7 @@ def on_processes(names):
 
   The pairs contain every rule on one process of each kind, and a few representative rules on every process. These pairs
   are enough, because a rule depends only on alpha and sigma. Without the slow tests, each rule runs on one process of
-  `KINDS`, in rotation, and each process outside `KINDS` runs one of the representative rules.
+  `KINDS`, in rotation, and one representative rule runs on each process outside `KINDS`.
   """
   representative = [name for name in names if name in REPRESENTATIVE]
   other_processes = [process for process in PROCESSES if process not in KINDS]
@@ -124,14 +124,17 @@ def run(sampler, denoise, x, times, key=None, **kwargs):
 
 
 def run_many(*arguments):
-  """Compile `sample` with XLA's default optimizations and run it, for many samples or steps."""
+  """Compile and run `sample` with XLA's default optimizations.
+
+  This is faster than `run` for many samples or steps.
+  """
   return run(*arguments, compiler_options=OPTIMIZED)
 
 
 def run_uncompiled(sampler, denoise, x, times, key=None, **kwargs):
-  """Run `sample` one operation at a time, without compiling.
+  """Run `sample` one operation at a time, without compiling it.
 
-  This is faster than compiling for up to about twenty steps.
+  For up to about twenty steps, this is faster than `run`.
   """
   with jax.disable_jit():
     return sampling.sample(jax.random.key(0) if key is None else key, sampler, denoise, x, times, **kwargs)
@@ -157,13 +160,14 @@ def run_from_exact_start(sampler, denoise, states, times, steps):
 
 
 def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3)):
-  """Return the mean and variance after `steps` steps of a sampler, for one-dimensional Gaussian data and start.
+  """Return the mean and variance of the states after `steps` steps of a sampler, for one-dimensional Gaussian data.
 
-  For Gaussian data, a step is affine in the state and in each noise, so the results of a few rows give both moments
-  without sampling. The first row starts at the mean and has no noise. The second row starts one standard deviation
-  above the mean and has no noise. Each further row starts at the mean and sets one noise to 1. A key is represented by
-  the tuple of integers that were folded into it, so equal keys give equal noise. `digits[i]` must exceed the largest
-  integer at position i of these tuples by at least 2.
+  The arguments `mean` and `variance` describe the Gaussian start. For Gaussian data, a step is affine in the state and
+  in each noise. So the results for the rows of a small batch give both moments without sampling. The first row starts
+  at the mean and has no noise. The second row starts one standard deviation above the mean and has no noise. Each
+  further row starts at the mean and sets one noise to 1. A key is represented by the tuple of integers that were folded
+  into it, so equal keys give equal noise. `digits[i]` must exceed the largest integer at position i of these tuples by
+  at least 2.
   """
   rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
 

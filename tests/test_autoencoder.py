@@ -16,7 +16,7 @@ VQ = {"bottleneck": "vq", "num_codes": 16}
 
 
 def build(space=(8, 8), seed=0, **changes):
-  """Return an autoencoder with random parameters, and data."""
+  """Return an autoencoder, random parameters and random data."""
   network = Autoencoder(**(SMALL | changes), dimensions=len(space))
   x = np.random.default_rng(seed).uniform(-1, 1, (2, *space, network.out_channels)).astype(np.float32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), x)["params"]

@@ -1,4 +1,4 @@
-"""Test the losses of autoencoders, their codebook and their discriminator on small networks in closed form."""
+"""Test the losses, the codebook and the discriminator of autoencoders on small networks."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ PARTS = ("reconstruction", "generator")
 
 
 def toy(kind="kl"):
-  """Return an autoencoder of matrix products at each position."""
+  """Return a small autoencoder that multiplies the features at each position by matrices."""
 
   def quantize(params, z):
     distances = jnp.sum((z[..., None, :] - params["codebook"]["vectors"]) ** 2, -1)
@@ -51,7 +51,7 @@ def make_params(kind="kl"):
 
 
 class Critic:
-  """Judge each position by two layers."""
+  """Score each position by a network of two layers."""
 
   def init(self, key, x, time, given):
     first, last = jax.random.split(key)
@@ -205,7 +205,10 @@ def test_perplexity_counts_equally_frequent_codes():
 
 
 def last_layer_gradients(params, critic, x):
-  """Return the gradients of both losses at the last layer for an entire batch, computed directly."""
+  """Return the gradients of the reconstruction and generator losses with respect to the kernel of the last layer.
+
+  The function computes the gradients directly, for the entire batch.
+  """
   moments = x @ params["encoder"]
   posterior = gaussian.from_moments(moments)
   h = toy().decode_features(params, posterior.sample(randomness.fold_in(KEYS, 3)))
@@ -271,7 +274,7 @@ def test_generator_and_discriminator_learn_from_their_own_losses_only():
 
 
 def train(objective, params, steps, *, accumulate=1, chain=None, x=None, mesh=None):
-  """Train for a few steps, and return the states before and after each step, and the metrics."""
+  """Train for `steps` steps, and return the initial state with the state after each step, and the metrics."""
   has_critic = bool(jax.tree.leaves(objective.init(jax.random.key(0), params, ())[0]))
   extra = optax.sgd(0.1) if has_critic else None
   chain = chain or optim.chain(0.01, averages=ema.params_ema(ema.fixed(0.5)), extra=extra)

@@ -124,14 +124,14 @@ def test_sampling_with_our_code_and_with_diffusers_is_timed(quick):
 
 @pytest.fixture
 def optimized(monkeypatch):
-  """Let XLA optimize programs, for tests that train longer than they compile."""
+  """Let XLA optimize programs, for tests in which training takes longer than compilation."""
   original = parallel.compiler_options
   monkeypatch.setattr(parallel, "compiler_options", lambda *args, **kwargs: original(*args, **kwargs) | OPTIMIZED)
 
 
 @pytest.fixture
 def smaller(script, monkeypatch):
-  """Return a function that gives a benchmark a tiny network."""
+  """Return a function that replaces the network of a benchmark by a tiny network."""
 
   def smaller(name):
     tiny = {"channels": 8, "groups": 8, "multipliers": (1,), "blocks": 1, "attention_levels": ()}
@@ -261,7 +261,7 @@ def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script,
 
 
 def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):
-  """With the same images, times and noise, losses and final EMA parameters agree up to rounding."""
+  """With the same images, times and noise, both trainers have the same losses and final EMA up to rounding errors."""
   curve = script("learning_curve")
   experiment = curve.load(FOLDER / "tiny.py")
   source, _ = reading.read_data(experiment)

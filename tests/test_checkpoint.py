@@ -163,7 +163,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("damage", ["flipped bit", "no file"])
 def test_damaged_checkpoints_are_never_used(damage, tmp_path):
-  """One file is damaged at a time. The restored step is 2 or 1, and its trees are always correct."""
+  """One file of checkpoint 2 is damaged at a time. Checkpoint 2 or 1 is restored, and its trees are always correct."""
   save(tmp_path, 1, 2)
   rng = random.Random(0)
   num_skipped = 0
@@ -199,7 +199,7 @@ def test_truncated_and_missing_files_are_detected(tmp_path, damage):
 
 
 def test_digests_detect_a_change_that_orbax_accepts(tmp_path):
-  """Orbax itself writes the changed value, so its own checks pass."""
+  """Orbax itself writes the changed value, so Orbax's own checks pass."""
   save(tmp_path, 1, 2)
   save(tmp_path / "other", 2)
   changed = make_items(2)

@@ -1,4 +1,4 @@
-"""Test the codec from the run of an autoencoder: statistics, weights, errors, and the values that latent runs store."""
+"""Test codecs from runs of autoencoders: statistics, weights, errors, and the values that runs on latents store."""
 
 import json
 import shutil

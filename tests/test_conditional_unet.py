@@ -1,4 +1,7 @@
-"""Test laws of the U-Net of text models. `test_interop_unet2d_condition` compares its values with another library."""
+"""Test properties of the U-Net for text-to-image models.
+
+`test_interop_unet2d_condition` compares the values of this network with another library.
+"""
 
 import functools
 
@@ -38,7 +41,7 @@ INPUTS = {name: value.astype(np.float32) for name, value in INPUTS.items()}
 
 @pytest.fixture(autouse=True)
 def _strict():
-  """Make implicit promotion an error, because users may do the same."""
+  """Make implicit promotion of types and ranks an error, because users may choose the same settings."""
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
 
@@ -49,7 +52,7 @@ def shapes_of(network):
 
 
 def build(**changes):
-  """Return a network and random parameters, so that every path affects the output."""
+  """Return a network, and random parameters with which every path affects the output."""
   network = ConditionalUNet(**SMALL | changes)
   return network, random_like(shapes_of(network))
 
@@ -119,7 +122,7 @@ def test_every_parameter_has_a_gradient():
 
 @pytest.mark.parametrize("remat", ["blocks", "everything"])
 def test_recomputation_changes_no_gradient(remat):
-  """The parameters keep their names."""
+  """The parameters have the same names with and without recomputation."""
   expected, actual = gradients_with("none"), gradients_with(remat)
   scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale, rtol=0), actual, expected)
@@ -136,7 +139,7 @@ def test_bfloat16_is_close_and_returns_float32():
   "kernels", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loop", "single_device"))]
 )
 def test_all_forms_of_operations_agree(kernels):
-  """`test_networks_convolution` compares the gradients of these forms in other networks."""
+  """This test compares outputs. `test_networks_convolution` compares the gradients of these forms in other networks."""
   network, params = build()
   expected = apply(network, params)
   output = apply(network.clone(kernels=kernels), params)
@@ -188,7 +191,7 @@ def test_normalizations_and_gated_units_are_their_formulas():
 
 
 def test_a_transformer_sees_positions_only_with_the_option():
-  """Without it, a transformer maps permuted positions to permuted outputs."""
+  """Without the option, a transformer maps permuted positions to permuted outputs."""
   embedded = np.asarray(embed_positions((3, 5), 16))
   waves = np.arange(5)[:, None] / 10_000 ** (np.arange(4) / 4)
   expected = np.concatenate([np.sin(waves), np.cos(waves)], -1)
@@ -211,7 +214,7 @@ def condition(kind, shape):
 
 
 def test_conditions_of_a_model_reach_the_network_by_kind_and_by_name():
-  """The network gets the text as tokens, a mask and a vector, the sizes by their name, and the hint as an image."""
+  """The text becomes tokens, a mask and a vector. The sizes keep their name, and the hint becomes an image."""
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   tokens = {"states": float32((7, 12)), "mask": jax.ShapeDtypeStruct((7,), jnp.bool_)}
   conditions = {

@@ -31,7 +31,7 @@ COMPONENTS = [path for path, one in TREE.parameters.items() if one.slot is not N
 
 
 def with_value(key, value):
-  """Return the tiny config as a dict, with another value of any type for one key."""
+  """Return the tiny config as a dict in which one key has a new value of any type."""
   tree = tiny_config().to_dict()
   node = tree
   *sections, name = key.split(".")

@@ -17,7 +17,7 @@ from tests.test_config_components import TREE, with_keys
 def make_value(annotation, number):
   """Return a value of the annotated type that differs for each `number`.
 
-  Components need not accept the value.
+  The value may be one that components refuse.
   """
   kinds = values.members(annotation)
   if typing.get_origin(kinds[0]) is typing.Literal:
@@ -34,7 +34,7 @@ def make_value(annotation, number):
 
 
 def make_flag(parameter, number):
-  """Return the text and the value of a flag for an argument.
+  """Return the text of a flag that sets an argument, and the value that the argument gets.
 
   The value is None if the text names a component.
   """
@@ -55,7 +55,7 @@ def has_no_required_key(name, slot):
 
 
 def all_components():
-  """Yield each component of the package for each slot that it fits."""
+  """Yield test parameters for each pair of a component of the package and a slot that the component fits."""
   for path, parameter in TREE.parameters.items():
     key = f"{path}.some" if parameter.is_mapping else path
     for name in slots.names(parameter.slot) if parameter.slot else ():
@@ -124,7 +124,7 @@ def test_every_argument_is_a_key_whose_value_reaches_its_component(key, slot, na
 
 
 def test_every_public_component_fits_a_slot():
-  """A config can name each public process, sampler and so on, and each function that makes one."""
+  """A config can name each public component, such as a process or sampler, and each function that makes a component."""
   kinds = [kind for one in TREE.parameters.values() if one.slot for kind in one.slot.kinds if inspect.isclass(kind)]
   fitting = {id(components.find({"component": one.values[2]}, one.values[1], "").value) for one in all_components()}
   missing = []

@@ -18,7 +18,7 @@ TREE = configs.expand({})
 
 
 def with_keys(keys, tree=TREE):
-  """Return a tree in which flags have set the keys."""
+  """Return a config tree after flags have set its keys to new values."""
   return flags.apply(tree, keys)
 
 
@@ -305,7 +305,7 @@ def test_a_condition_is_added_and_removed_by_a_flag():
 
 
 def test_conditions_are_sorted(tmp_path):
-  """Networks concatenate conditions of one kind in order, so the order must survive saving a config."""
+  """Networks concatenate conditions of one kind in order, so a saved config must keep the order."""
   config = configs.default_config()
   config.model.conditions = {"z": spec("conditions.vector", size=2), "b": spec("conditions.vector", size=3)}
   tree = configs.replace(tree_of(config), "model.conditions.a", "vector(size=4)")

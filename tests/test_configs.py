@@ -114,7 +114,7 @@ def test_a_classifier_has_the_data_and_the_process_of_the_model_it_guides(data):
 def edm_parameters(noise=128, residual=False):
   """Count the parameters of EDM's network layer by layer (Karras et al. 2022, appendix F, table 7).
 
-  The network has three levels with 4 blocks and 2 * 128 channels.
+  The network has three levels, each with 4 blocks and 2 * 128 channels.
   """
 
   def conv(inputs, outputs, size):

@@ -1,4 +1,4 @@
-"""Test output in any encoding, to closed pipes, and without streams."""
+"""Test output in any encoding, output to closed pipes, and output without streams."""
 
 import json
 import shlex
@@ -57,7 +57,10 @@ def test_output_to_closed_or_full_streams_is_dropped(streams, tmp_path):
 
 
 def read_one_line(command):
-  """Read one line of a command's output, close the output, and return the line, the exit code and the errors."""
+  """Read one line of a command's output, and then close the output.
+
+  Return the line, the exit code and the text that the command wrote to stderr.
+  """
   options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
   options["env"] = commands.environment_for(1) | {"PYTHONUNBUFFERED": ""}
   with subprocess.Popen([sys.executable, *command], **options) as process:

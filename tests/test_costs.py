@@ -208,7 +208,7 @@ def test_asynchronous_collectives_count_once():
 
 
 def test_operations_of_a_compiled_program_have_their_bytes_and_counts():
-  """The program has one product, and a loop of five products."""
+  """The program computes one matrix product outside a loop, and five matrix products in the loop."""
 
   def run(a, b):
     return jax.lax.fori_loop(0, 5, lambda i, x: jnp.sin(x) @ b, a @ b)
@@ -259,10 +259,10 @@ ENTRY %main (a: f32[16,1024], i: s32[]) -> f32[16,1024] {
 
 
 def test_operations_of_a_program_for_tpus_have_their_traffic():
-  """A copy to on-chip memory counts only its reads, not its writes.
+  """The traffic of a copy to on-chip memory includes the reads but not the writes.
 
-  Slices and in-place updates count with the bytes of the slice. Operations that only wait for values or group them have
-  no traffic.
+  The traffic of a slice or an in-place update includes only the bytes of the slice. Operations that only wait for
+  values or only group values have no traffic.
   """
   operations = {operation.name: operation for operation in costs.operations(HLO)}
   traffic = {name: (operation.read_bytes / KB, operation.written_bytes / KB) for name, operation in operations.items()}

@@ -1,4 +1,4 @@
-"""Test training with custom components, and resuming and loading after their file is deleted."""
+"""Test training with custom components, and test resuming and loading after the components' file is deleted."""
 
 import shutil
 

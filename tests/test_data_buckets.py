@@ -26,7 +26,10 @@ COUNT = 28
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Return a folder of images of different sizes. The gray level of an image is its number."""
+  """Return a folder of images of different sizes.
+
+  The gray level of each image is the number of the image.
+  """
   root = tmp_path_factory.mktemp("images")
   lines = []
   for number in range(COUNT):

@@ -40,7 +40,7 @@ def write(root, lines, names=CAPTIONS):
 
 
 def write_files(root, captions_by_name):
-  """Write images, each with a text file beside it."""
+  """Write images, each with its caption in a text file next to it."""
   write_images(root, captions_by_name)
   for name, text in captions_by_name.items():
     (root / name).with_suffix(".txt").write_text(text, encoding="utf-8")
@@ -51,7 +51,7 @@ def lines_of(captions_by_name):
 
 
 def texts_of(source):
-  """Return the caption of each image by the image's path."""
+  """Return a dict that maps the path of each image to its caption."""
   items = [source[index] for index in range(len(source))]
   assert all(type(item["text"]) is str for item in items)
   return {source.file(index): item["text"] for index, item in enumerate(items)}

@@ -14,7 +14,7 @@ LEVELS = np.arange(256).reshape(16, 16)
 
 
 def read_everywhere(path, size, channels=1):
-  """Read a file with the functions for training and for editing, and check that both agree."""
+  """Read a file with the functions for training and for editing, and check that both return the same pixels."""
   (path.parent / "folder").mkdir(exist_ok=True)
   copy = path.rename(path.parent / "folder" / path.name)
   trained = data.FolderSource(copy.parent, (size, size), channels)[0]["image"]

@@ -27,9 +27,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(root, groups, lines=None):
-  """Write an image for each path in `groups`, and a metadata.jsonl with a line for each image and its group.
+  """Write an image for each path in `groups`, and a metadata.jsonl with a line for each image.
 
-  If `lines` is not None, it replaces these lines. Each of its items is an object or text.
+  `groups` maps the path of each image to its group, and each line has the path and the group. If `lines` is not None,
+  metadata.jsonl has these lines instead. Each item of `lines` is an object or the text of a line.
   """
   for index, name in enumerate(groups):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def read(root, fields=GROUP, **arguments):
 
 
 def classes_of(source):
-  """Return the name of the class of each image by the image's path."""
+  """Return a dict that maps the path of each image to the name of its class."""
   names = [*source.class_names, None]
   return {source.file(index): names[source[index]["classes"]] for index in range(len(source))}
 

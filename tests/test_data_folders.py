@@ -23,7 +23,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def listed(monkeypatch):
-  """Return a list that records the names of listed folders."""
+  """Return a list to which each listing of a folder appends the folder's name."""
   folders = []
 
   def spy(path, *arguments):

@@ -1,4 +1,4 @@
-"""Test the sizes of images before and after they are cropped and resized, the condition of Stable Diffusion XL."""
+"""Test the original sizes, crop positions and final sizes of images, which Stable Diffusion XL has as a condition."""
 
 import itertools
 
@@ -16,15 +16,15 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def positions(height, width):
-  """Return an image whose red is twice the row, and whose green is twice the column."""
+  """Return an image whose red value is twice the row, and whose green value is twice the column."""
   rows, columns = np.meshgrid(2 * np.arange(height), 2 * np.arange(width), indexing="ij")
   return Image.fromarray(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8))
 
 
 def start(values):
-  """Return the pixel of the resized image at which a crop starts.
+  """Return the position in the resized image at which a crop starts, along one axis.
 
-  `values` has the position of each pixel of the crop in the original image.
+  For each pixel of the crop, `values` has the position of this pixel in the original image.
   """
   inner = slice(3, len(values) - 3)  # Bicubic filters distort the border.
   slope, first = np.polyfit(np.arange(len(values))[inner], values[inner], 1)

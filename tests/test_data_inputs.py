@@ -10,7 +10,10 @@ from ddpm_jax import data
 
 
 def picture(path, size, value=None, mode="RGB", seed=0):
-  """Write an image of `size` (width, height), of one color or random, and return its pixels."""
+  """Write an image of `size` (width, height), and return its pixels.
+
+  All pixels have the color `value`. If `value` is None, the pixels are random.
+  """
   shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
   pixels = np.random.default_rng(seed).integers(0, 256, shape) if value is None else np.broadcast_to(value, shape)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ def test_arrays_are_not_resized(tmp_path):
 
 
 def wrong_inputs(tmp_path):
-  """Write wrong inputs, and return the path, size, channels and message of each."""
+  """Write inputs that cause errors, and return the path, size, channels and error message of each input."""
   for side in (4, 8):
     picture(tmp_path / "mixed" / f"{side}.png", (side, side))
   (tmp_path / "empty").mkdir()

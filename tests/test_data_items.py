@@ -1,4 +1,4 @@
-"""Test items with any names in all sources, float images, and data sets without classes."""
+"""Test items with arrays of any name in all sources, float images, and data sets without classes."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,10 @@ TYPES = {
 
 
 def assert_items(batch, indices, stand_ins=None):
-  """Assert that a batch of `Poses` with uint8 images contains the items at these indices, or their stand-ins."""
+  """Assert that a batch of `Poses` with uint8 images contains the items at these indices.
+
+  `stand_ins` maps the index of each broken item to the index of the item that replaces it.
+  """
   assert {name: array.dtype.type for name, array in batch.items() if name != "classes"} == TYPES
   for row, index in enumerate(indices):
     item = Poses()[index if stand_ins is None else stand_ins.get(index, index)]

@@ -25,7 +25,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def numbered(count=30):
-  """Return a source of images with the pixels [i, 0], so that a flip is visible."""
+  """Return a source whose image i has the two pixels [i, 0], so that a flip is visible."""
   images = np.zeros((count, 1, 2, 1), np.uint8)
   images[:, 0, 0, 0] = np.arange(count)
   return data.ArraySource(images, np.arange(count))
@@ -133,7 +133,7 @@ def devices_of_this_process():
 
 
 class Spy(data.ArraySource):
-  """Return the number of JAX backends in the reading process as the class of every image."""
+  """Provide images whose class is the number of JAX backends in the process that reads the images."""
 
   def __getitems__(self, indices):
     batch = super().__getitems__(indices)
@@ -235,7 +235,7 @@ def test_canceling_ends_the_iteration():
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_a_dead_worker_is_an_error(stuck, monkeypatch):
-  """The queue may report the death, or the main process may be stuck at a lock or an incomplete message."""
+  """Either the queue reports the death, or the main process is stuck at a lock or at an incomplete message."""
   batches = data.batches(numbered(), 5, seed=0, num_workers=1)
   next(batches)
   (worker,) = batches._workers

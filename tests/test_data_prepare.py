@@ -1,4 +1,4 @@
-"""Test --mode=prepare with custom TFDS builders and folders, and reading the prepared data."""
+"""Test --mode=prepare with folders and with custom TFDS builders, and test reading the prepared data."""
 
 import pickle
 import subprocess
@@ -25,7 +25,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def experiment(source, *, classes=0, data=None, **arguments):
-  """Return an experiment with a data source, its arguments, and other keys of the section `data`."""
+  """Return an experiment that reads a data source.
+
+  `arguments` are the arguments of the source. `data` has values for other keys of the section `data`.
+  """
   config = tiny_config()
   config.data.source = spec(f"data.{source}", **arguments)
   config.data.update({"image_size": 6, "channels": 3, "hold_out": 0} | (data or {}))
@@ -62,7 +65,7 @@ def test_a_custom_builder_is_prepared_read_and_packed(tmp_path, capsys):
 
 
 class Records(list):
-  """Simulate a TFDS data set for reading."""
+  """Simulate the result of `tensorflow_datasets.data_source`, as a list of records."""
 
   dataset_info = types.SimpleNamespace(features={"image": None})
 

@@ -1,4 +1,4 @@
-"""Test pairs of digits with captions, and the share of samples that agree with them."""
+"""Test pairs of digits with captions, and the share of samples that agree with their captions."""
 
 import json
 from types import SimpleNamespace

@@ -43,13 +43,13 @@ def between(text, name):
 
 
 def rows(text):
-  """Return the cells of all tables, without headers."""
+  """Return the cells of each row of all tables in a text, without header rows."""
   lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
   return [[cell.strip() for cell in line] for line in lines]
 
 
 def format_default(default):
-  """Format a default as in the table of keys."""
+  """Format the default of a key as in the table of keys in docs/config.md."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):
@@ -91,7 +91,7 @@ def test_the_page_of_configs_lists_every_component_of_the_package():
 
 @pytest.fixture
 def saved_page_files(tmp_path, monkeypatch):
-  """Save the files of all pages in a new working folder."""
+  """Save the files of all pages in a new folder, and make it the working folder."""
   for page in PAGES:
     for name, text in saved_files(page.read_text()).items():
       (tmp_path / name).write_text(text)
@@ -116,7 +116,7 @@ def test_every_command_has_valid_flags_and_keys(path, saved_page_files):
 
 
 def all_keys():
-  """Return the keys of configs, including the arguments of components."""
+  """Return the keys of the configs of several recipes, including the arguments of components."""
   keys = set()
   for recipe in ("digits_classifier", "imagenet256_autoencoder", "cifar10_iddpm", "mnist_superres", "digits_cond"):
     tree = config.read(str(ROOT / "configs" / f"{recipe}.py"), {})
@@ -128,7 +128,7 @@ def all_keys():
 
 
 def names_in(text):
-  """Return the dotted names in backticks."""
+  """Return the dotted names that are in backticks in a text."""
   return re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)(?:[=(][^`]*)?`", text)
 
 

@@ -35,7 +35,7 @@ COMPILED = [(wrapper, name) for wrapper, name in WRAPPED if wrapper == "replace"
 
 
 def one_wrapper_each(pairs):
-  """Return pairs (wrapper, name) as test parameters, and mark all but one wrapper per name as slow."""
+  """Return pairs (wrapper, name) as test parameters, and mark all but one pair of each name as slow."""
   wrappers = {name: [wrapper for wrapper, other in pairs if other == name] for _, name in pairs}
   fast = {name: choices[i % len(choices)] for i, (name, choices) in enumerate(wrappers.items())}
   return [
@@ -47,7 +47,7 @@ def one_wrapper_each(pairs):
 def constant_noise(monkeypatch):
   """Replace noise by constants.
 
-  Noise is slow without compilation and affects neither calls nor dtypes.
+  Random noise is slow without compilation, and affects neither the number of network calls nor the dtypes.
   """
   monkeypatch.setattr(randomness, "fold_in", lambda key, data: key)
   monkeypatch.setattr(
@@ -86,7 +86,10 @@ def test_wrapped_rules_trace_the_network_once_per_call_site_and_are_finite(wrapp
 
 @pytest.mark.parametrize(("wrapper", "name"), one_wrapper_each([pair for pair in WRAPPED if pair[1] in RULE_KINDS]))
 def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noise, monkeypatch):
-  """Count calls without compilation. The constant `time_of` makes this fast and does not change the count."""
+  """Count network calls without compilation.
+
+  The test replaces `time_of` by a constant. This is fast and does not change the number of calls.
+  """
   monkeypatch.setattr(processes.Process, "time_of", lambda process, log_snr: jnp.full_like(log_snr, 0.3))
   # The grids start at t_max or below it, and end at 0 or above it. At t_max, only the first process has a signal.
   for process in (PROCESSES["vp"], PROCESSES["rectified_flow"]):
@@ -105,7 +108,10 @@ def test_nfe_of_wrapped_rules_is_the_number_of_calls(wrapper, name, constant_noi
 
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_nfe_of_a_wrapped_rule_with_a_loop_is_the_number_of_calls(num_steps):
-  """Count the compiled calls of PLMS. With one step, it becomes another rule, which needs no additional call."""
+  """Count the network calls of compiled PLMS.
+
+  With one step, PLMS becomes another rule, for which `dps` needs no additional call.
+  """
   process, calls = PROCESSES["vp"], []
   sampler, times = WRAPPERS["dps"](sampling.plms(process), process), np.linspace(1, 0, num_steps + 1)
 

@@ -55,7 +55,7 @@ def test_img2img_follows_the_flow_of_the_noisy_input(process):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("name", "end"), [("ddim", 0.0), ("heun", 0.0), ("dpm_solver_2", 0.0), ("heun", 0.1)])
 def test_inversion_follows_the_flow_and_its_round_trip_has_the_order_of_the_rule(name, end):
-  """On a grid that ends above 0, the images are states at its end."""
+  """If the last time of the grid is above 0, the images are states at that time."""
   process, (make, order) = PROCESSES["vp"], ORDERS[name]
   sampler, denoise = make(process), gaussian().denoise(process)
   x_0 = jnp.linspace(-0.8, 1.2, 9)[:, None]

@@ -28,7 +28,7 @@ def measure(x):
 
 
 def correlated(process):
-  """Return the exact denoiser E[x_0 | x_t] of the images of this file, for a scalar t or an array t [B]."""
+  """Return the exact denoiser E[x_0 | x_t] of this file's Gaussian images, for a scalar t or an array t [B]."""
   values, vectors = np.linalg.eigh(COVARIANCE)
 
   def denoise(x, t):
@@ -44,7 +44,8 @@ def correlated(process):
 def exact_posterior(alpha, sigma, x_t):
   """Return the mean and covariance of x_0 given x_t = alpha x_0 + sigma eps and the measurement Y.
 
-  The precisions of the prior, of x_t and of Y add up. With sigma = 0, x_t is ignored.
+  The precision of the posterior is the sum of the precisions of the prior, of x_t and of Y. With sigma = 0, the
+  function ignores x_t.
   """
   prior = np.linalg.inv(COVARIANCE)
   share = 0.0 if sigma == 0 else alpha / sigma**2

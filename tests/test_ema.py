@@ -10,9 +10,9 @@ START = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.flo
 
 
 def follow(path, *decays):
-  """Return the averages [steps + 1, ...] of each decay along a path of parameters [steps + 1, ...].
+  """Return, for each decay, the averages [steps + 1, ...] along a path of parameters [steps + 1, ...].
 
-  The first row is the start.
+  The first row of the path is the start, and the first row of the averages is equal to it.
   """
   transform = ema.params_ema(*decays)
   path = jnp.asarray(path, jnp.float32)
@@ -88,7 +88,7 @@ def test_a_weight_halves_in_each_half_life(batch_size):
 
 
 def test_half_life_ramps_up_as_in_edm():
-  """EDM uses beta = 0.5 ** (batch / max(min(half_life, seen * ratio), 1e-8)) with `seen` images before the step."""
+  """EDM uses the decay 0.5 ** (batch / max(min(half_life, seen * ratio), 1e-8)) with `seen` images before the step."""
   half, batch = 5000, 64
   actual = decay_values(ema.half_life(half, batch, ramp_up=0.05), 4000)
   expected = [0.5 ** (batch / max(min(half, s * batch * 0.05), 1e-8)) for s in range(4000)]
@@ -111,7 +111,7 @@ def test_power_weights_follow_the_profile(std):
 
 @pytest.mark.parametrize("std", [0.05, 0.1])
 def test_the_power_average_of_a_linear_path_has_its_closed_form(std):
-  """The mean of t under (gamma + 1) t^gamma on [0, T] is T (gamma + 1) / (gamma + 2)."""
+  """For t on [0, T] with a density proportional to t^gamma, the mean of t is T (gamma + 1) / (gamma + 2)."""
   steps, gamma = 4000, ema.gamma_of(std)
   (average,) = follow(np.arange(steps + 1)[:, None] / steps, ema.power(std))
   np.testing.assert_allclose(average[-1], (gamma + 1) / (gamma + 2), rtol=5e-4)

@@ -47,7 +47,10 @@ def color_of(name):
 
 
 def picture(name):
-  """Return a picture with a transparent upper half, and with a color in the lower half that depends on the name."""
+  """Return the bytes of a WebP picture with a transparent upper half.
+
+  The color of the lower half depends on the name.
+  """
   pixels = np.zeros((256, 256, 4), np.uint8)
   pixels[128:] = (*color_of(name), 255)
   file = io.BytesIO()
@@ -65,7 +68,7 @@ def write_package(path, contents):
 
 @pytest.fixture
 def packages(tmp_path):
-  """Return a folder with the two packages."""
+  """Return a folder with the stand-ins for the two npm packages."""
   folder = tmp_path / "packages"
   folder.mkdir()
   names = [name for *_, files in EMOJI for name in files]

@@ -1,4 +1,4 @@
-"""Test summaries of images, and scores of two summaries."""
+"""Test summaries of image sets, and scores that compare two summaries."""
 
 import tracemalloc
 

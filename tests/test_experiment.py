@@ -175,7 +175,7 @@ def test_the_loss_of_a_classifier_matches_its_log_probabilities(prediction):
 
 
 def test_outside_the_interval_a_rule_does_not_guide(tmp_path):
-  """The scale without guidance is 0 for a rule with a classifier, and 1 for other rules."""
+  """The scale that turns guidance off is 0 for a rule that uses a classifier, and 1 for all other rules."""
   (tmp_path / "mine.py").write_text(
     "from ddpm_jax import guidance\n\ndef rule(denoise, log_prob, scale: guidance.Scale = 1.0):\n  return denoise\n"
   )

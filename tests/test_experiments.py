@@ -71,7 +71,10 @@ REPLACEMENTS = {
 
 
 def execute(name, steps, replacements):
-  """Run a notebook with changed text, and return its pictures and the printed text."""
+  """Run a notebook after replacing parts of its text.
+
+  Return the notebook's pictures and the text that it prints.
+  """
   environment = os.environ | {
     "DDPM_JAX_NOTEBOOK_STEPS": str(steps),
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),

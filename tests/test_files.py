@@ -1,4 +1,4 @@
-"""Test that all files and folders are written atomically, also on a full disk."""
+"""Test that all files and folders are written atomically, even on a full disk."""
 
 import ast
 import contextlib
@@ -23,7 +23,7 @@ NOISE = RANDOM.integers(0, 256, (16, 16, 16, 3), np.uint8)
 
 @contextlib.contextmanager
 def small_files(size):
-  """Limit the file size of this process, so that the same system calls fail as on a full disk."""
+  """Limit the size of each file that this process writes, so that writing fails as on a full disk."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
@@ -225,12 +225,12 @@ _SAFE_OWNERS = {"files", "sealed", "tensors", "interop", "diffusers", "checkpoin
 
 
 def _name(node):
-  """Return the last name of an expression, such as "os" for the owner of `os.replace`."""
+  """Return the last name of an expression, such as "b" for `a.b` and "a" for `a`."""
   return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def writes(tree):
-  """Yield the calls of a module that write files outside `with files.atomic_file(...)`."""
+  """Yield the calls in a module that write files outside blocks of `with files.atomic_file(...)`."""
   guarded = set()
   for block in ast.walk(tree):
     if isinstance(block, ast.With) and any("files.atomic_file(" in ast.unparse(item) for item in block.items):

@@ -30,7 +30,10 @@ def dtype(request):
 
 
 def type_of(function, dtype, shape=(4, 2)):
-  """Return the dtype of `function(key, x)` for x of a dtype, without compiling or running it."""
+  """Return the dtype of the result of `function(key, x)` for an x of type `dtype`.
+
+  This neither compiles nor runs the function.
+  """
   return jax.eval_shape(function, KEY, jax.ShapeDtypeStruct(shape, dtype)).dtype
 
 

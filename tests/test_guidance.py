@@ -34,7 +34,11 @@ def component(index, mixture=MIXTURE):
 
 
 def conditional(process, mixture=MIXTURE):
-  """Return a conditional denoiser of component c for class c, and of the entire mixture for the class NONE."""
+  """Return a denoiser with a class input.
+
+  For class c, it is the exact denoiser of component c. For the class NONE, it is the exact denoiser of the entire
+  mixture.
+  """
   choices = [component(c, mixture).denoise(process) for c in range(len(mixture.weights))] + [mixture.denoise(process)]
 
   def denoise(x_t, t, classes):
@@ -135,7 +139,7 @@ def test_guidance_moves_away_from_a_negative_class():
 
 
 def test_the_guided_flow_of_gaussian_classes_has_its_closed_form(x64):
-  """For a class N(m, s^2) in data N(0, S^2), the guided score is linear.
+  """If x_0 has the distribution N(m, s^2) in a class and N(0, S^2) in the data, the guided score is linear.
 
   With the guidance scale w, the guided flow from sigma_max = inf ends with the standard deviation s^w S^(1-w).
   """
@@ -174,7 +178,7 @@ def test_the_guided_flow_of_gaussian_classes_has_its_closed_form(x64):
 def test_class_shares_depend_on_the_scale_as_in_the_guided_flow():
   """The data has two modes, and the condition makes one of them more probable.
 
-  The flow in one dimension is monotone, so SciPy can find the start that separates the modes.
+  The flow in one dimension is monotone, so SciPy can find the start that separates the samples of the two modes.
   """
   process = processes.edm(0.002, 20.0)
   modes = np.array([[-0.6], [0.6]])
@@ -393,7 +397,7 @@ def test_a_classifier_guides_inside_its_interval_only_and_is_not_called_outside(
 
 
 def test_two_conditions_have_a_scale_each():
-  """The estimate is linear in both scales, and one scale alone is classifier-free guidance."""
+  """The estimate is linear in both scales. Without the partial condition, the rule is classifier-free guidance."""
   process = PROCESSES["vp"]
   model, (x, t) = conditional(process), (np.float32([[0.3, -1.0], [1.2, 0.4]]), np.float32([0.4, 0.7]))
   classes, partial, none = (np.full(2, value, np.int32) for value in (0, 1, NONE))

@@ -69,7 +69,7 @@ def test_cfg_plus_plus_is_refused_by_rules_that_would_ignore_its_noise(name):
 
 
 def wrapped(process, trace):
-  """Return a denoiser for every wrapper.
+  """Return a dict that maps the name of each guidance wrapper to a wrapped denoiser.
 
   Each call of the network appends its batch size to `trace`.
   """

@@ -1,4 +1,4 @@
-"""Test the table of chips with the device names of JAX and CUDA."""
+"""Test that the table of chips recognizes the device names of JAX and CUDA."""
 
 import jax
 import jax.numpy as jnp

@@ -64,7 +64,7 @@ def test_freed_memory_is_reused_without_page_faults():
 
 
 def test_temporaries_of_a_program_are_reused():
-  """The test uses the median of several steps, because a block may be freed late, or allocated by a thread of JAX."""
+  """The test uses the median of several steps, because memory may be freed late, or allocated by a thread of JAX."""
   is_applied, faults = run(STEP, JAX_PLATFORMS="cpu")
   assert is_applied == GLIBC
   if is_applied:
@@ -84,7 +84,7 @@ def test_the_allocator_is_unchanged_with_an_accelerator_or_settings_of_the_user(
 
 
 def test_garbage_collection_runs_rarely():
-  """The program counts collections while it creates many long-lived objects."""
+  """The program counts garbage collections while it creates many long-lived objects."""
   program = """
 import gc
 from ddpm_jax.devices import heap

@@ -61,7 +61,7 @@ def test_all_taps_match_torch_fidelity(peer, weights):
 
 
 def test_a_feature_space_accepts_gray_and_color_images(peer, weights):
-  """Gray images have the features of color images with three equal channels."""
+  """A gray image has the same features as the color image with three equal channels."""
   space = metrics.inception_space(weights.params, sha256=weights.sha256, published=weights.is_published)
   extract = metrics.extractor(space, 1, jax.devices()[:1])
   gray = images_of((1, 32, 32, 1))

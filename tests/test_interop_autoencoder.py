@@ -1,4 +1,7 @@
-"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test reading and writing folders."""
+"""Compare our autoencoder with diffusers' `AutoencoderKL` on random weights, and test reading and writing folders.
+
+The folders have the format of diffusers.
+"""
 
 import functools
 import json
@@ -28,7 +31,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def options(*widths, **changes):
-  """Return the options of a small AutoencoderKL with the number of features of each level."""
+  """Return the options of a small AutoencoderKL whose levels have `widths` features."""
   return {
     "block_out_channels": widths,
     "down_block_types": ("DownEncoderBlock2D",) * len(widths),
@@ -55,7 +58,7 @@ CONFIGS = {
 
 
 def random_peer(changes, seed=0):
-  """Return an AutoencoderKL with random parameters, including those of its normalizations."""
+  """Return an AutoencoderKL with random parameters, including random parameters of its normalization layers."""
   torch.manual_seed(seed)
   peer = diffusers.AutoencoderKL(**changes)
   with torch.no_grad():
@@ -74,7 +77,7 @@ def write(folder, changes=None, seed=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Write an autoencoder that all tests share and must not change."""
+  """Return the folder of an autoencoder that all tests share and must not change."""
   return write(tmp_path_factory.mktemp("vae") / "model")[1]
 
 
@@ -92,7 +95,7 @@ def as_numpy(x):
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-  """Assert that arrays differ by at most the tolerance times the scale of the second array."""
+  """Assert that arrays differ by at most `tolerance` times the largest absolute value of the second array."""
   theirs = np.asarray(theirs)
   assert ours.shape == theirs.shape
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
@@ -100,9 +103,9 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @functools.cache
 def ours_of(network):
-  """Return a compiled function of (params, x, z) for gradients, and for the outputs of the encoder and the decoder.
+  """Return a compiled function of (params, x, z) that computes gradients and the outputs of encoder and decoder.
 
-  The gradients are of a scalar that depends on both outputs.
+  The gradients are the gradients of a scalar that depends on both outputs.
   """
 
   def scalar(params, x, z):
@@ -421,7 +424,7 @@ def test_loading_needs_little_more_memory_than_the_parameters(dtype, folder, tmp
 
 
 def write_pipeline(folder, part="vqvae", **changes):
-  """Write an LDMPipeline of random parameters, and return it."""
+  """Write an LDMPipeline with random parameters, and return it."""
   unet = random_unet(
     {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16,), **levels(DOWN)}
   )

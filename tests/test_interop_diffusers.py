@@ -1,4 +1,4 @@
-"""Test reading and writing diffusers' folders, and the errors for broken folders."""
+"""Test reading and writing folders in diffusers' format, and the errors for broken folders."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def write_pipeline(folder, scheduler=None, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Write a pipeline that all tests share and must not change."""
+  """Return the folder of a pipeline that all tests share and must not change."""
   return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
@@ -258,7 +258,10 @@ def schedule_of(folder):
 
 
 def resave(model, params, path, schedule=None, **options):
-  """Save a model, with the clipping, the variance and the spacing of `schedule` unless it is None."""
+  """Save a model.
+
+  If `schedule` is not None, save the model with the clipping, the variance and the spacing of `schedule`.
+  """
   if schedule is not None:
     options |= {"clip": schedule.clip, "variance": schedule.variance, "spacing": schedule.grid.spacing}
   elif model.prediction.learned_variance:
@@ -373,7 +376,7 @@ def test_half_precision_becomes_float32(folder, copy):
 
 
 def edit(file, change):
-  """Change the tensors of a file in place."""
+  """Apply `change` to the tensors of a file, and save the file."""
   state = safetensors.torch.load_file(file)
   change(state)
   safetensors.torch.save_file(state, file)

@@ -78,7 +78,7 @@ UNCLEAR = {
 
 
 def assert_refused(folder, make, message):
-  """Assert that a checkpoint made from a folder's parameters is refused with a message that names the file."""
+  """Assert that reading a folder with the weights `make(weights)` is an error that names the file."""
   state = safetensors.torch.load_file(weights_path(folder))
   weights_path(folder).unlink()
   write_weights("diffusion_pytorch_model.bin", make(state), folder)
@@ -173,7 +173,7 @@ FORMS = {
 
 
 def rewrite_weights(folder, files, prefix=""):
-  """Replace the weights of a folder by other files, and return the index if there are several files."""
+  """Move the weights of a folder into `files`, and return the path of the index, or None for a single file."""
   state = {prefix + name: value for name, value in safetensors.torch.load_file(weights_path(folder)).items()}
   weights_path(folder).unlink()
   file_names = {name: files[i % len(files)] for i, name in enumerate(sorted(state))}
@@ -251,7 +251,7 @@ def test_broken_shards_give_one_clear_error(name, copy):
 
 
 def test_weights_of_another_part_do_not_end_a_download(tmp_path, monkeypatch):
-  """The folder of a download is shared, so it may hold other parts. Here the autoencoder is there, in one file."""
+  """Downloads of all parts share a folder. Here, this folder also contains the weights of the autoencoder."""
   published = ("unet/diffusion_pytorch_model-00001-of-00001.safetensors", "vae/diffusion_pytorch_model.safetensors")
 
   def download(name, patterns, revision):

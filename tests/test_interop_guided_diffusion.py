@@ -70,7 +70,10 @@ SIZES = {1: (16,), 2: (16, 16), 3: (4, 6, 5)}
 
 
 def assert_same_output(peer, ours, params, **batch):
-  """Assert that both networks have the same output for the same conditions, `classes` or `low_resolution`."""
+  """Assert that `peer` and our network have equal outputs for the conditions in `batch`.
+
+  The possible names of conditions are `classes` and `low_resolution`.
+  """
   x = np.random.default_rng(1).standard_normal((3, *ours.shape)).astype(np.float32)
   t = np.array([0.0, 333.0, 998.5], np.float32)
   names = {"classes": "y", "low_resolution": "low_res"}
@@ -111,7 +114,7 @@ def test_parameters_that_require_gradients_are_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_the_network_is_found_behind_its_prefix(suffix, tmp_path):
-  """DistributedDataParallel and torch.compile add a prefix, and trainers save further entries."""
+  """DistributedDataParallel and torch.compile add a prefix to parameter names, and trainers also save other values."""
   model = UNetModel(**SMALL)
   state = {f"module._orig_mod.{name}": value for name, value in model.state_dict().items()} | {"step": torch.ones(1)}
   path = tmp_path / f"model{suffix}"

@@ -18,7 +18,7 @@ UNET, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
 
 
 def stored(params, layout, prefix=""):
-  """Return parameters as PyTorch tensors with the names and shapes of a layout."""
+  """Return parameters as PyTorch tensors with the names and shapes that `layout` sets."""
   tensors = {}
   for path, leaf in interop.tensors.flatten(params).items():
     value = interop.tensors.to_torch(path, np.asarray(leaf))
@@ -87,9 +87,9 @@ def test_names_of_the_autoencoder_match_the_converter():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_is_read_without_a_config(name, tmp_path):
-  """The file lacks the numbers of heads and groups, the epsilons, and the features of each size.
+  """The file lacks four settings: the heads, the groups, the epsilons, and the features of each size condition.
 
-  The test passes the heads and the features of each size. The others have the published values.
+  The test passes the heads and the features. The groups and the epsilons get the published values.
   """
   network, params, _ = random_unet(name)
   autoencoder, others = random_autoencoder()

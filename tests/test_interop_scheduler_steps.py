@@ -1,7 +1,8 @@
 """Compare whole trajectories of our samplers with those of diffusers' schedulers, for the same scheduler config.
 
-The network is the exact one of a mixture. The peers call it through NumPy. In float64, the modules of the peers compute
-in float64 too, so these comparisons show the rules, and not the rounding of tables.
+The network is exact for data from a mixture of Gaussians. diffusers' schedulers (the peers) call it through NumPy. In
+the float64 tests, the modules of the peers also compute in float64, so that the tests compare the rules and not the
+rounding of tables.
 """
 
 import itertools
@@ -106,16 +107,17 @@ def dtype(request):
 
 
 def read_schedule(name):
-  """Return the schedule that our package reads from the saved config of the peer."""
+  """Return the schedule that our package reads from the scheduler config of CASES[name]."""
   kind, options, _ = CASES[name]
   scheduler = getattr(diffusers, f"{kind}Scheduler")(**options)
   return schedulers.from_config(json.loads(scheduler.to_json_string()))
 
 
 def peer_trajectory(name, network, process, x, times, steps):
-  """Run the peer with our noise and in the precision of `x`, and return its states at `times`, and its number of calls.
+  """Run diffusers' scheduler from `x`, and return its states at `times` and its number of network calls.
 
-  The times of the calls follow from `times`, and `run_diffusers` compares them with the peer's.
+  The scheduler uses our noise and computes in the precision of `x`. `run_diffusers` checks that the scheduler calls the
+  network at the times that follow from `times`.
   """
   kind, options, _ = CASES[name]
   scheduler, dtype = getattr(diffusers, f"{kind}Scheduler"), str(x.dtype)
@@ -148,7 +150,7 @@ def peer_trajectory(name, network, process, x, times, steps):
 
 
 def trajectory(sampler, denoise, x, times):
-  """Do what `sample` does, one step at a time, so that grids of all lengths share a compiled step."""
+  """Return the states of our sampler at `times`, from one compiled step that grids of all lengths share."""
   rule = sampler if sampler.prepare is None else sampler.prepare(len(times) - 1)
   step = jax.jit(rule.step, static_argnums=1)
   states, memory = [x], rule.init(x)

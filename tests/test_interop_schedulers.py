@@ -49,7 +49,7 @@ def test_unsupported_schedulers_are_refused_by_name(config, message):
 
 @pytest.mark.parametrize("name", scheduler_classes.CLASSES)
 def test_the_options_of_each_class_are_those_of_the_peer(name):
-  """The class ignores all other options: real folders have several in their configs."""
+  """Our reader ignores options that a class does not have, because published configs contain such options."""
   signature = inspect.signature(getattr(diffusers, name).__init__).parameters
   options = scheduler_classes.CLASSES[name].options
   assert options == {key: one.default for key, one in signature.items() if key != "self"}
@@ -116,7 +116,7 @@ def test_the_process_has_the_betas_of_the_scheduler(name):
   ],
 )
 def test_the_sampler_and_its_grid_match_the_scheduler(name, options, sampler):
-  """The grid has the same noise levels as the steps of the peer.
+  """The grid has the same noise levels as the steps of diffusers' scheduler.
 
   `test_interop_scheduler_steps` compares the samples of other configs.
   """

@@ -63,7 +63,7 @@ def defaults_of(model, scheduler):
 
 @functools.cache
 def sampling_program(model_id, scheduler, steps, skipped):
-  """Return a compiled function that samples from noise by a scheduler in `SAMPLERS`."""
+  """Return a compiled function that turns noise into images with the sampler of a scheduler in `SAMPLERS`."""
   model = MODELS[model_id]
   defaults = defaults_of(model, scheduler)
   times = defaults.times(steps)[skipped:]
@@ -127,7 +127,7 @@ def test_negative_prompts_match_the_pipeline(written):
 
 @pytest.mark.parametrize("name", ["sd2", "xl"])
 def test_other_versions_match_the_pipeline(name, written):
-  """Stable Diffusion 2 predicts v. XL has two encoders, and encodes the empty prompt as zeros."""
+  """Stable Diffusion 2 predicts v. Stable Diffusion XL has two text encoders, and encodes the empty prompt as zeros."""
   one = written(name)
   ours = sample_ours(one, "own", 7.5, text=PROMPTS)
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS))
@@ -157,7 +157,7 @@ def test_weighted_prompts_are_encoded_chunk_by_chunk_and_by_each_encoder(written
 
 @pytest.mark.parametrize("negative", [None, ["blurry", ""]])
 def test_the_refiner_matches_the_pipeline(negative, written):
-  """The state of diffusers' Euler is x / alpha. The unconditional branch has another aesthetic score."""
+  """The state of diffusers' Euler is x / alpha. In guidance, the unconditional call has a lower aesthetic score."""
   one = written("refiner")
   model, x = one[2], noise()
   items = {"text": PROMPTS, "sizes": model.conditions["sizes"].default(2)}
@@ -199,7 +199,7 @@ def test_inpainting_matches_the_pipeline(name, module, scheduler, written, monke
 
 @pytest.mark.parametrize(("scheduler", "strength"), [("own", 1.0), ("ddim", 0.5), ("euler", 0.5), ("dpmpp_2m", 0.5)])
 def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch):
-  """Both start from the same noise, and encode the image by the mean of its posterior.
+  """Our program and the pipeline start from the same noise, and encode the image by the mean of the posterior.
 
   The cases of strength 0.5 use schedulers other than PNDM, because diffusers' PNDM would call the network at times that
   do not match the noise level of x.
@@ -391,9 +391,9 @@ def open_clip_names(state):
 
 
 def single_file(folder, model, params, path, prefixes):
-  """Write the single-file checkpoint of a folder.
+  """Write the parameters of a pipeline's folder to a single-file checkpoint.
 
-  `prefixes` maps the subfolder of each text encoder to the prefix of the names of its tensors.
+  `prefixes` maps the subfolder of each text encoder to the prefix of its tensor names in the checkpoint.
   """
   state = stored(params, ldm.unet_layout(model.network.module), "model.diffusion_model.")
   autoencoder = model.load_frozen()["codec"]["autoencoder"]

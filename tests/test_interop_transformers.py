@@ -1,4 +1,4 @@
-"""Test the folders of text encoders with transformers, on random weights."""
+"""Test that our package and transformers read each other's folders of text encoders, with random weights."""
 
 import functools
 import json
@@ -85,7 +85,7 @@ def test_round_trips_are_exact(name, written, tmp_path):
 
 
 def test_files_have_the_names_of_every_version_of_transformers(written, tmp_path):
-  """Older versions read and write "text_model.", which version 5 accepts too."""
+  """Our files have the prefix "text_model.", which older versions require and version 5 accepts."""
   for name in ("clip", "projection"):
     save(tmp_path / name, *load(written(name)[1]))
     names = set(safetensors.torch.load_file(tmp_path / name / WEIGHTS))
@@ -217,7 +217,7 @@ def test_every_form_of_a_folder_gives_the_same_encoder(name, form, written, copy
 
 
 def test_defaults_are_those_of_transformers():
-  """A config with nothing but its type describes transformers' default model."""
+  """A config that has only "architectures" and "model_type" describes transformers' default model."""
   for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "BertModel"):
     config = getattr(transformers, name).config_class()
     minimal = {"architectures": [name], "model_type": config.model_type}

@@ -127,7 +127,7 @@ def random_unet(changes, seed=0):
 
 
 def classes_of(model, batch):
-  """Return random class labels in the form that the peer expects, or None if it takes no classes."""
+  """Return random class labels in the form that diffusers' model expects, or None if the model takes no classes."""
   embed_type, rng = model.config.class_embed_type, np.random.default_rng(5)
   if embed_type == "timestep":
     return rng.uniform(0, 100, batch).astype(np.float32)
@@ -147,7 +147,7 @@ WITH_GRADIENTS = (
 
 
 def run_peer(model, x, t, classes, weight):
-  """Return the peer's output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
+  """Return diffusers' output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -205,7 +205,7 @@ def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_configs_are_read_back_unchanged(name):
-  """The config that we write for our network creates a model with the same tensor shapes in diffusers."""
+  """In diffusers, the config that we write for our network creates a model with the original model's tensor shapes."""
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
   network = unet2d.from_config(model.config)
@@ -216,7 +216,7 @@ def test_saved_configs_are_read_back_unchanged(name):
 
 
 def test_the_default_network_is_google_ddpm_cifar10_32():
-  """All tensors have the same names and shapes."""
+  """All tensors of our network have the names and shapes of diffusers' tensors."""
   config = unet2d.to_config(UNet(), (32, 32, 3))
   assert config["attention_head_dim"] is None
   assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]

@@ -26,7 +26,7 @@ def blocks(*attention, **options):
   """Return the options of a small model.
 
   Args:
-    *attention: for each level, finest first, whether it has transformers.
+    *attention: for each level, finest first, True if the level has transformer blocks.
     **options: options to add or replace.
   """
   down, up = ([f"{'CrossAttn' if has else ''}{name}Block2D" for has in attention] for name in ("Down", "Up"))
@@ -108,7 +108,7 @@ def random_peer(changes, seed=0):
 
 
 def inputs_of(config, size, seed=1):
-  """Return random values for the arguments of our network, and a random "weight" of its output, by name."""
+  """Return random arguments of our network by name, and a random weight for each output value as "weight"."""
   rng = np.random.default_rng(seed)
   inputs = {"tokens": rng.standard_normal((BATCH, TOKENS, config.cross_attention_dim))}
   if config.num_class_embeds:
@@ -187,7 +187,10 @@ def assert_same_values(network, params, peer, inputs, mask=None):
 
 @functools.cache
 def peer_of(name):
-  """Return a peer that all tests share and must not change."""
+  """Return the model of CONFIGS[name] in diffusers.
+
+  All tests share the model and must not change it.
+  """
   return random_peer(CONFIGS[name][1])
 
 
@@ -333,7 +336,7 @@ def assert_same(tree, other):
 
 
 def test_settings_of_an_average_of_parameters_are_ignored(copy):
-  """EMAModel of diffusers writes them to the config of the network."""
+  """diffusers' EMAModel writes its settings to the config of the network."""
   config = json.loads((copy / "config.json").read_text())
   average = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 500, "update_after_step": 0, "power": 0.75}
   (copy / "config.json").write_text(json.dumps(config | average | {"use_ema_warmup": True, "inv_gamma": 1.0}))

@@ -55,7 +55,7 @@ with interrupts.exit_on_interrupt(end):
 
 
 def test_an_interrupt_in_a_callback_is_not_lost():
-  """JAX runs a callback after each garbage collection. Python only prints an exception of this callback."""
+  """JAX runs a callback after each garbage collection. If the callback raises an exception, Python only prints it."""
   code, output = run("""
 import gc
 with interrupts.exit_on_interrupt(end):

@@ -20,7 +20,7 @@ def gaussian_error(alpha, sigma, x_0):
 def closed_bound(betas, x_0):
   """Compute the expected terms of the prior [D], the decoder [D] and the steps [N - 1, D] for the "small" variance.
 
-  All terms are in bits.
+  All terms are in bits. D is the number of values in `x_0`, and N is the number of betas.
   """
   bar = np.cumprod(1 - betas)
   alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
@@ -88,7 +88,7 @@ def test_the_discrete_bound_approaches_the_entropy_with_more_steps():
 
 
 def assert_consistent(bits, standard_errors, expected):
-  """Check the mean of estimates against the expected value, and their standard errors against their variance."""
+  """Check the mean of the estimates `bits` against `expected`, and the variance of `bits` against `standard_errors`."""
   mean, error = likelihood.summary(bits)
   assert abs(mean - expected) < 4 * error
   np.testing.assert_allclose(np.mean(standard_errors**2), np.var(bits), rtol=0.25)
@@ -122,7 +122,7 @@ def closed_decoder(process, x_0, t):
 
 
 def closed_diffusion(process, x_0, t_min):
-  """Compute the integral over the log-SNR in bits elementwise with SciPy's quadrature."""
+  """Integrate the diffusion term of the continuous bound over the log-SNR with SciPy, in bits for each value."""
 
   def integrand(log_snr, x):  # the error depends only on the log-SNR
     return 0.5 * np.exp(log_snr) * gaussian_error(1, np.exp(-log_snr / 2), x) / np.log(2)
@@ -152,7 +152,7 @@ def test_the_continuous_bound_matches_the_closed_form(process):
 
 @pytest.mark.parametrize("process", ["discrete_linear", "ve", "edm", "rectified_flow"])
 def test_the_continuous_integral_of_a_constant_error_is_exact(process):
-  """With a constant error d, the integral is d^2 / 2 times the difference of the SNRs."""
+  """With a constant error d, the integral is d^2 / 2 times the difference between the SNRs at t_min and at t_max."""
   process, x_0 = PROCESSES[process], np.full((8, 2), 0.2, np.float32)
   t_min = float(process.time_of(2.0))
   bound = jax.jit(

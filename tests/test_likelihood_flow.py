@@ -15,7 +15,7 @@ from tests.test_likelihood import KEY, MEAN, STD, keys, on_levels
 
 
 def log_density(mixture, alpha, sigma, x):
-  """Compute the log density of x_t, which is again a mixture of Gaussians."""
+  """Compute the log density of x = alpha x_0 + sigma eps, if x_0 comes from a mixture of Gaussians."""
   stds = np.sqrt(alpha**2 * mixture.stds**2 + sigma**2)
   distances = ((x[:, None] - alpha * mixture.means) ** 2).sum(-1) / stds**2
   dim = x.shape[1]
@@ -65,7 +65,7 @@ def test_the_default_t_min_is_close_to_the_data(process):
 
 @pytest.mark.usefixtures("x64")
 def test_the_solution_matches_scipy():
-  """The network calls and the log density equal those of SciPy, and the density is close to the closed form.
+  """The number of network calls and the log density equal SciPy's, and the density is close to the closed form.
 
   SciPy integrates the explicit divergence.
   """

@@ -55,7 +55,7 @@ PAIRS = [
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("process", "prediction"), PAIRS)
 def test_the_exact_denoiser_has_the_closed_form_loss_and_is_a_stationary_point(process, prediction):
-  """For every weighting, the loss is the closed form and its gradient is zero, within five standard errors."""
+  """For every weighting, the loss equals the closed form and has a gradient of zero, within five standard errors."""
   process = PROCESSES[process]
   if prediction in ("EPS", "SCORE"):
     process = below_zero_snr(process)

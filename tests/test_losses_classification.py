@@ -19,7 +19,7 @@ LOG_SNRS = (4.0, 1.0, -2.0)
 def conditional_entropy(log_snr):
   """Compute H(class | x_t) in nats.
 
-  The distribution of x_t / alpha is the mixture with the noise variance exp(-log_snr) added.
+  The distribution of x_t / alpha is the mixture of the data, with exp(-log_snr) added to each variance.
   """
   spread = np.sqrt(CLASSES.stds**2 + np.exp(-log_snr))
 
@@ -33,7 +33,7 @@ def conditional_entropy(log_snr):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_loss_of_the_exact_posterior_is_the_conditional_entropy_and_minimal(process):
-  """At each noise level, the loss is the entropy and its gradient is zero, within five standard errors."""
+  """At each noise level, the loss equals the entropy and has a gradient of zero, within five standard errors."""
   process, count = PROCESSES[process], 30_000
   x_0, classes = CLASSES.sample_with_components(np.random.default_rng(0), count)
   exact = CLASSES.classify(process)

@@ -121,7 +121,10 @@ def test_metrics_by_noise_level_add_up_to_the_batch():
 
 
 def test_importance_sampling_in_training_follows_the_losses_and_reduces_variance():
-  """The network returns zeros, so the expected loss of a step is its weight, and shares and means have closed forms."""
+  """The network returns zeros, so the expected loss at a step of the process is the weight of the step.
+
+  Therefore the share of each step in the samples and the mean loss have closed forms.
+  """
   dims, size, n = 64, 10, STEPS.num_steps
   step_weights = np.array([0.1, 0.5, 1.0, 3.0, 6.0])
   every = jnp.arange(1, n + 1) / n

@@ -61,7 +61,7 @@ def test_times_of_a_discrete_process_are_steps(distribution):
 def test_importance_sampling_follows_recent_losses():
   """Sampling is uniform until all histories are full, and then proportional to the root mean squares of the losses.
 
-  The weights keep a weighted mean unbiased.
+  The returned weights make a weighted mean of losses unbiased.
   """
   process, rng = processes.discrete(np.full(4, 0.1)), np.random.default_rng(0)
   moments, plain = losses.loss_moments(process, 3), [deque(maxlen=3) for _ in range(4)]

@@ -33,7 +33,7 @@ def test_the_decoder_is_finite_in_the_tail_in_float32():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
 def test_terms_of_the_bound_match_the_papers(variance):
-  """NumPy computes the formulas of Ho et al. and of Nichol and Dhariwal, with the variance of step 2 at step 1."""
+  """NumPy computes the formulas of Ho et al. and of Nichol and Dhariwal. Step 1 uses the variance of step 2."""
   betas, rng = schedules.linear(50, 1e-3, 0.2), np.random.default_rng(0)
   process, n = processes.discrete(betas), np.arange(1, 51)
   bar = np.cumprod(1 - betas)

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 
 
 def generate(run, *flags, name="ancestral_nfe4_seed0_scale2.5"):
-  """Generate samples, delete the files, and return the samples and their classes."""
+  """Generate samples, delete their .npz file, and return the samples and the classes."""
   code, output = call("--mode=sample", f"--workdir={run}", "--num_samples=3", *flags)
   assert code == 0, output
   path = run / "samples" / f"{name}.npz"
@@ -89,7 +89,7 @@ def test_a_custom_guidance_rule_is_read_from_a_file(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """The inputs are blurred images. On average, a blurred result is closer to its input than the input blurred again."""
+  """The inputs are blurred images. On average, blurred results are closer to the inputs than blurred inputs are."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))

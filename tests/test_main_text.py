@@ -45,7 +45,7 @@ def newest(folder):
 
 @pytest.fixture
 def sample(folder_of, run_command, tmp_path):
-  """Return a function that samples from prompts, and returns the pictures."""
+  """Return a function that generates pictures from prompts, and returns the pictures."""
 
   def run(*words, prompts, name="sd1"):
     texts = [f"--prompt={prompt}" for prompt in prompts]
@@ -89,7 +89,7 @@ def write_pictures(folder, count=2):
 
 @pytest.fixture
 def edit(folder_of, run_command, tmp_path):
-  """Return a function that edits two pictures by a prompt, and returns the arrays."""
+  """Return a function that edits two pictures by a prompt, and returns the arrays that the command saves."""
   pictures = write_pictures(tmp_path / "pictures")
 
   def run(task, *words, folder=None):
@@ -112,7 +112,7 @@ def reconstruction(folder, pictures):
 
 
 def smooth_copy(folder, target):
-  """Copy a pipeline, and make the output of its U-Net small, so that few steps follow the probability flow.
+  """Copy a pipeline, and make the output of its U-Net small, so that a few steps can follow the probability flow.
 
   At the largest time, the estimate of the data contains the output multiplied by 15.
   """
@@ -151,7 +151,7 @@ def test_img2img_of_full_strength_is_a_sample(edit, sample):
 
 @pytest.fixture
 def hub(folder_of, monkeypatch):
-  """Replace the hub, and return a list that collects the options of each download of `owner/name`."""
+  """Replace downloads of `owner/name` by a local folder, and return the list that collects their options."""
   import huggingface_hub
 
   downloads = []

@@ -306,7 +306,7 @@ def test_oversized_foreign_images_are_refused(size, samples, tmp_path):
 
 
 def test_the_estimated_memory_of_a_batch_is_a_lower_bound():
-  """The estimate is the output of the first layer, one of the arrays of the program."""
+  """The estimate is the size of the first layer's output, which is only one of the arrays in the program."""
   config, size = tiny_config(), 6
   experiment = experiment_of(config)
   model, channels = experiment.model, config.model.network.channels

@@ -21,7 +21,7 @@ def features(seed, count=80, width=6, shift=0.0):
 
 
 def spectrum(seed, values):
-  """Return a covariance with these eigenvalues and random axes."""
+  """Return a covariance with the eigenvalues `values` and random eigenvectors."""
   axes = scipy.stats.ortho_group.rvs(len(values), random_state=seed)
   return (axes * values) @ axes.T
 

@@ -158,7 +158,7 @@ def test_statistics_can_be_saved_and_loaded(statistics, tmp_path):
 
 
 def test_statistics_of_other_tools_can_be_loaded(statistics, tmp_path):
-  """pytorch-fid, clean-fid and guided-diffusion write float32 and additional arrays."""
+  """Files of pytorch-fid, clean-fid and guided-diffusion have float32 statistics, and arrays that we do not need."""
   mean, covariance, _ = statistics.features
   np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=covariance.astype(np.float32), arr_0=np.zeros(3))
   got = metrics.load_statistics(tmp_path / "a.npz")

@@ -248,7 +248,7 @@ def test_wrong_guidance_is_an_error(name):
 
 
 def test_a_custom_rule_is_recognized_by_its_arguments_and_estimates():
-  """The check calls the rule with example conditions, and allows two estimates only for samplers that support them."""
+  """The check calls the rule with example conditions. A rule with two estimates needs a sampler that supports them."""
   experiment = experiment_of(config_of())
   shapes = []
 
@@ -318,7 +318,7 @@ def test_valid_guidance_passes(config, others, negative):
 
 
 def test_guided_denoisers_match_their_formulas(dense):
-  """One program compares the estimates of `guided.denoise` with formulas of the unguided model and the guides."""
+  """One program computes the estimates of `guided.denoise`, and the formulas from the estimates without guidance."""
   config, keys = config_of(), jax.random.split(jax.random.key(0), 4)
   params, weak_params, probs_params = (random_params(c, i) for i, c in enumerate((config, config, classifier_of())))
   model, judge = experiment_of(config).model, experiment_of(classifier_of()).model
@@ -418,7 +418,7 @@ def test_estimates_are_clipped_or_thresholded_last():
 
 
 def test_a_missing_condition_gets_its_null_value():
-  """The null value goes to the network directly, because it is not an item for `encode`."""
+  """The network gets the null value directly, because `encode` expects a value from the data."""
   experiment = experiment_of(config_of())
   shape = jax.ShapeDtypeStruct((), jnp.int32)
   condition = conditions.Condition(

@@ -1,4 +1,4 @@
-"""Test the pure functions that networks of Flax Linen, Flax NNX and Equinox become, and the networks' conditions."""
+"""Test how networks of Flax Linen, Flax NNX and Equinox become pure functions, and which conditions they take."""
 
 import subprocess
 import sys
@@ -273,7 +273,7 @@ def test_state_is_refused(component):
 
 
 def echo_class(parameters):
-  """Return a Linen class with a `__call__` that takes these keyword arguments and returns them as a dict."""
+  """Return a Linen class whose `__call__` takes the arguments `parameters`, and returns them as a dict."""
   scope = {"nn": nn}
   exec(
     "class Echo(nn.Module):\n"

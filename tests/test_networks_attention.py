@@ -52,7 +52,7 @@ OPTIONS = {
 
 
 def options(name, case, batch=2, dtype=np.float64):
-  """Return a list with the bias of OPTIONS[name], or an empty list without a bias, and the other options."""
+  """Return a list of at most one bias, and a dict of the other options, for OPTIONS[name]."""
   axes, others = OPTIONS[name]
   if axes is None:
     return [], others
@@ -63,7 +63,7 @@ def options(name, case, batch=2, dtype=np.float64):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_match_jax(x64, name):
-  """The derivatives include those of the bias."""
+  """The test also compares the derivatives with respect to the bias."""
   case = (36, 130, 3, 4)
   bias, others = options(name, case)
   values = inputs(*case) + bias
@@ -232,7 +232,7 @@ def test_a_cpu_transposes_no_array_of_the_size_of_the_weights():
 
 
 def test_the_backward_pass_saves_little_and_repeats_no_product():
-  """The bytes saved for the backward pass exceed those of JAX's attention by at most the bytes of the inputs."""
+  """For the backward pass, our attention saves what JAX's attention saves, plus at most the size of the inputs."""
   values = inputs(96, 128, 2, 8, np.float32)
 
   def residual_bytes(function):

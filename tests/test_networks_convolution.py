@@ -213,7 +213,7 @@ def test_the_form_by_tiles_matches_the_plain_form(x64, space):
 
 
 def test_the_form_by_tiles_rounds_little_more_than_the_plain_form():
-  """Compare the root mean square errors against float64, for the values and both gradients."""
+  """The errors against float64 are small in the values, and in the gradients with respect to data and kernel."""
   arrays = random_images(2, 16, 16, 192, out=192)
 
   def errors(function):

@@ -125,7 +125,7 @@ def test_groups_that_do_not_divide_the_features_are_an_error():
 
 @pytest.mark.parametrize(("score_sde", "variance"), [(True, 0.1), (False, 1.0)])
 def test_queries_keys_and_values_are_initialized_as_in_the_papers_code(score_sde, variance):
-  """The distribution is uniform with variance 1 / C (Ho et al.) or 0.1 / C (Song et al., Karras et al.).
+  """For C inputs, the distribution is uniform with variance 1 / C (Ho et al.) or 0.1 / C (Song et al., Karras et al.).
 
   Karras et al.'s code multiplies Xavier weights by sqrt(0.2). For C inputs and 3 C outputs, the product has variance
   0.1 / C.

@@ -23,7 +23,7 @@ FIR = (1, 3, 3, 1)
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-  """Return a function `call(function, *args)` that runs `function(*args)` on this machine with the TPU forms."""
+  """Return `call(function, *args)`, a function that runs `function(*args)` here with the code for a TPU."""
 
   def choose_tpu(*args, tpu=None, default=None, **others):
     return (tpu or default)(*args)
@@ -144,9 +144,9 @@ def test_sums_of_16_bit_numbers_are_in_float32(platform):
 
 
 def test_dropout_masks_are_sampled_once():
-  """Without the barrier, every convolution that reads the result would sample the mask again, forward and backward.
+  """Without an optimization barrier, every convolution that reads the result would sample the mask again.
 
-  On a TPU, this was half of the compilation time and a tenth of the run time of a step.
+  On a TPU, this repetition took half of the compilation time and a tenth of the run time of a step.
   """
   keys = jax.random.split(jax.random.key(0), 2)
   text = (
@@ -160,7 +160,7 @@ def test_dropout_masks_are_sampled_once():
 
 
 def test_a_tpu_program_inlines_all_functions_of_this_package():
-  """On a TPU, saved arrays that cross a call are float32. This would double the bytes of a step in bfloat16."""
+  """A TPU stores the arrays that a called function saves in float32. This would double the bytes of a bfloat16 step."""
   network = UNet(
     channels=8, multipliers=(1, 2), blocks=1, groups=4, attention_levels=(1,), dropout=0.1, dtype=jnp.bfloat16
   )
@@ -185,7 +185,7 @@ BATCH, SIDE, CHANNELS = 32, 16, 128
 class Ours(nn.Module):
   """Apply an attention block or two residual blocks.
 
-  The second residual block takes two arrays of channels.
+  The second residual block gets its input channels in two arrays.
   """
 
   part: str

@@ -222,7 +222,7 @@ def test_non_finite_updates_are_skipped():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lion"])
 def test_finite_gradients_give_finite_updates(name):
-  """The optimizers with these arguments need to check only gradients, not updates.
+  """With these arguments, the optimizers check only gradients, so finite gradients must give finite updates.
 
   The tested gradients range up to the largest number with a finite square.
   """

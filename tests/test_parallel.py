@@ -1,4 +1,4 @@
-"""Test that a step gives the same result on one device, with jit and pmap on eight, and with accumulation."""
+"""Test that a step gives equal results on one device, with jit and pmap on eight devices, and with accumulation."""
 
 import functools
 import os
@@ -84,7 +84,7 @@ def dense_on_one_device(config, batches):
 def on_one_device(request, monkeypatch):
   """Return a one-device run of the dense network or of the U-Net.
 
-  With "dense", the test itself also uses the dense network.
+  With "dense", this fixture also makes the test use the dense network.
   """
   if request.param == "unet":
     return request.getfixturevalue("unet_on_one_device")
@@ -198,7 +198,7 @@ def test_accumulated_gradients_are_exact(batches, x64):
 
 
 def full_objective_with_jit(mesh, accumulate=1):
-  """Run five steps of an objective that uses all features."""
+  """Run five steps of `objectives.full_objective` with jit on a mesh."""
   step = objectives.train_step(distribute=parallel.shard_gradient(mesh), accumulate=accumulate, unroll=True)
   shapes, given = jax.eval_shape(objectives.init_state), objectives.frozen()
   state = jax.jit(objectives.init_state, out_shardings=parallel.state_shardings(mesh, shapes))()
@@ -223,7 +223,7 @@ def assert_same_full_run(actual, expected):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_full_objective_on_two_by_four_matches_one_device(accumulate, full_objective_on_one_device):
-  """The objective's memory contains the losses of the full batch in order."""
+  """The objective's memory contains the losses of the full batch, in the order of the samples."""
   run = full_objective_with_jit(parallel.make_mesh(2, 4), accumulate)
   assert_same_full_run(run, full_objective_on_one_device)
   for leaf in (run[0].memory["target"]["first"], run[0].extra["critic"], run[2]["objective"]["last"]):

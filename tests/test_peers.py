@@ -1,9 +1,10 @@
 """Compare every state of samplers with diffusers and k-diffusion, for the same denoiser, start, times and noise.
 
-The denoiser is the exact denoiser of MIXTURE. The peers call it through NumPy. Deviations are relative to the largest
-entry of the peer's state at the same step. In float32 the peers run unchanged. The schedulers of diffusers keep their
-tables and some of their states in float32 for every input. In the float64 tests, `float32` therefore means float64
-inside their modules, so that the tests compare the rules and not the rounding of tables.
+The denoiser is the exact denoiser of MIXTURE. diffusers and k-diffusion (the peers) call it through NumPy. Deviations
+are relative to the largest entry of the peer's state at the same step. In float32 the peers run unchanged. The
+schedulers of diffusers store their tables and some of their states in float32 for every input. In the float64 tests,
+`float32` therefore means float64 inside the modules of diffusers, so that the tests compare the rules and not the
+rounding of tables.
 """
 
 import itertools
@@ -46,7 +47,7 @@ time_of = jax.jit(DISCRETE.time_of)
 def dtype(request):
   """Set the precision of our samplers and of the peers.
 
-  In float32, the two tests of many rules are slow tests.
+  In float32, the tests without `in_both` are slow tests.
   """
   with jax.enable_x64(request.param == "float64"):
     yield request.param
@@ -57,9 +58,10 @@ in_both = pytest.mark.parametrize("dtype", TOLERANCE, indirect=True)
 
 @pytest.fixture
 def build(monkeypatch, dtype):
-  """Return `build(scheduler class, **config)`.
+  """Return the function `build(scheduler, **config)`.
 
-  It makes a scheduler in `dtype` with our noise. Schedulers with betas get the betas of DISCRETE.
+  The function makes a scheduler of diffusers that computes in `dtype` with our noise. Schedulers with betas get the
+  betas of DISCRETE.
   """
 
   def build(scheduler, **config):
@@ -287,8 +289,8 @@ ALSO_ON_VP = ["euler_churn", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_sde", "dpm
 def test_rules_match_k_diffusion(dtype, name, process):
   """All rules except Heun's (see `test_heun_matches_diffusers`) are the same in x / alpha and in x.
 
-  They therefore agree on VP too. The noise range of the churn excludes the first step. In this step on EDM, the peer
-  would add noise beyond t_max, and our rule would add none.
+  They therefore agree on VP too. The churn adds noise only in a range of sigmas that excludes the first step. In this
+  step on EDM, k-diffusion would add noise beyond t_max, and our rule would add none.
   """
   sampler, rule, options = K_DIFFUSION[name]
   times = sampling.grids.karras(process, 8, t_min=0.02, t_max=80.0 if process is EDM else 0.9)
@@ -304,7 +306,7 @@ def test_rules_match_k_diffusion(dtype, name, process):
 @pytest.mark.parametrize("order", [1, 2, 3])
 @in_both
 def test_dpm_solver_matches_k_diffusion(dtype, order):
-  """k-diffusion steps in -log(sigma), with default points inside a step. The grid ends above 0."""
+  """k-diffusion uses the time -log(sigma). The points inside a step are the defaults. The grid ends above 0."""
   times = sampling.grids.karras(EDM, 8, t_min=0.02)[:-1]
   x = start(EDM, times[0], dtype)
   step, states = getattr(k_diffusion.DPMSolver(k_model()), f"dpm_solver_{order}_step"), [torch.tensor(x)]
@@ -324,7 +326,7 @@ def test_dpmpp_3m_is_the_fixed_rule(dtype):
 
 @pytest.mark.usefixtures("x64")
 def test_dpmpp_3m_is_of_order_3_and_the_peer_of_order_2():
-  """The test compares with the exact flow of Gaussian data.
+  """The test compares our rule and k-diffusion's rule with the exact flow of Gaussian data.
 
   The grid starts at a large sigma, so that the lower order of the first steps has no effect.
   """

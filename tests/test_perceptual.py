@@ -36,7 +36,7 @@ def state():
 
 
 def torch_maps(state, x, levels):
-  """Compute the maps with PyTorch."""
+  """Compute the feature maps of the first `levels` levels of VGG16 with PyTorch."""
   import torch
   from torch.nn import functional
 

@@ -20,7 +20,7 @@ def interior(process, count):
 
 
 def reference(name, t):
-  """Compute alpha and sigma in extended precision with NumPy, with other formulas than those of the tested code."""
+  """Compute alpha and sigma in extended precision with NumPy, by formulas that the tested code does not use."""
   t = np.asarray(t, np.longdouble)
   if name in ("vp", "sub_vp"):
     b = t * 0.1 + 0.5 * t**2 * 19.9
@@ -109,7 +109,7 @@ def test_the_sde_matches_the_paper(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_of_inverts_the_log_snr(name, dtype):
-  """Even if only the log-SNR is rounded to float32, t has an error of about 1e-6 / |slope|."""
+  """Rounding the log-SNR to float32 alone changes t by about 1e-6 / |slope|, for the slope of the log-SNR in t."""
   process = PROCESSES[name]
   with jax.enable_x64(dtype == np.float64):
     t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)
@@ -163,7 +163,7 @@ def test_discrete_sde_runs_at_the_rates_of_its_betas():
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("interpolation", ["linear", "log_linear"])
 def test_discrete_noise_levels_are_on_lines_between_the_steps(table, interpolation):
-  """At the steps they do not depend on the interpolation. At zero SNR, the last step is the same too."""
+  """At the steps, even at a last step with zero SNR, alpha and sigma do not depend on the interpolation."""
   betas = TABLES[table]
   last = 999 if table == "zero_snr" else 1000
   results = {}

@@ -141,7 +141,7 @@ def test_tokens_beyond_the_last_chunk_are_dropped():
 
 def test_wrong_arguments():
   for items, chunks in (([], None), (["a"], 0)):
-    with pytest.raises(ValueError, match="expected at least one each"):
+    with pytest.raises(ValueError, match="expected at least one chunk and one prompt"):
       prompts.tokenize(TOKENIZER, items, chunks=chunks)
   with pytest.raises(ValueError, match="Pass \\[text\\]"):
     prompts.tokenize(TOKENIZER, "a cat")

@@ -107,7 +107,7 @@ def test_a_command_ends_with_an_error_if_the_other_process_never_starts(number, 
 
 
 def test_a_cluster_process_ends_with_an_error_if_the_others_never_start(tmp_path):
-  """JAX reads the addresses from the environment, and would abort without our timeout."""
+  """JAX reads the addresses from the environment. Without our timeout, JAX would abort the process."""
   environment = {
     "JOB_ID": "7",
     "STEP_NODELIST": "localhost",

@@ -39,8 +39,8 @@ def config_of(classes, dropout=0.0):
 def root(tmp_path_factory):
   """Make untrained runs, images and a mask.
 
-  The runs: `gray`, a dense network for digits with class dropout; `unet`, the same with a U-Net; `judge`, a classifier
-  of digits; `color`, a model that always takes a class.
+  The runs: `gray`, a dense network for digits with class dropout; `unet`, a U-Net with the data and classes of `gray`;
+  `judge`, a classifier of digits; `color`, a model that always takes a class.
   """
   root, generator = tmp_path_factory.mktemp("editing"), np.random.default_rng(0)
   images, classes = generator.integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
@@ -183,7 +183,7 @@ def test_classes_and_guidance_act_in_edits_as_in_sampling(root, dense):
 
 
 def test_guidance_scale_keeps_the_interval_of_the_config(root, dense):
-  """`--guidance_scale` sets the scale inside the interval. The interval may contain no level of the grid."""
+  """`--guidance_scale` sets the scale inside the interval. The interval may contain none of the grid's noise levels."""
 
   def of(low, high):
     interval = spec("guidance.interval", scale=1.0, low=low, high=high)
@@ -256,7 +256,7 @@ def test_inpainting_with_the_adaptive_solver(root, method, dense):
 
 
 def test_img2img_invert_and_interpolate_with_the_adaptive_solver(root, dense):
-  """Strength 1 equals sampling, and an encoded image does not depend on the batch."""
+  """Strength 1 gives the results of sampling, and an encoded image does not depend on the batch."""
   fresh = edit(root, "img2img", editing__strength=1.0, steering={"given": classes_of([3, 5])}, seed=7, **BY_ODE)[
     "output"
   ]
@@ -270,7 +270,7 @@ def test_img2img_invert_and_interpolate_with_the_adaptive_solver(root, dense):
 
 
 def with_classes(classes, negative=None):
-  """Return the options of an edit with classes, and with classes to guide away from."""
+  """Return the options that guide an edit toward `classes`, and away from the classes `negative`."""
   values = {"given": classes, "negative": negative}
   return {"steering": {name: classes_of(numbers) for name, numbers in values.items() if numbers is not None}}
 

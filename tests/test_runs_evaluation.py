@@ -359,7 +359,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def scored(finished, tmp_path_factory):
-  """Make a run with classifier features and a likelihood."""
+  """Make a run whose scores use classifier features and include a likelihood."""
   folder = tmp_path_factory.mktemp("scored") / "run"
   shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("samples", "eval.json", "report.html"))
   with one_device():

@@ -170,7 +170,7 @@ def get_config():
 def terminated(folder, patch, **kwargs):
   """Start two processes.
 
-  The first process sends itself SIGTERM when it calls the patched function.
+  `patch` replaces a function by a version that makes the first process send SIGTERM to itself.
   """
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))

@@ -1,4 +1,4 @@
-"""Test the compiled samplers of a config: all of them, on any number of devices."""
+"""Test that configs compile with every sampler, and that samples depend neither on the batch nor on the devices."""
 
 import itertools
 import runpy

@@ -44,7 +44,7 @@ def one_copy_each():
 
 
 def sharded():
-  """Return a mesh with two copies of the parameters. Four devices share a copy."""
+  """Return a mesh that splits each of two copies of the parameters over four devices."""
   return parallel.make_mesh(2, 4)
 
 
@@ -65,7 +65,7 @@ def split_bytes(tree):
 
 @pytest.fixture(scope="module")
 def parameters():
-  """Return random parameters of the model, and of a weaker model that guides."""
+  """Return random parameters of the model, and of a weaker model that guides it."""
   config = config_of()
   rng = np.random.default_rng(2)
   # The last layer of the autoencoder starts at zero.
@@ -183,7 +183,7 @@ def test_commands_give_the_same_images_with_fsdp(run, tmp_path):
 
 
 def assert_sharded(parts, full):
-  """Assert that arrays are equal to others, and that each device holds about an eighth of them."""
+  """Assert that `parts` and `full` are equal, and that each device stores about an eighth of `parts`."""
   for leaf, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(full), strict=True):
     np.testing.assert_array_equal(np.asarray(leaf), expected)
   stored = {}

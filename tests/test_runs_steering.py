@@ -120,7 +120,7 @@ def test_conditions_without_a_default_come_from_one_item_of_the_data(monkeypatch
 
 
 class Captioned(data.ArraySource):
-  """Count the images that are read."""
+  """Provide images and captions, and count the images that are read."""
 
   num_read = 0
 

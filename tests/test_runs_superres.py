@@ -80,7 +80,7 @@ def arrays_of(folder):
 
 
 def arrays_of_and_clear(folder):
-  """Return the samples that `run_sample` saved, and delete its files but not the samples saved by training."""
+  """Return the samples that `run_sample` saved, and delete the files of `run_sample` but no files of training."""
   (path,) = folder.glob("ddim*.npz")
   with np.load(path) as file:
     arrays = {name: file[name] for name in file.files}

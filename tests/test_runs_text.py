@@ -1,4 +1,4 @@
-"""Test runs of a model with a condition of text, whose host function counts letters."""
+"""Test runs of a model with a text condition that counts letters outside the compiled program."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
 
 
 def tree_for(images, **keys):
-  """Return the config of a model with the condition `letters` of the captions."""
+  """Return the config of a model that computes the condition `letters` from the captions."""
   config = tiny_config()
   config.training.update({"steps": 2, "checkpoint_every": 2, "sample_every": 2, "log_every": 1})
   config.sampling.num_steps = 2
@@ -77,7 +77,7 @@ def losses_of(folder):
 
 
 def expected_values(texts):
-  """Return the values of `letters` for texts, computed by another formula."""
+  """Compute the values of the condition `letters` for texts without its code."""
   matrix = np.random.default_rng(0).normal(size=(26, 4)).astype(np.float32)
   letters = [[ord(letter) - ord("a") for letter in text if letter.isalpha()] for text in texts]
   return np.stack([matrix[numbers].sum(0) / max(len(text), 1) for numbers, text in zip(letters, texts, strict=True)])

@@ -122,7 +122,7 @@ TRACES = {
 def test_a_sample_depends_on_its_key_and_start_alone(name):
   """The order of the batch has no effect, and sampling each row alone under `vmap` gives the same samples.
 
-  Each call of the network in the code is traced once, and other times do not recompile the program.
+  Each call of the network in the code is traced once, and new values of the times do not recompile the program.
   """
   process, traces = PROCESSES["vp"], []
 
@@ -171,7 +171,7 @@ def test_samples_are_the_same_under_pmap(name):
 def test_derivatives_in_the_times_and_the_start_are_finite(name, process):
   """The grid starts at t_max, where rates may be infinite, and ends at 0, where a variance is 0.
 
-  The inner times may be learned.
+  Users may learn the inner times with these derivatives.
   """
   process = PROCESSES[process]
   sampler, denoise = SAMPLERS[name](process), tanh_denoiser(process)

@@ -14,7 +14,10 @@ from tests.oracles import MIXTURE, PROCESSES, gaussian, gaussian_flow, vp_flow
 
 @functools.cache
 def solver(name, data, **options):
-  """Return `integrate` on a process as a jitted function of (x, t, s), one program for both directions."""
+  """Return `sampling.integrate` for a process as a jitted function of (x, t, s).
+
+  One compiled program integrates in both directions of time.
+  """
   process = PROCESSES[name]
   denoise = (MIXTURE if data == "mixture" else gaussian()).denoise(process)
   return jax.jit(functools.partial(sampling.integrate, process, denoise, **options))

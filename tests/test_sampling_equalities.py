@@ -1,4 +1,4 @@
-"""Test that equal rules, other predictions and other parameterizations of time give the same samples."""
+"""Test that equivalent rules, predictions and parameterizations of time give the same samples."""
 
 import itertools
 

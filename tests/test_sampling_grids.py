@@ -48,7 +48,7 @@ def test_grids_decrease_from_the_prior_to_0(name, process):
 
 
 def test_discrete_grids_equal_the_grids_of_diffusers():
-  """The reference formulas are from DDPMScheduler.set_timesteps, whose integer timestep for time t is n t - 1."""
+  """The reference is DDPMScheduler.set_timesteps. For n training steps, its integer timestep at time t is n t - 1."""
   process, n = PROCESSES["discrete_linear"], 1000
   for steps in (3, 10, 30, 50):
     timesteps = {
@@ -61,7 +61,7 @@ def test_discrete_grids_equal_the_grids_of_diffusers():
 
 
 def test_discrete_grids_may_end_above_0_and_have_an_offset():
-  """The reference formulas are from the schedulers of diffusers, whose integer timestep for time t is n t - 1."""
+  """The reference is diffusers' schedulers. For n training steps, their integer timestep at time t is n t - 1."""
   process, n = PROCESSES["discrete_linear"], 1000
   for steps in (1, 3, 10, 30, 50):
     expected = (np.arange(0, steps) * (n // steps)).round()[::-1] + 1

@@ -73,7 +73,10 @@ def test_order_of_convergence_on_a_gaussian(name, process):
 
 @functools.cache
 def mixture_flow(times):
-  """Return the VP flow of `MIXTURE` from three starting points, which SciPy integrates with a tolerance of 1e-13."""
+  """Return the states of the VP flow of `MIXTURE` at `times`, from three starting points.
+
+  SciPy integrates the flow with a tolerance of 1e-13.
+  """
   x = np.array([[0.5, -1.0], [-0.8, 0.3], [0.1, 1.4]])
   slope = vp_flow(jax.jit(MIXTURE.denoise(PROCESSES["vp"])), x.shape)
   kwargs = {"rtol": 1e-13, "atol": 1e-13, "method": "DOP853", "t_eval": times}
@@ -83,7 +86,7 @@ def mixture_flow(times):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ORDERS)
 def test_order_of_convergence_on_a_mixture(name):
-  """The reference is SciPy. The steps are equal in t."""
+  """The reference is SciPy's solution. The steps are equal in t."""
   process, (make, order) = PROCESSES["vp"], ORDERS[name]
   orders, errors = measured_orders(
     make(process),
@@ -163,7 +166,7 @@ def stochastic(name):
 
 @functools.cache
 def solver_of_moments(sampler):
-  """Return `exact_moments` of a sampler of N(0, 0.4^2) on VP as a jitted function of (variance, times, steps)."""
+  """Return `exact_moments` as a jitted function of (variance, times, steps), for VP and N(0, 0.4^2) data."""
   denoise = gaussian(0.0, 0.4).denoise(PROCESSES["vp"])
   return jax.jit(lambda variance, times, steps: exact_moments(sampler, denoise, 0.0, variance, times, steps))
 
@@ -203,7 +206,7 @@ def test_stochastic_rules_of_second_order_converge_quadratically():
 def test_a_rising_grid_encodes_and_a_falling_grid_decodes(name):
   """DDIM inversion works with every deterministic rule.
 
-  The encoding follows the exact flow. Its error and the error of the round trip decrease with more steps.
+  The encoding follows the exact flow. The errors of the encoding and of the round trip decrease with more steps.
   """
   process, x = PROCESSES["vp"], jnp.linspace(-0.8, 1.2, 9)[:, None]
   sampler, denoise = ORDERS[name][0](process), gaussian().denoise(process)
@@ -294,7 +297,7 @@ def test_the_corrector_preserves_the_marginal_and_repairs_a_wrong_one(process):
 def test_every_rule_keeps_the_changes_of_a_wrapper(name):
   """After many Langevin steps, the last states are independent of the first states under every rule.
 
-  The flow of Gaussian data is affine, so without the wrapper their correlation would be 1.
+  The flow of Gaussian data is affine, so without the wrapper the first and last states would have a correlation of 1.
   """
   process, count = PROCESSES["vp"], 2000
   corrected = sampling.with_langevin(ORDERS[name][0](process), process, snr=0.3)

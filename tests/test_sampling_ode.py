@@ -30,7 +30,7 @@ def keys_of(count):
 
 @functools.cache
 def solver(tolerance=1e-5, denoise=EXACT, process=VP):
-  """Return `solve` with the rule as a jitted function of (key, x, times)."""
+  """Return `sampling.solve` with the rule `sampling.ode` as a jitted function of (key, x, times)."""
   rule = sampling.ode(process, rtol=tolerance, atol=tolerance)
   return jax.jit(lambda key, x, times: sampling.solve(key, rule, denoise, x, times))
 
@@ -38,7 +38,7 @@ def solver(tolerance=1e-5, denoise=EXACT, process=VP):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_rule_is_the_integration_and_the_denoised_mean(per_sample):
-  """The number of calls is equal too, with one key for the batch and with one key per sample."""
+  """The number of network calls is equal too. Both hold with one key for the batch and with one key per sample."""
   key = keys_of(4) if per_sample else one_key()
   got, nfe = solver()(key, STARTS, ENDS)
   x, calls = jax.jit(lambda x: sampling.integrate(VP, EXACT, x, 1.0, 1e-3, per_sample=per_sample))(jnp.asarray(STARTS))
@@ -211,7 +211,7 @@ def test_images_are_encoded_decoded_and_interpolated_independently():
 
 @pytest.mark.usefixtures("x64")
 def test_image_to_image_uses_only_the_start_of_the_grid():
-  """The grid sets the start time. From there, the flow has the same calls as on a grid with only the ends."""
+  """The grid sets the start time. From there, the number of network calls does not depend on the inner times."""
   denoise, calls = gaussian(dim=2).denoise(VP), []
 
   def counting(x, t):

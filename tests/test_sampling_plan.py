@@ -35,7 +35,7 @@ def config_of(fsdp=1, scale=1.0, sampler="ddim"):
 
 
 def planned(num_samples=None, **options):
-  """Plan on the eight simulated devices."""
+  """Plan sampling on the eight simulated devices."""
   model = ModelChoice(tree_of(config_of(**options)))
   return run_sampling_plan(model, topology_name=None, num_devices=None, num_samples=num_samples)
 
@@ -101,7 +101,7 @@ def test_fsdp_divides_the_parameters(dense_plan):
 
 
 def matrices(size=64, steps=4, batch=32):
-  """Return a traced program with one product for each step, and its weights."""
+  """Return a traced program of one matrix product for each step, and the shape of the matrix."""
 
   def program(weights, x):
     return jax.lax.scan(lambda x, _: (x @ weights, None), x, length=steps)[0]
@@ -142,7 +142,7 @@ def test_times_follow_the_chip_s_roofline():
 
 
 def test_the_planned_program_is_the_one_that_samples(dense_plan):
-  """Real parameters run the program that a plan traces from shapes."""
+  """Sampling with real parameters makes as many network calls as a plan that knows only their shapes."""
   experiment = experiment_of(config_of())
   generate = programs.generate(experiment, programs.sampling_mesh(experiment))
   params = jax.tree.map(

@@ -60,7 +60,7 @@ PEERS = {
 
 
 def random_peer(model, config, seed=0):
-  """Return a model with random parameters, large enough that all of them matter."""
+  """Return a transformers model with random parameters that are large enough to affect the output."""
   config = type(config)(**config.to_dict())  # models change their config
   torch.manual_seed(seed)
   peer = model(config).eval()
@@ -73,7 +73,7 @@ def random_peer(model, config, seed=0):
 
 @functools.cache
 def pair(name):
-  """Return a peer, our encoder with the same parameters, and the parameters."""
+  """Return a transformers model, our equivalent encoder, and our parameters with equal values."""
   peer = random_peer(*PEERS[name])
   encoder = text_configs.from_config(peer.config.to_dict() | {"architectures": [type(peer).__name__]})
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
@@ -99,14 +99,14 @@ def compiled(encoder, **options):
 
 
 def encode(encoder, params, ids, mask):
-  """Encode ids [3, LENGTH] by the program that most tests share, which returns the states of all layers."""
+  """Encode ids [3, LENGTH] with the compiled program for the states of all layers that most tests share."""
   return compiled(encoder, all_layers=True)(params, ids, mask)
 
 
 def random_ids(length=LENGTH):
-  """Return ids [3, length] of texts with their ends, and the mask of the padding.
+  """Return ids [3, length] of texts with end tokens, and a mask that is False at the padding.
 
-  The first text is padded with ends, and the second text with zeros. The third text has no padding.
+  The first text is padded with end tokens, and the second text with zeros. The third text has no padding.
   """
   ids = np.random.default_rng(0).integers(3, END, (3, length)).astype(np.int32)
   ends = np.array([length // 2, length - 3, length - 1])
@@ -116,7 +116,7 @@ def random_ids(length=LENGTH):
 
 
 def theirs_of(peer, ids, mask=None, **others):
-  """Return the states of all layers, the last states and the vectors of a peer."""
+  """Return a transformers model's states of all layers, final states, and pooled vectors."""
   inputs = {"input_ids": ids, "attention_mask": mask, **others}
   inputs = {key: torch.tensor(np.asarray(value, np.int64)) for key, value in inputs.items() if value is not None}
   with torch.no_grad():
@@ -134,7 +134,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_all_layers_and_vectors_match_transformers(name):
-  """Our encoder with a mask that hides nothing equals the peer without a mask."""
+  """Our encoder with a mask that hides nothing equals transformers' model without a mask."""
   peer, encoder, params = pair(name)
   ids, some = random_ids()
   for mask, their_mask in ((some, some), (np.ones_like(some), None)):
@@ -171,7 +171,7 @@ def test_a_layer_is_chosen_with_or_without_the_final_normalization(name):
 
 
 def test_the_vector_is_taken_from_the_first_end_or_from_the_largest_id():
-  """With two ends, transformers and we take the first."""
+  """If a text has two end tokens, both transformers and our encoder use the first end token."""
   ids = np.array([[5, END, 9, END, 49], [49, 3, END, 2, 2], [4, 4, 4, 4, END], [3, 4, 5, 6, 7]], np.int32)
   for name in ("CLIP of SD 1", "CLIP of SD 2"):
     peer, encoder, params = pair(name)
@@ -252,7 +252,7 @@ FULL = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_published_encoders_have_their_parameters(name):
-  """The numbers are those of transformers' models, and so are all names and shapes."""
+  """The numbers, names and shapes of the parameters equal those in transformers' models."""
   encoder, count, (model, _) = FULL[name]
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 8), int))["params"]
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count

@@ -19,7 +19,10 @@ SETTINGS = {"sd1": folders.sd1_settings, "sd2": folders.sd2_settings, "sdxl": fo
 
 @pytest.fixture(scope="module")
 def clip_files(tmp_path_factory):
-  """Write CLIP's real vocabulary. Tests copy the folder before they change it."""
+  """Write CLIP's real vocabulary to a folder.
+
+  Tests copy the folder before they change it.
+  """
   return folders.write_clip(tmp_path_factory.mktemp("clip"))
 
 

@@ -17,7 +17,7 @@ from tests.recipes import experiment_of, tiny_config
 
 
 def linear_problem(optimizer):
-  """Make the state and the step of a linear model without Flax, with a dict of parameters."""
+  """Make the state and the train step of a linear model in plain JAX, with a dict of parameters."""
 
   def apply(params, x, time, given, **_):
     return params["a"] * x + params["b"]
@@ -87,7 +87,7 @@ def plain_problem():
 
 
 def broken_batches(*steps):
-  """Yield batches that are NaN at some steps."""
+  """Yield batches that are NaN at the steps `steps`."""
   for number, batch in enumerate(batches(), 1):
     yield {"x": np.full_like(batch["x"], np.nan)} if number in steps else batch
 

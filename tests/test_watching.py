@@ -1,4 +1,4 @@
-"""Test the trace of a run."""
+"""Test profiler traces of training steps."""
 
 import jax
 import pytest

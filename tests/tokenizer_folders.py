@@ -1,4 +1,4 @@
-"""Write tokenizers' folders as published models have them, and prompts that are hard to split into tokens."""
+"""Write tokenizer folders like those of published models, and make prompts that are hard to split into tokens."""
 
 import gzip
 import importlib.util
@@ -26,7 +26,7 @@ def write_json(path, content):
 def byte_characters():
   """Return the character of each byte in the vocabularies of GPT-2 and CLIP, in the order of their ids.
 
-  Printable characters of Latin-1 stand for themselves, and other bytes for characters from 256 on.
+  A byte with a printable character in Latin-1 has this character. The other bytes have characters from 256 on.
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
@@ -158,7 +158,7 @@ PARTS = (
 
 
 def awkward_prompts(count=300):
-  """Return prompts: the empty one, each part alone, and random sequences of parts with and without spaces."""
+  """Return the empty prompt, each of `PARTS` alone, and random sequences of `PARTS` with and without spaces."""
   draw = random.Random(0)
   prompts = ["", " ", *PARTS]
   while len(prompts) < count:
@@ -192,7 +192,7 @@ def write_bert(folder):
 
 
 def tiny_clip(folder):
-  """Write a folder of CLIP's layout with few tokens, so that damaged copies are cheap."""
+  """Write a tokenizer folder in CLIP's layout with few tokens, so that tests can damage many copies fast."""
   tokens = ["c", "a", "t", "c</w>", "a</w>", "t</w>", "ca", "cat</w>", START, END]
   write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
   (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")

@@ -37,7 +37,7 @@ class Linen(nn.Module):
 
 
 class Reader(nn.Module):
-  """Define a network in Flax Linen that adds the mean of the states of a text, and compiles fast."""
+  """Define a network in Flax Linen that depends on the mean of a text's states, and compiles fast."""
 
   out_channels: int
   context_features: int = 0
@@ -97,7 +97,7 @@ def plain_weighting(log_snr):
 
 
 def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: float = 1.0) -> losses.Objective:
-  """Return the denoising loss times a factor that grows with the step, with a memory and frozen parameters."""
+  """Return an objective with memory and frozen parameters that multiplies the denoising loss by a growing factor."""
   times = losses.uniform(process)
 
   def value(trained, context, keys, batch):
@@ -171,7 +171,7 @@ def tiny_autoencoder(
 ) -> models.Codec:
   """Return the codec of a small autoencoder with random weights.
 
-  With the default number of levels, it halves the sides.
+  With the default number of levels, the codec halves the height and the width.
   """
   codes = {"num_codes": 8} if bottleneck == "vq" else {}
   options = {"channels": 4, "multipliers": (1,) * levels, "blocks": 1, "groups": 2, "middle_attention": False}

@@ -1,4 +1,4 @@
-"""Define the commands of the command line, one module for each.
+"""Define the commands of the command line, each in its own module.
 
 The module of a command has a docstring (its help), `EXAMPLES` (two command lines), `FLAGS` and `run(args)`. JAX
 is imported when `run` is called, not when the module is imported. So help and errors in flags appear at once.

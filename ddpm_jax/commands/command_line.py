@@ -50,8 +50,8 @@ def parse(words: Sequence[str]) -> Args:
   """Parse a command line.
 
   Returns:
-    The values of all flags. `mode` is the mode. `keys` is a dict from the key of each `--config.<key>=<text>` flag to
-    the text.
+    An object with the value of each flag as an attribute. Its attribute `keys` is a dict from the key of each
+    `--config.<key>=<text>` flag to the text.
 
   Raises:
     ValueError: if the mode, a flag or a value is invalid, or a mode that reads no config gets a `--config.<key>` flag.

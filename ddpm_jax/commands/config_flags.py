@@ -7,12 +7,12 @@ _PREFIX = "--config."
 
 
 class ConfigFlags(NamedTuple):
-  """Hold the parts of a command line.
+  """Hold the flags that set the config, and the other words of a command line.
 
   Attributes:
     recipe: the value of --config, or None.
     keys: a dict from the key of each `--config.<key>=<text>` flag to the text, in the order of the command line.
-    remaining: all other words.
+    remaining: the words that do not set the config.
   """
 
   recipe: str | None
@@ -21,7 +21,7 @@ class ConfigFlags(NamedTuple):
 
 
 def split(words: Sequence[str]) -> ConfigFlags:
-  """Separate the flags of the config from the other words of a command line.
+  """Separate the flags that set the config from the other words of a command line.
 
   Raises:
     ValueError: if --config has no value.

@@ -224,8 +224,8 @@ def config_keys(args: Args, **short: Any) -> dict[str, str]:
 
   Args:
     args: the parsed flags.
-    **short: further values by name. For the name of a short form, the value replaces the one in `args`. Any other name
-      is a key of `config.evaluation`.
+    **short: further values by name. Each name is a short form, such as "sampler", or a key of `config.evaluation`. The
+      value of a short form replaces the value of the flag in `args`.
 
   Raises:
     ValueError: if a short form and a --config.<key> flag set the same key.
@@ -243,9 +243,10 @@ def config_keys(args: Args, **short: Any) -> dict[str, str]:
 
 
 def sampling_keys(args: Args, **short: Any) -> dict[str, str]:
-  """Return the config keys that flags set in a mode that samples, see `config_keys`.
+  """Return the config keys that flags set in a mode that generates samples (see `config_keys`).
 
-  The keys include the mesh of the devices, because the mesh in the config is for training.
+  Unless flags set the mesh of the devices, the keys set the default mesh, because the mesh in the config is for the
+  devices that trained the model.
   """
   return _SAMPLING_MESH | config_keys(args, **short)
 
@@ -254,7 +255,7 @@ def variants(args: Args) -> list[dict[str, Any]]:
   """Pair each sampler with each number of steps.
 
   Returns:
-    For each pair, the config values to replace. Without --sampler and --num_steps, the list is [{}].
+    A list with a dict for each pair: the config values to replace. Without --sampler and --num_steps, it is [{}].
   """
   samplers = list(itertools.chain(*(args.sampler or ())))
   choices = [
@@ -314,10 +315,10 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
 
 
 def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
-  """Return the path of the pretrained model, with its revision, and the options of the model that flags set.
+  """Return the path of the pretrained model, with its revision, and the options that flags set for the model.
 
   Raises:
-    ValueError: if such a flag is set without --pretrained, or the size is invalid.
+    ValueError: if a flag for a pretrained model is set without --pretrained, or the size is invalid.
   """
   given = [name for name in _OF_PRETRAINED if getattr(args, name)]
   if args.pretrained is None:
@@ -338,14 +339,14 @@ def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
 
 
 def weights_choice(args: Args) -> "WeightsChoice":
-  """Return the choice of weights and checkpoint."""
+  """Return the weights and the checkpoint that flags choose."""
   from ddpm_jax import runs
 
   return runs.WeightsChoice(args.ema is not False, args.ema_length, args.step or "")
 
 
 def steering(args: Args) -> "Steering":
-  """Return the conditions and the guiding models."""
+  """Return the conditions and the guiding models that flags set."""
   from ddpm_jax import runs
 
   weak, step = args.weak or "", ""
@@ -362,10 +363,12 @@ def steering(args: Args) -> "Steering":
 
 
 def _prompts_of(args: Args) -> list[str]:
-  """Return the texts of --prompt or of the lines of --prompts. Empty lines of the file are skipped.
+  """Return the texts of --prompt, or the lines of the file --prompts.
+
+  Empty lines of the file are skipped.
 
   Raises:
-    ValueError: if both are set, or the file cannot be read, is too large or has no text.
+    ValueError: if both flags are set, or the file cannot be read, is too large or has no text.
   """
   if args.prompts is None:
     return list(args.prompt or ())
@@ -389,9 +392,9 @@ def _prompts_of(args: Args) -> list[str]:
 def _by_condition(
   flag: str, texts: list[str] | None, classes: list[str] | None, prompts: list[str] | None
 ) -> dict[str, list[str]]:
-  """Return lists of values by condition, from a flag and from its short forms for classes and texts.
+  """Return the values that a flag and its short forms set, as a dict from each condition to a list.
 
-  Only values of `classes` are split at commas.
+  The short forms set the conditions `classes` and `text`. Only values of `classes` are split at commas.
   """
   values: dict[str, list[str]] = {"classes": list(classes)} if classes else {}
   values |= {"text": list(prompts)} if prompts else {}

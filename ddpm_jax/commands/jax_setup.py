@@ -7,7 +7,9 @@ from ddpm_jax.storage.places import cache_folder
 
 
 def join_processes(args: Args) -> None:
-  """Connect the processes of a run, if there are several. Call this before JAX is first used.
+  """Connect the processes of a run, if there are several.
+
+  Call this function before JAX is first used.
 
   Raises:
     ValueError: if flags contradict each other, or the processes cannot connect.

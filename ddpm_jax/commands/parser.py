@@ -96,7 +96,8 @@ def unknown_flag(words: Sequence[str], parser: Parser, other_parsers: Sequence[P
   Args:
     words: the unknown words. The error reports the first one.
     parser: the parser of the command.
-    other_parsers: the parsers of all other commands. The error names the modes that have the flag.
+    other_parsers: the parsers of all other commands. If some of these commands have the unknown flag, the error names
+      their modes.
   """
   flag = words[0].partition("=")[0]
   if not flag.startswith("-"):

@@ -1,8 +1,8 @@
 """Estimate the memory and time that training or sampling needs on given devices.
 
-The command compiles the train step, or the sampling of a batch, and prints its FLOPs, memory,
-communication and minimum time. The devices do not have to be present. The command reads no data
-and no weights, and does not change run folders.
+The command compiles the train step, or the sampling of a batch, and prints the FLOPs, memory,
+communication and minimum time of the compiled program. The devices do not have to be present. The
+command reads no data and no weights, and does not change run folders.
 """
 
 from pathlib import Path

@@ -2,8 +2,9 @@
 
 A TFDS data set is downloaded and converted. This needs TensorFlow: pip install 'ddpm_jax[prepare]'.
 With --output, the images of any source are decoded, resized and packed into a folder that is fast
-to read. If the model has an autoencoder as its codec, --output gets the encoded training images
-instead, which training reads with --config.data.latents. Run this command once for each data set.
+to read. If the codec of the model is an autoencoder, the folder gets the encoded training images
+instead. Training reads this folder with --config.data.latents. Run this command once for each
+data set.
 """
 
 from ddpm_jax.commands import flags, jax_setup

@@ -23,7 +23,8 @@ def report(error: Exception, *, details: bool) -> NoReturn:
   """End the program with the message of an error.
 
   A ValueError, FloatingPointError, OSError or `data.WorkerDied` is a problem with the input, so only its message is
-  shown. A broken pipe of stdout or stderr has no message. Any other error is a bug, so its traceback is shown.
+  shown. For a broken pipe of stdout or stderr, no message is shown. Any other error is a bug, so its traceback is
+  shown.
 
   Args:
     error: the error.
@@ -97,7 +98,10 @@ def interrupt(training: Path | None) -> NoReturn:
 
 
 def _describe(error: Exception) -> str:
-  """Return the message of an error. For an error of the operating system, add the file and advice."""
+  """Return the message of an error.
+
+  For an error of the operating system, the message also names the file and gives advice.
+  """
   if not isinstance(error, OSError) or error.errno is None:
     return str(error)
   message = f"Cannot use {error.filename}: {error.strerror}." if error.filename else f"{error}."

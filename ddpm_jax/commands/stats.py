@@ -1,5 +1,6 @@
-"""Compute the feature statistics of reference images, for scores of this package and other tools.
+"""Compute the feature statistics of reference images.
 
+This package and other tools compare samples with these statistics to compute scores such as FID.
 The file stores the mean and covariance of the features, in the format of FID tools. The config
 selects the reference images and the features, such as Inception features.
 """

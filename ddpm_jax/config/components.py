@@ -1,9 +1,10 @@
 """Parse and find the components of a config.
 
-A component is a function, class or value that a config names. In a config, it is a section with its name under
-"component" and its arguments as further keys. On the command line it is `name(argument=value, ...)`. A name refers to
-the package (`sampling.heun`, or `heun` where a sampler is expected), to a module (`my_module:MyNetwork`) or to a file
-(`my_file.py:my_loss`). Components in a user's module or file are custom components.
+A component is a function, class or value that a config names. In a config, a component is a section: the key
+"component" is the name of the component, and all other keys are its arguments. On the command line, a component is
+`name(argument=value, ...)`. The name refers to a component in this package (`sampling.heun`, or `heun` where a sampler
+is expected), in a user's module (`my_module:MyNetwork`) or in a user's file (`my_file.py:my_loss`). Components in a
+user's module or file are custom components.
 """
 
 import ast
@@ -35,9 +36,9 @@ class Parameter(NamedTuple):
     annotation: the type annotation, or `MISSING`.
     default: the default value, or `MISSING`.
     role: one of `ROLES`. If empty, the role of the enclosing component or section applies.
-    slot: the slot, if the parameter takes a component.
+    slot: the slot (see `slots`) if the parameter takes a component, otherwise None.
     is_mapping: whether the parameter holds several components under names that the user chooses.
-    section: the dataclass of the section, if the parameter is a section.
+    section: if the parameter is a section, the dataclass that declares the section; otherwise None.
     limits: the allowed range of numbers; None for no limits.
   """
 
@@ -231,7 +232,7 @@ def name_of(component: Any, slot: Slot) -> str:
 
 @contextlib.contextmanager
 def named_errors(where: str, name: str) -> Iterator[None]:
-  """Turn errors in the block into a ValueError that names the config key and the component.
+  """Turn errors in the `with` block into a ValueError that names the config key and the component.
 
   A ValueError whose message already contains the key stays unchanged.
 

@@ -126,7 +126,7 @@ def _digest(content: bytes) -> str:
 
 @contextlib.contextmanager
 def importable(*folders: Path) -> Iterator[None]:
-  """Let code in the block import modules from these folders.
+  """Let code in the `with` block import modules from these folders.
 
   Installed modules of the same name take precedence.
   """

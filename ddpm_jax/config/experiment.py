@@ -32,9 +32,9 @@ class Experiment(NamedTuple):
     model: the model.
     objective: the objective that training minimizes.
     sampler: the sampler.
-    times: the sampler's grid of times [K + 1].
-    guidance: the rule of guidance, with the arguments that the config sets already filled in. It is a function of the
-      other arguments, such as denoisers, which are known only when samples are generated.
+    times: the grid of times [K + 1] for the K steps of the sampler.
+    guidance: the rule of guidance, a function. The arguments that the config sets are filled in. All other arguments,
+      such as denoisers, are known only when samples are generated.
     data, optimizer, ema, training, parallel, sampling, editing, evaluation: the sections of `config.sections`.
   """
 
@@ -127,7 +127,7 @@ def build(tree: Tree, model: Model | None = None) -> Experiment:
 
 
 def _data(tree: Tree) -> Data:
-  """Build the data section, with a function of a `data.Fit` as its source."""
+  """Build the data section, and turn its source into a function of a `data.Fit`."""
   fields = Fields(**tree.values["data"]["fields"])
   component = tree.components["data.source"]
   if fields.chosen and not any(slots.is_supplied(one, [Fields]) for one in component.signature.values()):
@@ -187,7 +187,7 @@ def _check_buckets(data: Data, model: Model) -> None:
 
 
 def _check_size(model: Model, x_shape: tuple[int, ...]) -> None:
-  """Raise a ValueError if the network of a model rejects x of another shape."""
+  """Raise a ValueError if the network of a model rejects x of shape `x_shape`."""
   model.network.check(x_shape)
   if hasattr(model.network.module, "check_input"):
     return
@@ -257,7 +257,7 @@ def make(tree: Tree, path: str, supplied: Mapping[Any, Any] | None = None) -> An
   Args:
     tree: the config.
     path: the dotted name of the slot.
-    supplied: arguments that are not config keys, by the name or type of the parameter.
+    supplied: a dict from the name or type of each argument that is not a config key to the argument's value.
 
   Returns:
     The value that fills the slot. In a deferred slot, this is a function of the arguments that are not yet known.

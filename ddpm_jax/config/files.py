@@ -92,7 +92,7 @@ def find_run(folder: Path) -> Tree | None:
 
 
 def write(folder: Path, tree: Tree) -> None:
-  """Write the config of a run, with copies of its custom components."""
+  """Write a config and copies of its custom components to a run folder."""
   for component in tree.components.values():
     if component.digest:
       custom.save_copy(component.name, component.digest, folder)

@@ -9,7 +9,7 @@ from ddpm_jax.config.tree import Tree
 
 
 def apply(config: Tree, keys: Mapping[str, str]) -> Tree:
-  """Return a copy of a config with the values of flags.
+  """Set keys in a copy of a config from flags, and return the copy.
 
   A flag that selects a component is applied before the flags that set arguments of this component, whatever the order
   of the flags on the command line.
@@ -36,7 +36,7 @@ def _read(config: Tree, path: str, text: str) -> Any:
 
 
 def _new_parameter(config: Tree, path: str) -> Parameter:
-  """Return the parameter of a key that the config does not have.
+  """Return the declaration of a key that is not yet in the config.
 
   An unknown key raises no error here, because `tree.expand` refuses it later.
 

@@ -18,7 +18,8 @@ def read(value: str) -> ConfigDict:
       `get_config`.
 
   Raises:
-    ValueError: if the file does not exist or raises an error, or its config is no ConfigDict or is empty.
+    ValueError: if the file does not exist or raises an error, or if `get_config` does not return a
+      ConfigDict with at least one key.
   """
   # A path may contain a colon too.
   name, colon, argument = (value, "", "") if user_path(value, "--config=").is_file() else value.partition(":")

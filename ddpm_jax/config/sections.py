@@ -154,13 +154,13 @@ def section(kind: type, role: str = RUN, slot: Slot | None = None) -> Any:
 
 
 def count(default: int, role: str = "") -> Any:
-  """Return the dataclass field of a size or count, an integer of 1 or more."""
+  """Return the dataclass field of a key that is a size or count, an integer of 1 or more."""
   return key(default, role, Limits(minimum=1, is_size=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-  """Select the fields of the data (see `data.Fields`) that become items."""
+  """Select the fields of the data that are read as classes and captions (see `data.Fields`)."""
 
   classes: str = key("")  # the field with the class of an image; empty: the source decides
   # The field that holds the caption of an image; ".txt": the text file beside each image; empty: no captions.
@@ -333,7 +333,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-  """Configure an experiment. The defaults are DDPM on CIFAR-10 (Ho et al. 2020)."""
+  """Configure an experiment.
+
+  The defaults are DDPM on CIFAR-10 (Ho et al. 2020).
+  """
 
   task: Any = key("tasks.denoise", MODEL, slot=_TASK)
   seed: int = key(0, RUN, Limits(maximum=2**32 - 1))

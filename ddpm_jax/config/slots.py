@@ -1,6 +1,6 @@
 """Define slots, the config keys that take a component.
 
-A slot defines which components fit, and which of their arguments the builder supplies.
+A slot defines which components fit, and which of their arguments the builder (`config.build`) supplies.
 """
 
 import importlib
@@ -40,15 +40,15 @@ class Slot(NamedTuple):
 
   Attributes:
     description: the slot in words, for error messages: "a sampler".
-    kinds: the allowed types of the built value. Each is a class, a type of functions or, if `config` must not import
-      `module`, the name of a class in `module`.
+    kinds: the allowed types of the built value. Each is a class or a type of functions. A class in a module that
+      `config` must not import is replaced by its name.
     module: the module to search if the name of a component does not include its module; a key of `MODULES`.
     example: a component that fits, for error messages.
     supplied: the arguments that the builder supplies, by type or name. They are not config keys.
     must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has at least one
-      of these parameters. They tell apart functions that have equal types but belong to different slots.
+      of these parameters. This rule distinguishes functions of the same type that belong to different slots.
     direct_parameter: the name of a parameter, such as `log_snr`. A function of the package fills the slot without a
-      call if this is its only required parameter. A custom function may require other parameters.
+      call if it requires this parameter and no other. A custom function may require other parameters.
     is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
       these arguments.
   """
@@ -64,9 +64,9 @@ class Slot(NamedTuple):
 
   @property
   def supplied_names(self) -> list[str]:
-    """Return the arguments that are supplied by name.
+    """Return the names in `supplied`, without the types.
 
-    A custom function fits a deferred slot only if it takes at least one of them.
+    A custom function fits a deferred slot only if it takes at least one argument with such a name.
     """
     return [one for one in self.supplied if isinstance(one, str)]
 
@@ -96,7 +96,7 @@ _SLOTS = (
 
 
 def slot_of(annotation: Any, supplied: tuple[Any, ...] = ()) -> Slot | None:
-  """Return the slot for arguments of a type, or None if such arguments take no component."""
+  """Return the slot of an argument by its annotation, or None if the argument takes no component."""
   # Compare by identity: `Weighting` and `Operator` are equal types of functions.
   matches = [slot for slot in _SLOTS if any(slot.kinds[0] is one for one in (plain(annotation), *members(annotation)))]
   if not matches:
@@ -106,7 +106,7 @@ def slot_of(annotation: Any, supplied: tuple[Any, ...] = ()) -> Slot | None:
 
 
 def import_module(name: str) -> types.ModuleType:
-  """Import a module by its name in configs."""
+  """Import a module of the package by its name in `MODULES`."""
   return importlib.import_module(f"ddpm_jax.{MODULES[name]}")
 
 
@@ -220,7 +220,7 @@ def _kinds(slot: Slot) -> tuple[Any, ...]:
 
 
 def _returns_kind(result: Any, kind: Any) -> bool:
-  """Return whether a return annotation includes a kind or a subclass of it."""
+  """Return whether a return annotation includes the type `kind` or a subclass of `kind`."""
   pairs = [(one, part) for one in members(result) for part in members(kind)]
   return any(
     one is part or (inspect.isclass(one) and inspect.isclass(part) and issubclass(one, part)) for one, part in pairs
@@ -242,7 +242,7 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 def _can_be_set(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether an argument has a default or can be set by the builder or a config.
+  """Return whether an argument has a default, or the builder or a config can set the argument.
 
   A config cannot set an array.
   """

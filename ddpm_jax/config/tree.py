@@ -31,7 +31,10 @@ class Tree(NamedTuple):
   folder: Path | None = None
 
   def at(self, path: str) -> Any:
-    """Return the value or section at a dotted name. An empty name returns the entire config."""
+    """Return the value or section at a dotted name.
+
+    For an empty name, return the entire config.
+    """
     value: Any = self.values
     for name in path.split(".") if path else ():
       value = value[name]
@@ -42,7 +45,10 @@ class Tree(NamedTuple):
     return components.arguments_of(self.at(path))
 
   def role(self, path: str) -> str:
-    """Return the role of a key. Keys inside a dict value have the role of that value."""
+    """Return the role of a key.
+
+    Keys inside a dict value have the role of that value.
+    """
     while path and path not in self.parameters:
       path = path.rpartition(".")[0]
     return self.parameters[path].role

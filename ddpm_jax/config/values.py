@@ -76,7 +76,7 @@ def convert(value: Any, kinds: Sequence[Any], path: str, alternative: str = "") 
     value: the value to convert.
     kinds: the allowed types, in order of preference.
     path: the dotted name of the key.
-    alternative: another allowed form, for the error message.
+    alternative: words for the error message that describe a further allowed form, such as a component.
 
   Raises:
     ValueError: if the value fits none of the types.
@@ -182,7 +182,7 @@ class Limits:
 
 
 def _flat(value: Any) -> list[Any]:
-  """Return the items of a list, or of lists in it, or a list of a single value."""
+  """Flatten nested lists into one list, and put a single value into a list."""
   return [item for one in value for item in _flat(one)] if isinstance(value, list | tuple) else [value]
 
 
@@ -220,7 +220,10 @@ def read(text: str, kinds: Sequence[Any], path: str) -> Any:
 
 
 def literal(text: str) -> Any:
-  """Return the value of a Python literal, such as a tuple, or of a word in `CONSTANTS`. Return other text unchanged."""
+  """Return the value of a Python literal, such as a tuple, or of a word in `CONSTANTS`.
+
+  Return any other text unchanged.
+  """
   try:
     return ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):

@@ -1,4 +1,4 @@
-"""Treat images that cannot be decoded, and decode small sets into memory."""
+"""Handle images that cannot be decoded, and decode small sets into memory."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +115,7 @@ class SkipBroken:
     return batch
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the texts of items (also broken ones), or None if the source has to read images for them."""
+    """Return the texts of images, including broken images, or None if the source must read images to get texts."""
     return known_texts(self.source, name, indices)
 
   def fetch(self, index: int) -> tuple[dict[str, Any], list[BrokenImage]]:
@@ -132,7 +132,10 @@ class SkipBroken:
     raise broken_error(errors, len(errors))
 
   def _from(self, index: int) -> Iterable[int]:
-    """Return `index` and then, in order, all other indices of its group."""
+    """Return `index`, then the higher and finally the lower indices of the same group.
+
+    A group is a bucket (see `Buckets`). Without buckets, all images are one group.
+    """
     if self.groups is None:
       return ((index + step) % len(self) for step in range(len(self)))
     members = np.flatnonzero(self.groups == self.groups[index])

@@ -17,18 +17,18 @@ Size = tuple[int, int]
 class Buckets:
   """Read each image at one of several sizes: the size with the closest aspect ratio.
 
-  A bucket is the set of images with the same size. `batches` takes all items of a batch from one bucket. The distance
-  between two aspect ratios is the difference of their logarithms (Podell et al. 2023, section 2.3).
+  A bucket is the set of images that are read at one size. `batches` takes all items of a batch from one bucket. The
+  distance between two aspect ratios is the difference of their logarithms (Podell et al. 2023, section 2.3).
 
   Args:
-    source: images that can be read at any size: a `FolderSource`, or a part of one that `hold_out` returned.
+    source: images that can be read at any size: a `FolderSource`, or a part of it that `hold_out` returned.
     sizes: the height and width in pixels of each bucket.
     broken: how to treat images that cannot be opened: "stop" to raise an error, or "skip" to put them into the bucket
       with the most images, where `SkipBroken` replaces them.
 
   Attributes:
     sizes: the argument `sizes`.
-    groups: the bucket of each image, [N] int.
+    groups: the index in `sizes` of each image's bucket, [N] int.
     classes: the classes [N] of the source.
 
   Raises:
@@ -62,7 +62,8 @@ def check_buckets(sizes: Sequence[Any]) -> tuple[Size, ...]:
   """Check the sizes of buckets, and return them as pairs of integers.
 
   Raises:
-    ValueError: if there are no sizes, one is not a height and a width of at least 1, or two have the same aspect ratio.
+    ValueError: if there are no sizes, a size is not a pair of integers of 1 or more, or two sizes have the same aspect
+      ratio.
   """
   if not len(sizes):
     raise ValueError("Got no sizes of buckets; expected at least one, such as (512, 512). Set data.buckets.")
@@ -78,7 +79,10 @@ def check_buckets(sizes: Sequence[Any]) -> tuple[Size, ...]:
 
 
 def _image_sizes(source: Any, broken: str) -> np.ndarray:
-  """Read the height and width of each image [N, 2]. The size of a broken image is 0 if `broken` is "skip"."""
+  """Read the height and width of each image [N, 2].
+
+  If `broken` is "skip", the height and width of a broken image are 0.
+  """
   errors: list[BrokenImage] = []
 
   def read(index: int) -> Size:
@@ -98,7 +102,7 @@ def _image_sizes(source: Any, broken: str) -> np.ndarray:
 
 
 def _nearest(image_sizes: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
-  """Return the index of the size with the closest aspect ratio for each image [N]."""
+  """Return, for each image [N], the index of the size with the closest aspect ratio."""
   is_known = np.all(image_sizes > 0, axis=1)
   heights, widths = image_sizes[is_known].T
   ratios = np.array([height / width for height, width in sizes])

@@ -19,7 +19,7 @@ _EXPECTED = "expected one caption for each image, as text"
 
 
 class Captions:
-  """Hold captions as UTF-8 bytes, and return caption i as text.
+  """Store captions as UTF-8 bytes, and return each caption as text.
 
   A million captions of 60 characters take 68 MB. Python strings would take 117 MB, and worker processes would start
   more slowly.
@@ -55,7 +55,7 @@ def from_values(values: Sequence[Any], field: str, where: str) -> Captions:
   """Return the captions in the values of a field of metadata.jsonl.
 
   Args:
-    values: text, or None for an image without a caption, which gets the empty caption.
+    values: the value of each image: a text, or None for no caption. None becomes the empty caption.
     field: the name of the field, for error messages.
     where: the file of the values, for error messages.
 
@@ -84,12 +84,12 @@ def from_values(values: Sequence[Any], field: str, where: str) -> Captions:
 
 
 def find_files(root: bytes, folders: Mapping[bytes, bytes]) -> tuple[np.ndarray, int]:
-  """Find the text files that are named like an image, such as 0.txt beside 0.png.
+  """Find the text files that have the name of an image, such as 0.txt beside 0.png.
 
   Args:
     root: the folder of all images.
-    folders: the file names of each folder's images, each followed by a zero byte. The keys are the folders' paths
-      relative to `root`.
+    folders: a dict from the path of each folder, relative to `root`, to the names of its image files. In the bytes of
+      the names, a zero byte follows each name.
 
   Returns:
     Whether each image has a text file beside it, bool [N], and the number of these text files.
@@ -146,7 +146,8 @@ def decode(value: Any, where: str) -> str:
   """Return the text of a caption that is a string or UTF-8 bytes.
 
   Raises:
-    ValueError: if the value is neither, is not UTF-8, or is longer than 64 KiB. The message starts with `where`.
+    ValueError: if the value is neither a string nor bytes, is not UTF-8, or is longer than 64 KiB. The message
+      starts with `where`.
   """
   if not isinstance(value, str | bytes):
     raise ValueError(f"{where}: Got a caption of type {type(value).__name__}; {_EXPECTED}. Choose other data.")

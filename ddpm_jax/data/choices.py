@@ -91,17 +91,18 @@ def digit_pairs(fit: Fit, count: int = 30_000) -> Splits:
 
 @check_types
 def arrays(fit: Fit, path: Place, items: Sequence[str] = (), fields: Fields = _NO_FIELDS) -> Splits:
-  """Read images with any number of channels, their classes and captions, from an .npz file.
+  """Read images and, if present, their classes and captions from an .npz file.
 
-  The documentation of `read_arrays` lists the accepted names of the arrays with images and classes.
+  Images may have any number of channels. The documentation of `read_arrays` lists the accepted names of the
+  arrays with images and classes.
 
   Args:
     fit: the shape that the images must have.
     path: the .npz file.
-    items: names of other arrays in the file, numbers [N, ...] or texts [N], to read with the images. Each condition of
-      the model takes the array of the same name.
-    fields: the names of the arrays with the classes and the captions. By default, the names in `read_arrays`, and no
-      captions.
+    items: the names of further arrays to read from the file. Their values are numbers [N, ...] or texts [N]. Each
+      condition of the model takes the array that has the name of the condition.
+    fields: the names of the arrays with the classes and the captions. By default, the array of classes has one of the
+      names in the documentation of `read_arrays`, and there are no captions.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, or the images do not have the shape
@@ -116,9 +117,10 @@ def arrays(fit: Fit, path: Place, items: Sequence[str] = (), fields: Fields = _N
 def folder(
   fit: Fit, path: Place, train_split: str = "train", eval_split: str = "test", fields: Fields = _NO_FIELDS
 ) -> Splits:
-  """Read image files from a folder, with one sub-folder per class or with fields in a file metadata.jsonl.
+  """Read image files and, if present, their classes and captions from a folder.
 
-  Captions may also be in text files beside the images.
+  Classes are sub-folders or a field of a file metadata.jsonl. Captions are a field of metadata.jsonl, or text files
+  beside the images.
 
   Args:
     fit: how to crop and resize the images to one size.
@@ -151,7 +153,7 @@ def packed(
 ) -> Splits:
   """Read packed images.
 
-  They need no decoding. `pack` writes them.
+  `pack` writes a folder of such images, a pack. Packed images need no decoding.
 
   Args:
     fit: the shape, crop and resize that the images were packed with.
@@ -216,7 +218,7 @@ def tfds(
 
 
 def fit_settings(fit: Fit, fields: Fields = _NO_FIELDS) -> dict[str, str | int]:
-  """Return the crop, the resize and the fields as a pack stores them."""
+  """Return the crop, resize and fields in the form that a pack stores."""
   names = {f"fields.{item}": field for item, field in fields.chosen.items()}
   return {"crop": fit.crop, "resize": fit.resize, **names}
 

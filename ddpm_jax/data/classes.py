@@ -1,4 +1,4 @@
-"""Count the classes of a source, and choose classes in the same proportions."""
+"""Count the images of each class in a source, and choose classes in proportion to these counts."""
 
 import numpy as np
 
@@ -17,8 +17,8 @@ def complete_classes(source: Source) -> np.ndarray | None:
 def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
   """Return the number of images of each class [num_classes], or None.
 
-  None means that `num_classes` is 0, that there are no classes, or that finding the classes requires reading the
-  images.
+  None means that `num_classes` is 0, that the images have no classes, or that finding the classes requires reading
+  the images.
 
   Raises:
     ValueError: if a class is outside [0, num_classes).
@@ -37,7 +37,8 @@ def class_counts(source: Source, num_classes: int) -> np.ndarray | None:
 def proportional_classes(counts: np.ndarray, count: int) -> np.ndarray:
   """Return `count` classes whose frequencies are proportional to `counts` [num_classes].
 
-  The method of largest remainders rounds the frequencies. Each class is spread evenly over the result.
+  The method of largest remainders rounds the frequencies. The repetitions of each class are spread evenly over the
+  result.
   """
   quotas = count * counts / np.sum(counts)
   shares = np.floor(quotas).astype(int)

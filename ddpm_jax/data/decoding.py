@@ -1,4 +1,4 @@
-"""Decode image files of data sets, inputs and masks."""
+"""Decode image files, such as the images of a data set or a mask."""
 
 import contextlib
 import functools
@@ -88,7 +88,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def eight_bits(image: Any) -> Any:
-  """Convert a PIL image to 8 bits per channel, scaled by the range of its pixel type.
+  """Convert a PIL image to 8 bits per channel.
+
+  The range of the pixel type, such as 0 to 65535, becomes 0 to 255.
 
   Raises:
     ValueError: if the range of the pixels is unknown, because they are floats, signed integers or 32-bit integers,

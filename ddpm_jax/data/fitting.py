@@ -17,9 +17,9 @@ class Fit(NamedTuple):
   Attributes:
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity. Sources that do not decode images, such as arrays, allow
-      any number.
-    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
-      box before resizing; 0 for no crop.
+      any number of channels.
+    crop: the shorter side, in pixels, of a centered box with the aspect ratio of `image_size`. Images are cropped to
+      this box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm" (see `fit`).
     framing: whether sources that resize images add the item `framing` (see `data.sources`).
   """
@@ -85,16 +85,16 @@ def fit(image: Any, image_size: tuple[int, int], channels: int, crop: int = 0, r
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity. Gray and RGB drop transparency. With 4 channels, an image
       without transparency is fully opaque.
-    crop: the shorter side in pixels of a centered box. The image is cropped to this box before resizing; 0 for no crop.
-      The box has the aspect ratio of `image_size`, rounded to whole pixels.
-    resize: the method. "bicubic" scales the image with antialiasing so that it just covers height and width, then crops
-      the center. "box" averages over boxes to the exact height and width, and ignores the aspect ratio, like the
+    crop: the shorter side, in pixels, of a centered box. The image is cropped to this box before resizing; 0 for no
+      crop. The box has the aspect ratio of `image_size`, and its sides are rounded to integers.
+    resize: the method. "bicubic" scales the image with antialiasing so that it just covers `image_size`, then crops the
+      center. "box" averages over boxes of pixels to get exactly `image_size`, and ignores the aspect ratio, like the
       downsampled ImageNet of Chrabaszcz et al. 2017. "adm" halves the image by box averages while both sides are at
       least twice `image_size`, then scales it with the bicubic filter and crops the center (Dhariwal and Nichol 2021).
 
   Raises:
-    ValueError: if an argument is out of range, the image is smaller than the crop, or its pixels have an unknown range
-      (see `decoding.eight_bits`).
+    ValueError: if an argument is out of range, the image is smaller than the crop, or the pixels of the image have an
+      unknown range (see `decoding.eight_bits`).
   """
   return fit_to(image, check_fit(image_size, channels, crop, resize))[0]
 
@@ -132,7 +132,7 @@ def fit_to(image: Any, target: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Box(NamedTuple):
-  """Describe a part of an image in pixels, which may be fractions."""
+  """Describe a rectangular part of an image, in pixels and fractions of pixels."""
 
   top: float
   left: float
@@ -140,7 +140,10 @@ class _Box(NamedTuple):
   width: float
 
   def inside(self, image: Any, outer: "_Box") -> "_Box":
-    """Convert a box from pixels of an image to pixels of the original, of which the image shows the part `outer`."""
+    """Convert a box in `image` to the pixels of the original image.
+
+    `image` shows the part `outer` of the original image.
+    """
     down, across = outer.height / image.height, outer.width / image.width
     return _Box(outer.top + self.top * down, outer.left + self.left * across, self.height * down, self.width * across)
 

@@ -22,13 +22,13 @@ _NO_FIELDS = Fields()
 class FolderSource:
   """Read images, their classes and captions from a folder.
 
-  The sub-folders are classes, or a file metadata.jsonl has the classes. Captions are in metadata.jsonl too, or in text
-  files beside the images.
+  The class of an image is the sub-folder that contains it, or the value of a field in the folder's metadata.jsonl.
+  Captions are in a field of metadata.jsonl, or in text files beside the images.
 
   The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported,
   except EPS and PCD. Hidden files and folders, and files that are not images, are skipped, and one printed line counts
-  them. Symbolic links to folders are followed, and each folder is read once. An image file is opened only when its item
-  is read.
+  the skipped files. Symbolic links to folders are followed, and each folder is read once. An image file is opened only
+  when its item is read.
 
   The list of files is cached in `~/.cache/ddpm_jax/folders` (or under `$XDG_CACHE_HOME`). Folders that changed are
   listed again.
@@ -37,28 +37,29 @@ class FolderSource:
     path: the folder. Its sub-folders may be nested to any depth.
     image_size: height and width in pixels.
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
-    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
-      box before resizing; 0 for no crop.
+    crop: the shorter side, in pixels, of a centered box with the aspect ratio of `image_size`. Images are cropped to
+      this box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
-    classes: names of the classes in the order of their numbers; by default the sub-folders of `path` that
-      contain images, in alphabetical order, or the sorted values of the field `fields.classes`.
-    fields: the fields of metadata.jsonl in `path` to read (see `metadata.read_fields`). If `fields.text` is set, each
-      item has the caption of its image as `text`. An image without a caption has the empty caption.
-    framing: whether each item has `framing`, the sizes of its image before and after it was cropped and resized (see
-      `sources`).
+    classes: names of the classes in the order of their numbers. By default, they are the sub-folders of `path` that
+      contain images, in alphabetical order. If `fields.classes` is set, they are the sorted values of that field.
+    fields: the fields of metadata.jsonl that hold the class and the caption of each image (see `metadata.Fields`). If
+      `fields.text` is set, each item has the caption of its image as `text`. An image without a caption has the empty
+      caption.
+    framing: whether each item has `framing`: the original size of the image, the position of the crop, and the final
+      size of the image (see `sources`).
 
   Attributes:
     class_names: names of the classes, by number.
-    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`. If
-      `fields.classes` is set, an image has `NO_CLASS` if it has no line in metadata.jsonl, or if the value in that
-      line is null or not in `class_names`.
+    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`.
+      But if `fields.classes` is set, an image has `NO_CLASS` only if metadata.jsonl has no line for the image, or if
+      the class in its line is null or not in `class_names`.
     fields: the argument `fields`.
 
   Raises:
-    ValueError: if the folder is missing, unreadable or contains no images, an argument is out of range, metadata.jsonl
-      is missing or wrong, or no image has a caption. When an image is read: if its file cannot be decoded (a
-      BrokenImage with the name of the file), the text file beside it cannot be read (a BrokenCaption), or the image is
-      smaller than the crop.
+    ValueError: if the folder is missing or unreadable, or contains no images; if an argument is out of range; if
+      `fields` needs metadata.jsonl, and this file is missing or wrong; or if `fields.text` is set, and no image has a
+      caption. When an image is read: if its file cannot be decoded (a BrokenImage with the name of the file), the text
+      file beside it cannot be read (a BrokenCaption), or the image is smaller than the crop.
   """
 
   def __init__(
@@ -130,19 +131,22 @@ class FolderSource:
     return os.path.isfile(os.path.join(self._root, os.fsencode(FILE)))
 
   def file(self, index: int) -> str:
-    """Return the path of the image with this index."""
+    """Return the path of the file of the image with this index."""
     folder = self._folders[int(np.searchsorted(self._last, index, "right"))]
     start = int(self._ends[index - 1]) + 1 if index else 0
     return os.fsdecode(os.path.join(self._root, folder, self._names[start : int(self._ends[index])]))
 
   def caption(self, index: int) -> str:
-    """Return the caption of the image with this index, or "" if it has none."""
+    """Return the caption of the image with this index, or "" if the image has no caption."""
     if self._captions is not None:
       return self._captions[index]
     return captions.read_beside(self.file(index)) if self._has_text[index] else ""
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the captions of images, with "" for unreadable text files, or None if `name` is not "text"."""
+    """Return the captions of the images at `indices`, or None if `name` is not "text".
+
+    An image whose text file cannot be read has the caption "".
+    """
     if name != "text":
       return None
     texts = []
@@ -178,7 +182,10 @@ class FolderSource:
 
 
 def _walk(root: bytes, path: str) -> dict[bytes, Folder]:
-  """Return the contents of all folders under `root`, which must contain an image."""
+  """Return a dict from relative path to `Folder`, for `root` and all folders under it.
+
+  At least one of these folders must contain an image. `path` is the path of `root` in error messages.
+  """
   if not os.path.isdir(root):
     problem = "is a file" if os.path.exists(root) else "does not exist"
     raise ValueError(
@@ -188,7 +195,7 @@ def _walk(root: bytes, path: str) -> dict[bytes, Folder]:
   folders = walk(root)
   if not any(folder.names for folder in folders.values()):
     raise ValueError(
-      f"Got the data folder {path!r}, which contains no images ({count_skipped(folders.values()) or 'no files at all'});"
-      " expected image files, such as .png, .jpg or .webp, in it or in its sub-folders."
+      f"Got the data folder {path!r}, which contains no images ({count_skipped(folders.values()) or 'no files at all'}"
+      "); expected image files, such as .png, .jpg or .webp, in it or in its sub-folders."
     )
   return folders

@@ -1,4 +1,4 @@
-"""Run host functions, such as tokenizers, on the items of a batch before it is transferred to devices."""
+"""Run host functions, such as tokenizers, on the arrays of a batch before the batch is transferred to devices."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,16 +13,18 @@ Host = Callable[[np.ndarray], Any]
 
 
 def run_hosts(hosts: Mapping[str, Host], batch: Mapping[str, Any]) -> dict[str, Any]:
-  """Return a batch with items replaced by the arrays that their host functions return.
+  """Return a batch in which the results of host functions replace the arguments of these functions.
 
-  Text without a host function is left out, because devices hold only numbers.
+  A host function runs on the CPU. It takes one array [B, ...] of the batch, such as texts, and returns an array of
+  numbers [B, ...] or a dict of such arrays. Texts without a host function are left out, because devices hold only
+  numbers.
 
   Args:
-    hosts: host functions by the names of items. Names that are not in the batch have no effect.
+    hosts: host functions by the name of the array that they take. Names that are not in the batch have no effect.
     batch: arrays [B, ...] by name, as `read` returns them.
 
   Raises:
-    ValueError: if a host function returns anything but arrays of numbers with one entry for each item.
+    ValueError: if a host function returns anything but arrays of numbers [B, ...].
   """
   result = {}
   for name, items in batch.items():
@@ -40,7 +42,7 @@ def _as_arrays(name: str, value: Any, count: int) -> Any:
   if is_text(array) or array.ndim == 0 or len(array) != count:
     kind = "text" if is_text(array) else array.dtype
     raise ValueError(
-      f"Got {kind} of shape {array.shape} from the host function of {name!r} for {count} items; expected numbers [{count}, ...], one"
-      " entry for each item. Correct the function."
+      f"Got {kind} of shape {array.shape} from the host function of {name!r} for {count} items; expected numbers"
+      f" [{count}, ...], one entry for each item. Correct the function."
     )
   return array

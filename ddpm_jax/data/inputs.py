@@ -43,7 +43,7 @@ def read_inputs(
 
   Raises:
     ValueError: if there are no images, an image cannot be decoded, the images differ in shape, or the images in an .npz
-      file do not have the size and channels of the arguments.
+      file do not have the size `image_size` and the number of channels `channels`.
   """
   path, image_size = Path(path), None if image_size is None else check_image_size(image_size)
   if path.suffix.lower() == ".npz" and path.is_file():
@@ -125,8 +125,8 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
     image_size: height and width that the mask must have.
 
   Raises:
-    ValueError: if the file does not exist or cannot be decoded, or the image has another size, pixels other than
-      black and white, transparent pixels, or no white pixels.
+    ValueError: if the file does not exist or cannot be decoded; if the size of the mask is not `image_size`; or if the
+      mask has pixels that are neither black nor white, transparent pixels, or no white pixels.
   """
   height, width = check_image_size(image_size)
   top, left = height // 4, width // 4

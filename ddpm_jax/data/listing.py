@@ -46,10 +46,11 @@ class Folder(NamedTuple):
   """List the contents of one folder.
 
   Attributes:
-    stamp: device, inode, modification time and status change time. A replaced folder has another stamp.
+    stamp: device, inode, modification time and status change time of the folder. Changing or replacing the folder
+      changes the stamp.
     names: file names of the images, each followed by a zero byte.
     folders: names of the sub-folders.
-    skipped: number of skipped files of each kind, such as b"12 .txt", each followed by a zero byte.
+    skipped: for each kind of skipped files, the number and the kind, such as b"12 .txt", followed by a zero byte.
   """
 
   stamp: bytes
@@ -65,7 +66,7 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
   operating system are skipped. Unchanged folders come from the cache if `cached` is set.
 
   Raises:
-    ValueError: if a folder cannot be listed, or a broken link may have pointed to a folder.
+    ValueError: if a folder cannot be listed, or if the target of a link does not exist and may have been a folder.
   """
   cache = _cache_file(root) if cached else None
   cached_folders = _load(cache) if cache else {}
@@ -105,11 +106,14 @@ def walk(root: bytes, *, cached: bool = True) -> dict[bytes, Folder]:
 
 
 def count_skipped(folders: Iterable[Folder], used: Mapping[str, int] = _NONE_USED) -> str:
-  """Return the number of skipped files by kind, such as "12 .txt, 1 without extension", or an empty string.
+  """Return a text with the number of skipped files of each kind, such as "12 .txt, 1 without extension".
+
+  The text is empty if no files were skipped.
 
   Args:
     folders: the folders.
-    used: the number of files other than images that are used, by suffix, such as ".jsonl". They are not counted.
+    used: by suffix, such as ".jsonl", the number of files that are not images but are used. They do not count as
+      skipped.
   """
   counts = Counter({suffix: -count for suffix, count in used.items()})
   for folder in folders:
@@ -167,7 +171,7 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
 def _kind(entry: os.DirEntry[bytes]) -> str:
   """Return the kind of an entry: "folder", "file", "dangling link" or "other".
 
-  The kind of a link is the kind of its target. Pipes are among the other entries, and reading one could block forever.
+  The kind of a link is the kind of its target. Pipes have the kind "other". Reading a pipe could block forever.
   """
   try:
     if entry.is_dir():
@@ -191,7 +195,8 @@ def _cache_file(root: bytes) -> Path | None:
 def _load(cache: Path) -> dict[bytes, Folder]:
   """Load the folders from the cache file.
 
-  Return an empty dict if the file is missing or damaged, or was written by another version or for other extensions.
+  Return an empty dict if the file is missing or damaged, or if its version or its file name extensions are not the
+  current ones.
   """
   try:
     sealed.check_archive(cache)

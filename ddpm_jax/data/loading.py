@@ -69,11 +69,11 @@ def load(
 
 
 def split(splits: Splits, count: int) -> Splits:
-  """Hold out images of the training split, if there is no evaluation split.
+  """Hold out training images for evaluation if there is no evaluation split.
 
   Args:
     splits: the splits of a data set.
-    count: the number of images to hold out, see `load`.
+    count: the number of images to hold out (see `hold_out` in `load`).
 
   Raises:
     ValueError: if `count` is too large.
@@ -124,7 +124,10 @@ def _class_rule(source: FolderSource) -> str:
 
 
 def _removal_flag(key: str) -> str:
-  """Return the flag that removes the condition of the config key `key` from the model, for error messages."""
+  """Return the text of the flag that removes a condition from the model, for error messages.
+
+  `key` is a config key of the condition. For other keys, the text is empty.
+  """
   condition = key.rpartition(".")[0]
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""
 

@@ -1,7 +1,8 @@
 """Read fields of images, such as their classes and captions, from metadata.jsonl.
 
-This is the layout of Hugging Face's ImageFolder: a folder of images has a file metadata.jsonl. Each line is a JSON
-object. Its key `file_name` holds the path of an image in the folder. Its other keys are the fields, with any names.
+The layout is the same as in Hugging Face's ImageFolder: metadata.jsonl is in the folder of the images, and each of its
+lines is a JSON object. The key `file_name` of the object holds the path of an image in the folder. The other
+keys are the fields of this image, and may have any names.
 """
 
 import glob
@@ -29,14 +30,15 @@ Values = dict[str, list[Any]]
 
 
 class Fields(NamedTuple):
-  """Name the fields of the data that become items of a data source.
+  """Name the fields of a data set that hold the class and the caption of an image.
 
-  The fields of a folder of images are those of its metadata.jsonl. The fields of an .npz file are its arrays, and those
-  of a TFDS data set are its features.
+  The fields of a folder of images are the keys in metadata.jsonl. The fields of an .npz file are the arrays in the
+  file. The fields of a TFDS data set are its features.
 
   Attributes:
-    classes: the field that holds the class of an image, as text or an integer; "" for none.
-    text: the field with the caption of an image; ".txt" for the text file beside each image of a folder; "" for none.
+    classes: the field that holds the class of an image, as text or an integer; "" to use no field.
+    text: the field that holds the caption of an image; ".txt" to read the captions of a folder from the text files
+      beside the images; "" for no captions.
   """
 
   classes: str = ""
@@ -44,12 +46,12 @@ class Fields(NamedTuple):
 
   @property
   def chosen(self) -> dict[str, str]:
-    """Return the field of each item, without items that have no field."""
+    """Return a dict from "classes" and "text" to their fields, without empty fields."""
     return {item: field for item, field in self._asdict().items() if field}
 
   @property
   def in_metadata(self) -> dict[str, str]:
-    """Return the field of each item that a folder reads from metadata.jsonl."""
+    """Return the entries of `chosen` that a folder reads from metadata.jsonl."""
     return {item: field for item, field in self.chosen.items() if (item, field) != ("text", captions.SUFFIX)}
 
 
@@ -62,11 +64,11 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Mapping[str, 
   Args:
     root: the folder.
     numbers: the number of each image, from 0, by its path relative to `root`.
-    fields: the field to read for each item (see `Fields.in_metadata`).
+    fields: the fields to read, such as {"classes": "animal", "text": "caption"} (see `Fields.in_metadata`).
 
   Returns:
-    The values [N] of the field of each item. An image without a line has None. An image whose line lacks the field of
-    its caption also has None.
+    A dict from each key of `fields` to the values [N] of its field for all images. The value is None for an image
+    without a line in the file, and for a caption whose field is not in the line of the image.
 
   Raises:
     ValueError: if the file is missing or unreadable, a line is no JSON object with `file_name` and the class, no line
@@ -107,8 +109,8 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Mapping[str, 
     more = f" and {len(missing) - _MAX_NAMES:,} more" if len(missing) > _MAX_NAMES else ""
     raise ValueError(
       f"Got {len(missing):,} image(s) in {path} that are not among the images of the folder:"
-      f" {', '.join(missing[:_MAX_NAMES])}{more}; expected the paths of existing image files, relative to the folder and"
-      " not hidden. Restore the images, or remove their lines."
+      f" {', '.join(missing[:_MAX_NAMES])}{more}; expected the paths of existing image files, relative to the folder"
+      " and not hidden. Restore the images, or remove their lines."
     )
   if "text" in fields and "text" not in found:
     raise _unknown_field("text", fields["text"], entry, path)
@@ -127,19 +129,19 @@ def number_classes(
     values: text, integers, or None for an image without a class.
     field: the name of the field, for error messages.
     where: the file of the values, for error messages.
-    names: the names of the classes, if they are known. Other values then get `NO_CLASS`. By default, the names are the
-      sorted values: integers by size, text by the codes of its characters.
+    names: the names of the classes. A value that is not among the names gets `NO_CLASS`. By default, the names are
+      the sorted values: integers by size, text by the codes of its characters.
 
   Raises:
-    ValueError: if a value is neither text nor an integer, some values are text and others are integers, or all values
-      are None.
+    ValueError: if a value is neither text nor an integer nor None; if some values are text and others are integers; or
+      if all values are None and there are no `names`.
   """
   kinds = set(map(type, values)) - {type(None)}
   if wrong := kinds - {str, int}:
     value = next(value for value in values if type(value) in wrong)
     raise ValueError(
-      f"Got the field {field!r} with the value {jsonfiles.shorten(value)} in {where}; expected a class: text, an integer"
-      " or null. Choose another field with --config.data.fields.classes."
+      f"Got the field {field!r} with the value {jsonfiles.shorten(value)} in {where}; expected a class: text, an"
+      " integer or null. Choose another field with --config.data.fields.classes."
     )
   if len(kinds) > 1:
     examples = " and ".join(repr(next(value for value in values if type(value) is kind)) for kind in (str, int))
@@ -161,7 +163,10 @@ def number_classes(
 
 
 def _check_file(root: str, fields: Mapping[str, str]) -> None:
-  """Raise a ValueError if a folder has no metadata.jsonl, and say which other file is there."""
+  """Raise a ValueError if a folder has no metadata.jsonl.
+
+  The message explains what to do, for example if the folder has a metadata.csv instead.
+  """
   path = os.path.join(root, FILE)
   if os.path.isfile(path):
     return
@@ -228,7 +233,7 @@ def _not_an_object(path: str, line: int, text: str, problem: str) -> ValueError:
 
 
 def _find(name: str, numbers: Mapping[bytes, int], where: str) -> int | None:
-  """Return the number of the image at a path, or None if there is no image."""
+  """Return the number of the image whose path is `name`, or None if the folder has no such image."""
   try:
     path = os.fsencode(name)
   except UnicodeEncodeError:
@@ -238,8 +243,8 @@ def _find(name: str, numbers: Mapping[bytes, int], where: str) -> int | None:
   # Few paths reach this line, and most of them are wrong.
   if os.path.isabs(path) or b".." in path.split(b"/"):
     raise ValueError(
-      f"Got {where} with file_name={name!r}; expected a path relative to the folder of {FILE}, without '..'. Correct the"
-      " line, or move the image into the folder."
+      f"Got {where} with file_name={name!r}; expected a path relative to the folder of {FILE}, without '..'. Correct"
+      " the line, or move the image into the folder."
     )
   return numbers.get(os.path.normpath(path))
 
@@ -249,6 +254,6 @@ def _unknown_field(item: str, field: str, entry: Mapping[str, Any], where: str) 
   # Only a class must be in every line.
   null = " In the line of an image without a class, write null as the value of the field." if item == "classes" else ""
   return ValueError(
-    f"Got {where} without the field {field!r}; expected --config.data.fields.{item} to name a field of the file, such as"
-    f" {', '.join(others) or '(none)'}.{hint(field, others)}{null}"
+    f"Got {where} without the field {field!r}; expected --config.data.fields.{item} to name a field of the file, such"
+    f" as {', '.join(others) or '(none)'}.{hint(field, others)}{null}"
   )

@@ -1,7 +1,7 @@
 """Pack images into ArrayRecord files, and read them without decoding.
 
-A record holds the raw pixels of an image and the other arrays of its item, which have the same sizes in all records. If
-the items have texts, a JSON list of the texts follows.
+A record holds the raw pixels of an image and the other arrays of its item. These arrays have the same shapes in all
+records. If the items have texts, a JSON list of the texts follows the arrays in each record.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ class PackedSource:
   Attributes:
     classes: [N] int32; `NO_CLASS` for an image without a class, or with a class that is not in the argument `classes`.
     class_names: names of the classes by number; None if the pack has no names.
-    settings: the crop and resize of the images.
+    settings: how the images were cropped and resized.
     shape: shape [H, W, C] of an image.
 
   Raises:
-    ValueError: if the folder is no pack, or the pack is incomplete, damaged or of another version.
+    ValueError: if the folder is no pack, or the pack is incomplete or damaged, or another version of `pack` wrote it.
   """
 
   def __init__(self, path: str | Path, classes: Sequence[str] | None = None):
@@ -91,7 +91,10 @@ class PackedSource:
 
   @property
   def is_encoded(self) -> bool:
-    """Return whether the folder holds encoded images, for `config.data.latents`."""
+    """Return whether the folder holds encoded images instead of pixels.
+
+    `config.data.latents` needs encoded images.
+    """
     return LATENT in self.names
 
   def __getstate__(self) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
   Args:
     source: the images, all of one shape. An image without a class gets `NO_CLASS`.
     path: the folder. It must be empty or not exist.
-    settings: the crop and resize of the images, to store with them.
+    settings: how the images were cropped and resized, to store with the images.
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
 
   Returns:
@@ -150,7 +153,8 @@ def pack(source: Source, path: Path, settings: dict[str, Any], broken: str = "st
 
   Raises:
     ValueError: if the items differ in names, types or shapes; if images cannot be decoded and `broken` is "stop"; or if
-      no image can be decoded. Errors about broken images come after all images are read, and name up to ten of them.
+      no image can be decoded. An error about broken images is raised after all images are read, and names up to ten
+      broken images.
   """
 
   def load(index: int) -> dict[str, Any] | BrokenImage:
@@ -178,7 +182,7 @@ def pack_items(
   """Write items into a new folder, in order.
 
   Args:
-    items: the items, or an error in place of an item that cannot be decoded.
+    items: the items, with an error in place of each item that cannot be decoded.
     total: the number of items.
     path: see `pack`.
     settings: values to store with the items.

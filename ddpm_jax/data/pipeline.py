@@ -139,9 +139,9 @@ class Batches:
 
   @property
   def state(self) -> dict[str, int]:
-    """Return the position in the data as a dict that fits JSON.
+    """Return the position in the data as a dict that can be stored as JSON.
 
-    It does not depend on the number of threads, workers or processes.
+    The position does not depend on the number of threads, workers or processes.
     """
     return dict(self._position)
 
@@ -149,13 +149,14 @@ class Batches:
     """Continue from a position that `state` returned.
 
     Raises:
-      ValueError: if the number of images, their groups, the batch size or the seed has changed, or `state` has other
-        keys.
+      ValueError: if the number of images, their groups, the batch size or the seed has changed, or if the keys of
+        `state` differ from the keys of the current position.
     """
     if state.keys() != self._position.keys():
       raise ValueError(
-        f"Got a data position with {', '.join(sorted(state))}; expected {', '.join(sorted(self._position))}. It comes"
-        " from another release. Resume with that release, or start a new run in another --workdir."
+        f"Got a data position with the keys {', '.join(sorted(state))}; expected"
+        f" {', '.join(sorted(self._position))}. The position comes from another release. Resume with that release, or"
+        " start a new run in another --workdir."
       )
     if state["num_images"] != self._position["num_images"]:
       raise ValueError(
@@ -164,8 +165,8 @@ class Batches:
       )
     if state.get("groups") != self._position.get("groups"):
       raise ValueError(
-        "Got images of other sizes than those that the run was trained on, so some of them are in other buckets; expected the same data. Restore"
-        " the data, or start a new run in another --workdir."
+        "Got images whose sizes are not the same as at the start of the run, so some images are in other buckets;"
+        " expected the same data. Restore the data, or start a new run in another --workdir."
       )
     for key, name in (("batch_size", "batch size"), ("seed", "seed")):
       if state[key] != self._position[key]:
@@ -214,26 +215,27 @@ def batches(
   sizes, so that all samples are read equally often.
 
   Args:
-    source: the images. A source with `__getitems__` is read one batch at a time.
+    source: the images. If the source has the method `__getitems__`, one call of this method reads a batch.
     batch_size: images per batch, summed over all processes.
     seed: seed of the order and the flips.
-    flip: whether to mirror each image left to right with probability 1/2. Other arrays of the item are mirrored with
-      it if their shape starts with the height and width of the image, such as a sketch [H, W, 1] or a mask [H, W].
+    flip: whether to mirror each image left to right with probability 1/2. If the shape of another array of the item
+      starts with the height and width of the image, that array is mirrored with the image. Examples are a sketch
+      [H, W, 1] and a mask [H, W].
     put: transfers a batch to the devices, such as `lambda b: jax.device_put(b, sharding)`.
     num_threads: threads that prepare batches ahead if there are no workers.
     num_workers: processes that prepare batches ahead instead of threads, for images that are slow to decode; 0 for
-      none. Python's "spawn" method starts them. They import the main file of the program again, so a script needs
-      `if __name__ == "__main__":`.
+      none. Python's "spawn" method starts the processes. Each process imports the main file of the program again, so a
+      script needs `if __name__ == "__main__":`.
     rows: the rows of each batch that this process reads, as increasing indices [b]; all rows by default. This choice
       does not affect the image and the flip of a row.
-    hosts: functions by the names of items, such as {"text": tokenize}. The threads or workers replace these items by
-      the arrays that the functions return, and leave other texts out (see `hosts.run_hosts`). None keeps texts, which
-      devices cannot hold.
+    hosts: functions by the names of arrays in the batch, such as {"text": tokenize}. The threads or workers replace
+      these arrays by the arrays that the functions return, and leave other texts out (see `hosts.run_hosts`). With
+      None, batches keep their texts, although devices cannot hold texts.
 
   Returns:
     `Batches` that yields what `put` returns. The argument of `put` is a dict from name to array: `image` is float32
-    [b, H, W, C] in [-1, 1], and the other arrays [b, ...] have the types that `read` returns, such as `classes` int32
-    [b]. A latent data set has `latent` [b, ...] in place of `image`.
+    [b, H, W, C] in [-1, 1]. The other arrays [b, ...] have the types that `read` returns: `classes`, for example, is
+    int32 [b]. A latent data set has `latent` [b, ...] in place of `image`.
 
   Raises:
     ValueError: if `batch_size`, `num_threads`, `num_workers` or `rows` is out of range. When a batch is read: if an
@@ -301,8 +303,8 @@ def _index_batches(source: Source, batch_size: int, seed: int) -> grain.MapDatas
 def finish_batch(batch: Batch, flips: np.ndarray | None = None) -> Batch:
   """Turn items of a source into a training batch.
 
-  Images are mirrored where `flips` is true, and become floats in [-1, 1]. In a latent data set, `flips` selects the
-  encoding of the image or the encoding of the mirrored image.
+  Images become floats in [-1, 1], and are mirrored where `flips` is true. In a latent data set, the encoding of the
+  mirrored image is used where `flips` is true, and the encoding of the original image elsewhere.
 
   Args:
     batch: arrays [b, ...] that `read` returned.

@@ -40,7 +40,8 @@ def prepare(
     keys: the arguments of `source` other than `fit` and `fields`, such as {"path": "photos"}.
     fit: how to crop and resize the images.
     output: a new folder for the packed images. None packs nothing, and is allowed only for TFDS.
-    fields: the fields of metadata.jsonl to read, for a source that takes them.
+    fields: the fields that hold the class and the caption of each image. A source that has no argument of type `Fields`
+      does not get them.
     broken: how to treat images that cannot be decoded: "stop" to raise an error, or "skip" to omit them.
     check: a check of the classes, such as `data.classes_below(10)`; None for no check.
 

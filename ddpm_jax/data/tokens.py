@@ -1,4 +1,4 @@
-"""Define `Tokenizer`, which turns texts into token ids of one length.
+"""Define `Tokenizer`, which turns each text into the same number of token ids.
 
 Tokenizers run on the host, in the workers that read data, so they can be pickled.
 """
@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
   """Hold the tokens of several texts.
 
   Attributes:
-    ids: the token ids, int32 [B, L].
+    ids: the ids of B texts with L tokens each, int32 [B, L].
     mask: bool [B, L], False for padding.
   """
 
@@ -32,17 +32,18 @@ class Tokens(NamedTuple):
 class Tokenizer(NamedTuple):
   """Turn texts into token ids.
 
-  The tokens of a text are `prefix`, the first tokens of the text as far as they fit, `suffix` and padding.
-  `tokenizers.load` reads a tokenizer from a folder, and `tokenizers.words` and `tokenizers.characters` make small ones.
-  To change the length, use `tokenizer._replace(length=...)`.
+  The result for a text consists of `prefix`, as many tokens of the text as fit, `suffix` and padding, in this order.
+  With `padding_side` "left", the padding comes first. `tokenizers.load` reads a tokenizer from a folder, and
+  `tokenizers.words` and `tokenizers.characters` make small ones. To change the length, use
+  `tokenizer._replace(length=...)`.
 
   Attributes:
     split: a picklable function from a text to its token ids and their positions in the text (see `Split`).
-    length: the number of tokens L of each text, with special tokens and padding.
-    vocabulary: the number of token ids. All ids are below it.
+    length: the number of tokens of each text, including special tokens and padding.
+    vocabulary: the number of token ids. All ids are below this number.
     pad: the id of padding.
     prefix: the ids before each text, such as CLIP's start of text.
-    suffix: the ids after each text, such as the end of text. They remain if the text is cut.
+    suffix: the ids after each text, such as CLIP's end of text. If a text is too long, only the text is cut.
     padding_side: the end that is padded, "right" or "left".
   """
 
@@ -56,9 +57,9 @@ class Tokenizer(NamedTuple):
 
   @property
   def digest(self) -> str:
-    """Return the SHA-256 of the vocabulary and of the ids of a few texts.
+    """Return a SHA-256 hash of the vocabulary and of the ids of a few texts.
 
-    It differs for another vocabulary, length or padding.
+    Tokenizers that differ in vocabulary, length or padding have different hashes.
     """
     # A user's function may not know its vocabulary.
     entries: dict[str, int] = getattr(self.split, "entries", dict)()
@@ -67,10 +68,10 @@ class Tokenizer(NamedTuple):
 
   @property
   def capacity(self) -> int:
-    """Return the number of tokens of a text that fit.
+    """Return the maximum number of tokens of a text, without special tokens and padding.
 
     Raises:
-      ValueError: if no token fits.
+      ValueError: if `length` leaves no room for a token of the text.
     """
     capacity = self.length - len(self.prefix) - len(self.suffix)
     if capacity < 1:
@@ -83,7 +84,7 @@ class Tokenizer(NamedTuple):
   def __call__(self, texts: Sequence[str]) -> Tokens:
     """Return the token ids and the mask [B, L] of texts.
 
-    Tokens that do not fit are dropped without a warning. `dropped` returns their texts.
+    Tokens that do not fit are dropped without a warning. The method `dropped` returns the text of the dropped tokens.
 
     Raises:
       ValueError: if the texts are not a sequence of strings, a string is not valid Unicode, or no token fits.
@@ -93,7 +94,10 @@ class Tokenizer(NamedTuple):
     return self.frame(rows)
 
   def frame(self, rows: Sequence[Sequence[int]]) -> Tokens:
-    """Add special tokens and padding to ids [B][at most `capacity`], and return ids and mask [B, L]."""
+    """Add special tokens and padding to the ids of B texts, and return the ids and the mask [B, L].
+
+    Each item of `rows` has at most `capacity` ids.
+    """
     ids = np.full((len(rows), self.length), self.pad, np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, content in enumerate(rows):
@@ -104,12 +108,12 @@ class Tokenizer(NamedTuple):
     return Tokens(ids, mask)
 
   def columns(self, count: int) -> slice:
-    """Return where `frame` puts the ids of a text with `count` tokens."""
+    """Return the slice of a row [L] in which `frame` puts the ids of a text with `count` tokens."""
     start = len(self.prefix) if self.padding_side == "right" else self.length - len(self.suffix) - count
     return slice(start, start + count)
 
   def dropped(self, texts: Sequence[str]) -> list[str]:
-    """Return the part of each text that does not fit, "" for a text that fits.
+    """Return the part of each text that does not fit, or "" if the text fits.
 
     Raises:
       ValueError: see `__call__`.
@@ -124,7 +128,7 @@ class Tokenizer(NamedTuple):
 
 
 def check_texts(texts: Sequence[str]) -> Sequence[str]:
-  """Return the texts.
+  """Check texts, and return them.
 
   Raises:
     ValueError: if the texts are not a sequence of strings, or a string is not valid Unicode.
@@ -143,7 +147,7 @@ def check_texts(texts: Sequence[str]) -> Sequence[str]:
 
 
 def check_length(length: int) -> int:
-  """Return the length.
+  """Check the length of a tokenizer, and return it as an int.
 
   Raises:
     ValueError: if the length is not an integer of 1 or more.

@@ -15,12 +15,12 @@ COLLECTIVES = (*_FACTORS, "collective-permute")
 
 
 def matmul_flops(jaxpr: Any) -> float:
-  """Count the FLOPs of a program's matrix products and convolutions, two for each multiply-add.
+  """Count the FLOPs of a program's matrix products and convolutions, with two FLOPs for each multiply-add.
 
-  The count is over all devices and before any optimization:
+  The count covers all devices, and the program before any optimization:
 
   - Recomputed (rematerialized) operations count again.
-  - Products with zeros of padding and dilation do not count, as in XLA's own count.
+  - In a convolution, products with zeros from padding or dilation do not count. XLA's own count omits them too.
   - The body of `lax.scan` counts once for each iteration. The body of `lax.while_loop` counts once.
   - `lax.cond` counts as its most expensive branch, and `lax.platform_dependent` as its default branch.
   - Custom kernels (Pallas, cuDNN) do not count.
@@ -93,13 +93,14 @@ class Operation(NamedTuple):
   Attributes:
     name: the name in the HLO.
     kind: the HLO opcode, such as fusion.
-    source: the JAX operation that it comes from, with the enclosing modules; empty if XLA does not record it.
-    times: the number of times that it runs.
-    reads: the HLO shapes of its operands.
-    writes: the HLO shape of its result.
+    source: the JAX operation that this HLO operation comes from, with the names of the enclosing modules; empty if XLA
+      does not record the JAX operation.
+    times: the number of times that this operation runs.
+    reads: the HLO shapes of the operands.
+    writes: the HLO shape of the result.
     read_bytes: the bytes that one run reads from the device's main memory.
     written_bytes: the bytes that one run writes to the device's main memory.
-    cycles: the compiler's estimate of clock cycles; 0 if there is none.
+    cycles: the compiler's estimate of the clock cycles; 0 without an estimate.
   """
 
   name: str
@@ -141,7 +142,8 @@ def operations(hlo_text: str) -> list[Operation]:
 
   Operations that move no data are omitted. Traffic to a TPU's on-chip memory does not count, so a copy between main
   memory and on-chip memory counts only once. XLA's own count (`cost_analysis`) includes on-chip memory. If a fusion
-  only slices an operand, or updates it in place, only the slices count. Loops count as in `collectives`.
+  only slices an operand, or only updates a slice of an operand in place, only the slice counts. An operation in a loop
+  counts once for each iteration, under the conditions that `collectives` describes.
 
   Args:
     hlo_text: the program, from `compiled.as_text()`.
@@ -202,10 +204,11 @@ def _parse(line: str) -> tuple[str, str, str, str, str] | None:
 
 
 def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
-  """Return the fraction that a fusion reads of each operand, and the fraction that it writes of each result.
+  """Return the fraction of each operand that a fusion reads, and the fraction of each result that it writes.
 
-  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. Both dicts map
-  an index to its fraction. A missing index means 1.
+  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. The first dict
+  maps the index of an operand to its fraction, and the second dict maps the index of a result to its fraction. If an
+  index is missing, the fraction is 1.
   """
   lines = computations[fusion]
   parsed = {parts[0]: parts for parts in filter(None, map(_parse, lines))}
@@ -257,7 +260,7 @@ def _in_memory(shape: str) -> float:
 def loops(hlo_text: str) -> int:
   """Count the loops in a compiled program.
 
-  XLA's own figures (`cost_analysis`) count the body of each loop once.
+  If there are loops, XLA's own counts (`cost_analysis`) are too low: they include only one iteration of each loop.
   """
   return len(re.findall(r"^\s.* while\(", hlo_text, re.MULTILINE))
 
@@ -326,7 +329,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _walk(
   computations: dict[str, list[str]], name: str, times: int, fusions: bool = True
 ) -> Iterator[tuple[str, str, int]]:
-  """Yield each executed instruction as (computation, line, number of runs), with or without the content of fusions."""
+  """Yield each executed instruction as (computation, line, number of runs).
+
+  `fusions` is whether to include the instructions inside fusions.
+  """
   for line in computations.get(name, ()):
     yield name, line, times
     if re.search(r" async-(update|done)\(", line) or (" fusion(" in line and not fusions):

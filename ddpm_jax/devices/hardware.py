@@ -23,8 +23,8 @@ class Chip(NamedTuple):
     memory: bytes of HBM or graphics memory.
     bandwidth: bytes a second between the memory and the chip.
     interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
-      For a core, this is the rate of the entire chip. Both cores share the links, and data
-      that both hold is sent only once.
+      If a device is one of two cores, this is still the rate of the entire chip, because the two cores share the links
+      and a chip sends data that is on both cores only once.
   """
 
   name: str
@@ -103,7 +103,7 @@ _GPUS = {
 def chip_of(device_kind: str) -> Chip | None:
   """Return the chip of a JAX device by its `device_kind`, or None for a CPU or an unlisted device.
 
-  A TPU v4 is one device with two cores, as JAX shows it on real machines.
+  A TPU v4 has two cores, but counts as one device, because JAX shows it as one device on real machines.
   """
   name = device_kind.strip()
   for maker in ("NVIDIA ", "Tesla ", "GeForce "):
@@ -121,9 +121,9 @@ def peak(chip: Chip | None, dtype: object) -> float | None:
 
 
 def utilization(flops_per_second: float, chip: Chip, num_devices: int, dtype: object) -> float:
-  """Return the fraction of the peak FLOP/s that a program reaches.
+  """Return the FLOP/s of a program as a fraction of the peak FLOP/s of its devices.
 
-  If the FLOPs do not include recomputation, this is the model FLOP utilization (MFU).
+  If `flops_per_second` does not include recomputation, the result is the model FLOP utilization (MFU).
 
   Args:
     flops_per_second: the FLOP/s of all devices together, such as `plan.flops_per_image` times images a second.

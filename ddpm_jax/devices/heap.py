@@ -46,8 +46,9 @@ def keep_freed_memory() -> bool:
 def raise_gc_threshold() -> None:
   """Run Python's cyclic garbage collection once for every 100,000 new objects.
 
-  The default is 700 (Python 3.12 and before) or 2,000 (later). Tracing creates millions of long-lived objects, and each
-  collection scans the new objects. By default the collections take a tenth to a quarter of the time of tracing and
-  lowering. Arrays outside reference cycles are still freed immediately, and training and checkpoints create no cycles.
+  Python's default is one collection for every 700 new objects (up to Python 3.12) or 2,000 (later versions). Tracing
+  creates millions of long-lived objects, and each collection scans the new objects. With Python's default, the
+  collections take a tenth to a quarter of the time of tracing and lowering. Arrays outside reference cycles are still
+  freed immediately, and training and checkpoints create no cycles.
   """
   gc.set_threshold(100_000)

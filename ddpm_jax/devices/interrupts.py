@@ -18,10 +18,10 @@ _is_deferred = threading.Event()
 
 @contextlib.contextmanager
 def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
-  """Call `end` on Ctrl-C during the block.
+  """Call `end` on Ctrl-C during the `with` block.
 
   The main thread calls `end`. If the process has not ended a second after the interrupt, another thread calls `end`
-  too. Enter this block in the main thread.
+  too. Enter the block in the main thread.
 
   Args:
     end: a function that ends the process.
@@ -57,7 +57,7 @@ def exit_on_interrupt(end: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-  """Let only the main thread handle the first signal during the block, even if this takes more than a second.
+  """Let only the main thread handle the first signal during the `with` block, even if this takes more than a second.
 
   The other thread of `exit_on_interrupt` does not call `end` for this signal. For example, the handler of a training
   run saves a checkpoint after the current step.

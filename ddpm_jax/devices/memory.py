@@ -1,4 +1,4 @@
-"""Check that data fits into memory or onto a disk before it is allocated."""
+"""Check that data fits into memory or onto a disk before the program allocates or writes the data."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ _LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_bytes() -> int:
-  """Return the memory of this machine in bytes, or the limit of the container if that is lower."""
+  """Return the memory of this machine in bytes, or the limit of the container if the limit is lower."""
   total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   try:
     return min(total, int(_LIMIT.read_text()))
@@ -24,7 +24,7 @@ def host_bytes() -> int:
 
 
 def device_bytes(devices: Sequence[Any]) -> float | None:
-  """Return the total memory of devices in bytes, or None if it is unknown.
+  """Return the total memory of devices in bytes, or None if the total is unknown.
 
   CPU devices share the memory of their host.
   """
@@ -58,7 +58,7 @@ def check(name: str, needed: float, available: float | None, advice: str, where:
   Args:
     name: a description of the data for the error message.
     needed: a lower bound of the number of bytes that the data needs.
-    available: the number of available bytes; None if it is unknown.
+    available: the number of available bytes; None if this number is unknown.
     advice: what the user can do, for the error message.
     where: the kind of storage for the error message, "memory" or "disk".
 

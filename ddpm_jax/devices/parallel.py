@@ -1,4 +1,4 @@
-"""Run a pure step on many devices and in several processes, with `jit` over a mesh (the default) or `pmap`.
+"""Run a pure step on many devices and in several processes, with `jit` over a mesh (the default) or with `pmap`.
 
 A batch is sharded over both axes of the mesh, "data" and "fsdp". The state is sharded over "fsdp" and replicated over
 "data".
@@ -27,7 +27,7 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices=None) -> Mesh:
   """Make a mesh of devices with the axes "data" and "fsdp".
 
   Args:
-    data: the number of devices along "data"; 0 for the number of all devices divided by `fsdp`.
+    data: the number of devices along "data"; 0 for the total number of devices divided by `fsdp`.
     fsdp: the number of devices that share one copy of the state.
     devices: the devices; None for all devices of all processes.
 
@@ -74,7 +74,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Return the sharding of a batch [B, ...], with its first axis split over all devices."""
+  """Return the sharding that splits the first axis of a batch [B, ...] over all devices."""
   return NamedSharding(mesh, PartitionSpec(_BOTH))
 
 
@@ -87,8 +87,8 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
   """Return the sharding of each leaf of a state.
 
   On a given mesh, the sharding depends on the shape alone. The largest axis that is divisible by the size of "fsdp" is
-  split over "fsdp". If no axis is divisible, the leaf is replicated. Optimizer moments and averages have the same
-  shapes as their parameters, and therefore the same shardings.
+  split over "fsdp". If no axis is divisible, the leaf is replicated. The optimizer's moments and the EMA of a parameter
+  have the same shape as the parameter, and therefore the same sharding.
   """
   return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), state)
 
@@ -99,7 +99,7 @@ def state_specs(mesh: Mesh, state: PyTree) -> PyTree:
 
 
 def split_axes(mesh: Mesh, state: PyTree) -> PyTree:
-  """Return the axis of each leaf of a state that is split over "fsdp", or -1 for a replicated leaf."""
+  """Find the axis that is split over "fsdp" in each leaf of a state, with -1 for a replicated leaf."""
 
   def split_axis(leaf):
     axis = _split_axis(mesh, leaf.shape)
@@ -112,8 +112,8 @@ def gather_leaves(shards: PyTree, axes: PyTree) -> PyTree:
   """Gather the full leaves of a state from its shards, inside `shard_map`.
 
   Args:
-    shards: the state, with each leaf split as in `state_specs`.
-    axes: the result of `split_axes` for the whole state.
+    shards: this device's shard of each leaf, split as in `state_specs`.
+    axes: the result of `split_axes` for the full state.
   """
   return jax.tree.map(
     lambda leaf, axis: leaf if axis < 0 else jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True), shards, axes
@@ -133,7 +133,7 @@ def _split_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
 
 
 def abstract(state: PyTree, shardings: PyTree) -> PyTree:
-  """Return the shapes, types and shardings of a state.
+  """Return the shapes, types and shardings of a state as `jax.ShapeDtypeStruct`.
 
   `shardings` is one sharding for all leaves, or a tree with one sharding for each leaf.
   """
@@ -148,9 +148,9 @@ def shard_gradient(mesh: Mesh) -> Callable[[GradientFn], GradientFn]:
   """Return a decorator that computes gradients in parallel on all devices, for `training.train_step` under `jit`.
 
   Each device computes the gradients of its shard of the batch. The gradients are averaged over devices once, even if
-  each device accumulates them over several parts of its shard. `trained` and `context` have the shardings of
-  `state_shardings`. Leaves that are sharded over "fsdp" are gathered before the computation, and their gradients are
-  sharded as the leaves are.
+  each device accumulates gradients over several parts of its shard. The first two arguments of a `GradientFn`
+  (`trained` and `context`) have the shardings of `state_shardings`. Leaves that are sharded over "fsdp" are gathered
+  before the computation, and the gradient of a leaf has the sharding of the leaf.
   """
 
   def distribute(gradient: GradientFn) -> GradientFn:
@@ -203,13 +203,13 @@ def map_shards(
 
   The batch and the result consist of arrays [B, ...]. On devices of one kind, the result for a row has the same bits on
   any number of devices, as long as the number of rows on each device does not change. If the compiler split the
-  program over the devices instead, the rounding would depend on their number.
+  program over the devices instead, the rounding would depend on the number of devices.
 
   Args:
     mesh: the mesh.
-    function: the function of one shard. It receives the whole state, which is replicated on all devices.
-    is_split: whether the function receives only the device's shards of the state (`state_specs`) instead. It gathers
-      them with `gather_leaves`.
+    function: the function of one shard of the batch. By default, it receives the full state.
+    is_split: whether `function` receives only the device's shards of the state, split as in `state_specs`. Then
+      `function` must gather the full leaves with `gather_leaves`.
   """
   batched = PartitionSpec(_BOTH)
 
@@ -229,8 +229,8 @@ def compiler_options(mesh: Mesh | None = None, *, once: bool = False) -> dict[st
 
   Args:
     mesh: the mesh that the program is compiled for; None for the devices of the default backend.
-    once: whether the program runs only once. If so, optimization is disabled on CPUs, because it would take longer
-      than it saves.
+    once: whether the program runs only once. If so, optimization is disabled on CPUs, because optimizing would take
+      longer than the time that it saves.
 
   Returns:
     XLA's options by name. They are empty on GPUs and TPUs.
@@ -279,8 +279,8 @@ def jit_step(step: Callable[..., tuple[PyTree, PyTree]], mesh: Mesh, state: PyTr
 def pmap_step(step: Callable[..., tuple[PyTree, PyTree]], devices=None) -> Callable:
   """Compile `step(state, batch, *frozen) -> (state, metrics)` with `pmap`.
 
-  The compiled step takes the state and the frozen parameters from `replicate`, and the same batch as a step of
-  `jit_step`. It raises a ValueError if the batch size is not a multiple of the number of devices.
+  The compiled step takes the state and the frozen parameters from `replicate`, and the same batch as a step from
+  `jit_step`. The compiled step raises a ValueError if the batch size is not a multiple of the number of devices.
 
   Args:
     step: the step, such as `training.train_step` with `axis_name=parallel.DATA_AXIS`. It must average its gradients
@@ -316,13 +316,13 @@ def unreplicate(tree: PyTree) -> PyTree:
 def is_main() -> bool:
   """Return whether this is the main process.
 
-  Only the main process prints messages and writes files, except for checkpoints.
+  Only the main process prints messages and writes files, but all processes write checkpoints.
   """
   return jax.process_index() == 0
 
 
 def broadcast(value: int) -> int:
-  """Return the main process's value, a number or boolean, on every process."""
+  """Return the value of the main process on every process. The value is a number or a boolean."""
   if jax.process_count() == 1:
     return value
   from jax.experimental import multihost_utils
@@ -333,7 +333,7 @@ def broadcast(value: int) -> int:
 def exit_distributed(code: int) -> None:
   """Exit immediately if this process is one of several.
 
-  Without an immediate exit, this process would wait for the other processes. The others notice the exit within the
+  Without an immediate exit, this process would wait for the other processes. Those processes notice the exit within the
   heartbeat timeout.
   """
   if not jax.distributed.is_initialized():
@@ -379,7 +379,7 @@ def to_host(leaf: jax.Array) -> np.ndarray:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Return the indices of the rows of a batch that belong to this process's devices, in rising order."""
+  """Return the indices of the batch rows that belong to this process's devices, in rising order."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices.values()]))
 

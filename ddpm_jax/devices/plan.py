@@ -48,16 +48,16 @@ class Plan(NamedTuple):
       recomputation (`costs.matmul_flops`).
     flops_per_device: these FLOPs for one step on one device.
     state_bytes: parameters, optimizer state, EMA and frozen parameters, according to their shardings.
-    argument_bytes: the arguments of the step: the state and a shard of the batch, including the padding of the device's
-      layout.
+    argument_bytes: the arguments of the step: the state and a shard of the batch, including the padding that the
+      device's memory layout adds.
     output_bytes: the outputs that do not reuse the memory of an argument.
     temporary_bytes: the peak of activations, gradients and scratch memory.
-    code_bytes: the program.
+    code_bytes: the code of the compiled program.
     total_bytes: the sum of arguments, outputs, temporaries and code. If the compiler rejects the program, the bytes
       that its message states.
     memory: the memory of a device.
-    fits: whether the program fits. On a TPU, it fits if the compiler accepts it. On other devices, it must also need no
-      more than the usable memory.
+    fits: whether the program fits into the memory of a device. On a TPU, the program fits if the compiler accepts it.
+      On other devices, `total_bytes` must also be at most 97% of `memory`.
     bytes_accessed: bytes that the compiled program reads and writes according to XLA. XLA counts one iteration of each
       loop, and includes a TPU's on-chip memory.
     loops: the number of loops in the program.
@@ -65,10 +65,11 @@ class Plan(NamedTuple):
       program cannot be read.
     peak_flops: the peak FLOP/s of a device for the dtype.
     compute_seconds: the time of the FLOPs at the peak.
-    memory_seconds: the time to read the arguments and write the outputs once. Temporaries may stay on the chip.
+    memory_seconds: the time to read the arguments and write the outputs once. Temporaries are not included, because
+      they may stay on the chip.
     communication_seconds: the time of the collectives if they use all links at once.
-    step_seconds: the largest known value of these three times, a lower bound for the time of a step.
-    images_per_second: the batch size divided by `step_seconds`, an upper bound for the speed.
+    step_seconds: the largest known value of the three times above. It is a lower bound for the time of a step.
+    images_per_second: the batch size divided by `step_seconds`. It is an upper bound for the speed.
     traffic_bytes: bytes that the operations read from and write to the device's memory (`costs.operations`), with all
       iterations of loops.
     traffic_seconds: the time of this traffic at the memory's bandwidth. It is not a bound, because another program may
@@ -148,7 +149,7 @@ def make_plan(
     batch_size: images in a step, over all devices.
     devices: the devices that the step is compiled for.
     dtype: the dtype that the network computes in. It determines the peak FLOP/s.
-    chip: the chip; None for the chip of the devices.
+    chip: the chip that determines the peaks; None to look up the chip of the devices.
 
   Raises:
     ValueError: if there are no devices, or the batch is empty.
@@ -255,7 +256,7 @@ def collective_rows(collectives: Mapping[str, costs.Collective] | None, problem:
 
   Args:
     collectives: the collectives by kind; None if they are unknown.
-    problem: the message of a compiler that rejects the program.
+    problem: the compiler's message if the compiler rejects the program, otherwise empty.
   """
   if collectives is None:
     reason = (
@@ -342,7 +343,7 @@ def _fits(compiled: Any, platform: str, total: float | None, memory: float | Non
 
 
 def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
-  """Return the compiler's memory figures under the names of `Plan`, and the minimum traffic of a step as `moved`."""
+  """Return the compiler's memory figures by field of `Plan`, and the minimum bytes that a step moves as `moved`."""
   names = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "total_bytes", "bytes_accessed", "moved")
   values: dict[str, Any] = dict.fromkeys(names)
   if isinstance(compiled, OutOfMemory):
@@ -394,7 +395,7 @@ def add(*amounts: float | None) -> float | None:
 
 
 def format_number(amount: float | None, unit: str = "") -> str:
-  """Format a number with three digits and a prefixed unit, such as 35.7 M, 1.57 GB or 12.3 ms."""
+  """Format a number with three digits, an SI prefix and a unit, such as 35.7 M, 1.57 GB or 12.3 ms."""
   if amount is None:
     return "unknown"
   scales = _TIMES if unit == "s" else _SIZES

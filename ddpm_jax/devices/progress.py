@@ -48,7 +48,7 @@ def compile_with_progress(name: str, lower: Callable[[], Any]) -> Any:
 
   Args:
     name: the name of the program in the messages.
-    lower: returns the lowered program.
+    lower: a function that returns the lowered program.
   """
   print_line(f"compiling {name} (minutes for a large network; later runs load it from the cache) ...")
   start = time.perf_counter()

@@ -30,7 +30,7 @@ def wait_for_processes(
 
   Raises:
     ValueError: if a process is missing after `seconds`, two processes have the same id, the processes disagree about
-      their number, or the port is in use.
+      the number of processes, or the port is in use.
   """
   host, _, port = coordinator.rpartition(":")
   patience = _Patience(seconds, log)
@@ -57,7 +57,7 @@ class _Patience:
 
 
 def _collect_reports(port: int, num_processes: int, patience: _Patience) -> None:
-  """Collect the reports of all other processes on process 0, and then let all of them continue."""
+  """Receive a report from every other process on process 0, and then let all processes continue."""
   connections: dict[int, socket.socket] = {}
   try:
     # Also listen on IPv6 if possible, because the other processes may use it.
@@ -129,7 +129,7 @@ def _is_open(connection: socket.socket) -> bool:
 
 
 def _report(host: str, port: int, report: dict[str, int], patience: _Patience) -> None:
-  """Report to process 0, and wait for its answer."""
+  """Send a report to process 0, and wait until process 0 answers."""
   advice = "Start process 0 there, and check that its port can be reached from here."
   while True:
     with contextlib.suppress(OSError), socket.create_connection((host, port), 5 * _CHECK_SECONDS) as connection:

@@ -18,9 +18,9 @@ class Work(NamedTuple):
   Attributes:
     batch_size: the number of samples.
     steps: the number of sampling steps.
-    calls: the number of network calls for a sample; None if it depends on the data.
+    calls: the number of network calls for a sample; None if the number depends on the data.
     encode_flops: FLOPs to encode the conditions.
-    call_flops: FLOPs of a network call, with guidance.
+    call_flops: FLOPs of a network call, including guidance.
     decode_flops: FLOPs to decode the samples.
   """
 
@@ -35,8 +35,8 @@ class Work(NamedTuple):
 class SamplingPlan(NamedTuple):
   """Hold the resources that sampling needs, and lower bounds on its time.
 
-  Bytes are for one device. FLOPs are for one image, and count matrix products and convolutions (`costs.matmul_flops`).
-  None means unknown.
+  Bytes are for one device. FLOPs are for one image, and include only matrix products and convolutions
+  (`costs.matmul_flops`). None means unknown.
 
   Attributes:
     chip: the name of the chip, or the kind of the device if the chip is unknown.
@@ -44,33 +44,36 @@ class SamplingPlan(NamedTuple):
     batch_size: images in a batch, over all devices.
     dtype: the dtype that the network computes in.
     steps: the number of sampling steps.
-    calls: the number of network calls for an image. None if it depends on the data. Guidance may double the batch of a
-      call, but does not change this number.
+    calls: the number of network calls for an image; None if the number depends on the data. Guidance may double the
+      batch of a call, but does not change this number.
     parameters: the number of parameters of the network.
     frozen_parameters: the number of parameters of the codec, the conditions and the models that guide.
     encode_flops: FLOPs to encode the conditions.
-    step_flops: FLOPs of an average step, with guidance. A loop of adaptive steps counts once.
+    step_flops: FLOPs of an average step, including guidance. The body of a loop of adaptive steps counts once.
     decode_flops: FLOPs to decode an image.
     parameter_bytes: the network's parameters, according to their shardings.
-    frozen_bytes: the other parameters, according to their shardings.
-    argument_bytes: the arguments of the program: all parameters and a batch of conditions, including the padding of the
-      device's layout.
+    frozen_bytes: the frozen parameters, according to their shardings.
+    argument_bytes: the arguments of the program: all parameters and a batch of conditions, including the padding that
+      the device's memory layout adds.
     output_bytes: the samples.
     temporary_bytes: the peak of features, gathered parameters and scratch memory.
-    code_bytes: the program.
+    code_bytes: the code of the compiled program.
     total_bytes: the sum of arguments, outputs, temporaries and code. If the compiler rejects the program, the bytes
       that its message states.
     memory: the memory of a device.
-    fits: whether the program fits, see `plan.Plan`.
+    fits: whether the program fits into the memory of a device (see `plan.Plan`).
     collectives: the collectives of a batch by kind, from `costs.collectives`. None if the compiler rejects the program,
       or the program cannot be read.
     compute_seconds: for a batch, the time of the FLOPs at the peak.
-    memory_seconds: for a batch, the time to read the parameters once for each network call, and the other parameters
-      once.
+    memory_seconds: for a batch, the time to read the network's parameters once for each network call, and the frozen
+      parameters once.
     communication_seconds: for a batch, the time of the collectives if they use all links at once.
-    step_seconds: the largest known value of these times for an average step.
-    decode_seconds: the largest known value of the first two times for the decoding of a batch.
-    batch_seconds: the largest known value of the three times for a batch.
+    step_seconds: a lower bound for the time of an average step, as the largest known value of the computing time, the
+      memory time and the communication time of the step.
+    decode_seconds: a lower bound for the time to decode a batch, as the largest known value of the computing time and
+      the memory time of the decoding.
+    batch_seconds: a lower bound for the time of a batch, as the largest known value of `compute_seconds`,
+      `memory_seconds` and `communication_seconds`.
     image_seconds: `batch_seconds` divided by the batch size. None if the number of network calls is unknown.
     problem: the compiler's message if the compiler rejects the program, otherwise empty.
   """
@@ -126,10 +129,10 @@ def make_plan(
     work: the parts of the program.
     params: the parameters of the network as shapes, with shardings if they are sharded.
     frozen: all other parameters, in the same form.
-    codec: the part of `frozen` that decodes.
+    codec: the parameters in `frozen` that decode the samples; None without a codec.
     devices: the devices that the program is compiled for.
     dtype: the dtype that the network computes in. It determines the peak FLOP/s.
-    chip: the chip; None for the chip of the devices.
+    chip: the chip that determines the peaks; None to look up the chip of the devices.
 
   Raises:
     ValueError: if there are no devices, or the batch is empty.
@@ -239,7 +242,7 @@ def _advice(p: SamplingPlan) -> str:
 
 
 def _full_bytes(tree: PyTree) -> int:
-  """Return the bytes of unsharded arrays. Each device reads the gathered parameters."""
+  """Return the bytes of arrays without sharding, because each device reads the full parameters."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -14,7 +14,10 @@ from ddpm_jax.devices import rendezvous
 
 
 def environment_processes(environment: Mapping[str, str] = os.environ) -> int:
-  """Return the number of processes from environment variables of Slurm, Open MPI or a TPU slice, or 1 without them."""
+  """Read the number of processes from the environment variables of Slurm, Open MPI or a TPU slice.
+
+  Without these variables the number is 1.
+  """
   for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
     if environment.get(name, "").isdigit():
       return int(environment[name])
@@ -31,8 +34,8 @@ def connect(
 ) -> None:
   """Connect this process to the other processes of the run. Call this function before JAX is used.
 
-  If a process fails, the others end within `heartbeat_seconds` with a message. The first three arguments must be set
-  together. If all are None, JAX reads them from the cluster's environment.
+  If a process fails, the others end within `heartbeat_seconds` with a message. Set either all of the first three
+  arguments or none of them. If all three are None, JAX reads their values from the cluster's environment.
 
   Args:
     coordinator: host:port of process 0.

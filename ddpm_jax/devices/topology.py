@@ -1,4 +1,4 @@
-"""Describe devices that this machine does not have, for compilation: TPU slices and simulated CPU devices."""
+"""Provide devices that this machine does not have: TPU slices, for compilation only, and simulated CPU devices."""
 
 import importlib.util
 import math
@@ -38,8 +38,8 @@ _ENVIRONMENT = {
 def topology_devices(name: str) -> list[Any]:
   """Return the devices of a TPU slice for compilation only.
 
-  This needs the compiler of `libtpu`, but no TPU. As on real machines, a chip is one device, or two for v2, v3 and
-  tpu7x. This function sets environment variables for libtpu unless the user has set them.
+  This function needs the compiler of `libtpu`, but no TPU. As on real machines, a chip is one device, or two for v2, v3
+  and tpu7x. This function sets environment variables for libtpu unless the user has set them.
 
   Args:
     name: `<generation>:<chips along each axis>`, such as `v5e:4x4` or `v5p:2x2x4`. See
@@ -72,7 +72,7 @@ _MAX_SIMULATED = 2**16
 
 
 def simulate_devices(count: int) -> list[Any]:
-  """Return devices of this machine: real GPUs or TPUs if it has any, otherwise simulated CPU devices.
+  """Return GPUs or TPUs if this machine has any, otherwise simulated CPU devices.
 
   Call this function before JAX is used, because JAX counts its devices only once.
 
@@ -80,8 +80,8 @@ def simulate_devices(count: int) -> list[Any]:
     count: the number of devices.
 
   Raises:
-    ValueError: if the count is not from 1 to 65,536, the machine has GPUs or TPUs but too few, or JAX was already
-      started with too few devices.
+    ValueError: if the count is not from 1 to 65,536, the machine has GPUs or TPUs but fewer than `count`, or JAX was
+      already started with fewer devices.
   """
   if not 1 <= count <= _MAX_SIMULATED:
     raise ValueError(f"Got --devices={count}; expected 1 to {_MAX_SIMULATED:,}. Each simulated device takes memory.")

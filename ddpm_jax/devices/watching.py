@@ -19,8 +19,8 @@ _CHECK_SECONDS, _NUM_CHECKS = 0.1, 30
 class Signals:
   """Let SIGTERM and SIGINT stop training at the end of a step.
 
-  A single process stops after the current step, and a second signal ends it immediately. In a run of several processes,
-  only SIGTERM is handled, and all processes stop after the same step.
+  In a run of one process, training stops after the current step, and a second signal ends the process immediately. In
+  a run of several processes, only SIGTERM is handled, and all processes stop after the same step.
 
   Args:
     on_signal: called when a signal arrives, for example to stop waiting for data. With several processes,
@@ -86,7 +86,7 @@ class Trace:
     self._folder, self._start, self._count, self._open, self._traced = folder, start, count, False, 0
 
   def before_step(self, number: int) -> None:
-    """Start or end the trace if it should start or end before this step."""
+    """Start the trace if step `number` is the first step to trace, or end it if the previous step was the last one."""
     if self._count and number == self._start + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True

@@ -2,7 +2,7 @@
 
 The package covers inpainting, restoration from measurements, image-to-image sampling and inversion. `replace`,
 `repaint` and `dps` wrap a `Sampler`. `posterior` and `replace_decoded` wrap `denoise`. `img2img`, `invert` and
-`interpolate` run `sampling.sample` on images. Data are in [-1, 1].
+`interpolate` run `sampling.sample` on images. Images have values in [-1, 1].
 """
 
 from ddpm_jax.editing.inpainting import repaint, replace, replace_decoded, shrink_mask

@@ -1,7 +1,7 @@
 """Replace the known pixels of x_t at every step with newly noised pixels of the image, for inpainting.
 
 Neither `replace` nor `repaint` samples the exact posterior. The network sees the known pixels only with noise, and each
-step draws this noise without regard to the unknown pixels. `editing.posterior` with `mask_operator(keep)` is more
+step chooses this noise independently of the unknown pixels. `editing.posterior` with `mask_operator(keep)` is more
 accurate, but it needs derivatives of the network.
 """
 
@@ -27,9 +27,9 @@ Transform = Callable[[jax.Array], jax.Array]
 def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
   """Replace the known pixels of x_t before each step.
 
-  Each step first replaces the known pixels of x_t with a new sample of q(x_t | x_0) for the known x_0. After a step to
-  clean data, the known pixels of x and of the image are equal, bit for bit. Source: Song et al. 2021, appendix I.2;
-  Lugmayr et al. 2022, equation 8.
+  Each step first replaces the known pixels of x_t with a new sample of q(x_t | x_0), where x_0 is the image. After a
+  step to clean data, the known pixels of x and of the image are equal, bit for bit. Source: Song et al. 2021, appendix
+  I.2; Lugmayr et al. 2022, equation 8.
 
   Args:
     sampler: the step rule.
@@ -39,7 +39,7 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
 
   Raises:
     ValueError: if `image` does not hold floats, `keep` does not hold booleans, or the two shapes do not broadcast to a
-      common shape. A step raises it if the two do not broadcast to the shape of x.
+      common shape. A step raises a ValueError if `image` or `keep` does not broadcast to the shape of x.
   """
   _check_image(image, keep)
 
@@ -64,28 +64,29 @@ def replace(sampler: Sampler, process: Process, image, keep) -> Sampler:
 
 @check_types
 def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10, jump: int = 1) -> Sampler:
-  """Repeat the steps of inpainting (RePaint, Lugmayr et al. 2022, algorithm 1).
+  """Take each step of inpainting several times (RePaint, Lugmayr et al. 2022, algorithm 1).
 
   Repeating a step lets the unknown pixels adapt to the known pixels. The wrapper takes each step from t to s
-  `resamples` times and replaces known pixels like `replace`. Between repetitions it returns from s to t with a sample
-  of q(x_t | x_s). As in the paper, the step to clean data is taken only once.
+  `resamples` times and replaces known pixels like `replace`. Between repetitions, the wrapper returns from s to t with
+  a sample of q(x_t | x_s). As in the paper, the step to clean data is taken only once.
 
-  `sampling.nfe` is exact, with one exception: a grid of a single step that starts at zero SNR, with `jump` above 1.
+  `sampling.nfe` counts the network calls exactly, unless `jump` is above 1 and the grid is a single step from zero SNR.
 
   Args:
     sampler: a rule without memory. The paper uses `sampling.ancestral`.
     process: the forward process of the sampler.
     image: an image with known pixels, as for `replace`.
     keep: the mask of known pixels, as for `replace`.
-    resamples: how often each step is taken, U in the paper. With 1 and a `jump` of 1, the rule is the same as
-      `replace`, up to its random numbers.
-    jump: the jump length in the paper. A step from t to s consists of this many parts, equal in t, and a single sample
-      of q(x_t | x_s) returns from s to t. For a discrete network, use a grid in which the number of network steps
-      between t and s is a multiple of `jump`, so that all intermediate times are steps of the network.
+    resamples: how often each step is taken (U in the paper). If `resamples` and `jump` are 1, the rule differs from
+      `replace` only in its random numbers.
+    jump: the jump length in the paper. Each step from t to s is divided into this many parts of equal length in t. A
+      single sample of q(x_t | x_s) returns from s to t. If the network was trained on discrete time steps, use a grid
+      in which the number of these time steps between t and s is a multiple of `jump`. Then the parts start and end at
+      times that the network was trained on.
 
   Raises:
-    ValueError: if the rule has a memory (other than a count of its network calls), `resamples` or `jump` is not an
-      integer of at least 1, or `image` or `keep` is invalid for `replace`.
+    ValueError: if the rule remembers more than the number of its network calls, if `resamples` or `jump` is not an
+      integer of at least 1, or if `replace` rejects `image` or `keep`.
   """
   for name, value in (("resamples", resamples), ("jump", jump)):
     if value != int(value) or value < 1:
@@ -158,15 +159,15 @@ def replace_decoded(denoise: Denoise, image, keep, encode: Transform, decode: Tr
   """Replace the known pixels of each decoded estimate, for inpainting with a model of latents.
 
   The estimate of x_0 is decoded, its known pixels are replaced, and the result is encoded again. Known pixels then
-  guide the unknown pixels in every step, and the mask is as fine as the image. Each estimate costs one call of the
-  decoder and one of the encoder. In contrast, `replace` and `repaint` need a mask at the resolution of x.
+  guide the unknown pixels in every step, and the mask has the resolution of the image. Each estimate costs one call of
+  the decoder and one of the encoder. In contrast, `replace` and `repaint` need a mask at the resolution of the latents.
 
   Args:
-    denoise: estimates x_0 for a model of latents.
-    image: an image with known pixels [B, H, W, C]. Unknown pixels may have any value, even NaN.
+    denoise: `denoise(x_t, t) -> x_0 estimate` of a model of latents.
+    image: images [B, H, W, C] with known pixels. Unknown pixels may have any value, even NaN.
     keep: booleans that broadcast to the image. True marks a known pixel.
-    encode: maps images to x. It must not draw new random numbers in each call.
-    decode: maps x to images.
+    encode: a function from images to latents. It must return the same latents whenever it gets the same images.
+    decode: a function from latents to images.
 
   Raises:
     ValueError: if `image` does not hold floats, `keep` does not hold booleans, or the two shapes do not broadcast to a
@@ -182,11 +183,16 @@ def replace_decoded(denoise: Denoise, image, keep, encode: Transform, decode: Tr
 
 
 def shrink_mask(keep, shape: tuple[int, ...]):
-  """Return the mask of the positions of x whose pixels are all known.
+  """Reduce a mask of images to the resolution of their latents.
+
+  A position of the latents is known if all pixels of the image at this position are known.
 
   Args:
     keep: booleans [B, H, W, 1] at the resolution of the image.
-    shape: the shape [h, w, C] of x. The sides of the image must be multiples of h and w.
+    shape: the shape [h, w, C] of the latents of one image. H must be a multiple of h, and W a multiple of w.
+
+  Returns:
+    Booleans [B, h, w, 1].
   """
   for axis, size in enumerate(shape[:-1], start=1):
     keep = keep.reshape(*keep.shape[:axis], size, -1, *keep.shape[axis + 1 :]).all(axis + 1)

@@ -25,7 +25,7 @@ _LUMA = (0.299, 0.587, 0.114)
 def mask_operator(keep) -> Operator:
   """Make an operator that keeps some pixels and sets all other pixels to 0.
 
-  The measurement is `y = where(keep, x, 0)`, of the shape of x.
+  The measurement is `y = where(keep, x, 0)`, and has the shape of x.
 
   Args:
     keep: booleans that broadcast to x [B, H, W, C], such as [H, W, 1]. True keeps a pixel.
@@ -41,9 +41,9 @@ def mask_operator(keep) -> Operator:
 def blur(std: float) -> Operator:
   """Make an operator that blurs images with a Gaussian and keeps their shape.
 
-  The kernel is truncated at 4 standard deviations. Images are padded by reflection, including the edge pixels, like the
-  default mode of SciPy's `gaussian_filter`. The weights of each output pixel sum to 1, and each input pixel contributes
-  a total weight of 1. The mean of an image thus does not change.
+  The kernel is truncated at 4 standard deviations. Images are padded by reflection, and the edge pixels are repeated,
+  as in the default mode of SciPy's `gaussian_filter`. Each output pixel is a weighted mean of input pixels. The weights
+  of each input pixel in all output pixels also sum to 1, so the mean of an image does not change.
 
   Args:
     std: the standard deviation, in pixels.
@@ -77,8 +77,8 @@ def downsample(factor: int) -> Operator:
   The measurement has the shape [B, H / factor, W / factor, C].
 
   Raises:
-    ValueError: if the factor is not an integer of at least 1. The operator raises it if the factor does not divide the
-      height and width.
+    ValueError: if the factor is not an integer of at least 1. The operator raises a ValueError if the height or width
+      of the images is not a multiple of the factor.
   """
   if factor != int(factor) or factor < 1:
     raise ValueError(f"Got factor={factor}; expected an integer of at least 1, such as 4.")
@@ -111,10 +111,11 @@ def gray(x: Array) -> Array:
 
 
 def transpose(operator: Operator, x: Array) -> Operator:
-  """Return the transpose of an operator for inputs of the shape and dtype of x.
+  """Return the transpose of an operator whose input has the shape and dtype of x.
 
   Raises:
-    ValueError: if the operator is not linear. An added constant goes unnoticed if the operator uses traced values.
+    ValueError: if the operator is not linear. If the operator uses traced values, this check does not find a constant
+      that the operator adds.
   """
   example = jax.ShapeDtypeStruct(x.shape, x.dtype)
   try:
@@ -145,7 +146,7 @@ def check_boolean(keep) -> None:
 
 
 def can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-  """Return whether an array of a shape broadcasts to the target shape."""
+  """Return whether an array with the shape `shape` broadcasts to the shape `target`."""
   return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 

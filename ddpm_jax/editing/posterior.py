@@ -22,18 +22,19 @@ Array = jax.Array
 def dps(sampler: Sampler, process: Process, operator: Operator, measurement, scale: float = 1.0) -> Sampler:
   """Move x toward a measurement after each step (diffusion posterior sampling, Chung et al. 2023, algorithm 1).
 
-  Each step subtracts `scale * grad_{x_t} ||y - A(x_0(x_t))||` from x_s. Like the authors' code, the step uses the norm
+  A step of the rule goes from x_t to x_s. The wrapper then subtracts `scale * grad_{x_t} ||y - A(x_0(x_t))||` from x_s,
+  where A is `operator` and x_0(x_t) is the estimate of the network. Like the authors' code, the wrapper uses the norm
   of each sample's residual rather than the squared norm, so zeta' in the paper's formula is half of `scale`. The length
-  of the move depends on `scale` and the derivatives of A and x_0, but not on the size of the residual. As in the paper,
-  the last step moves x too, so clean data may overshoot the measurement by `scale`.
+  of the move depends on `scale` and the derivatives of A and x_0(x_t), but not on the size of the residual. As in the
+  paper, x is moved after the last step too, so the final samples may overshoot the measurement by `scale`.
 
-  The method does not use the noise level of y; `scale` takes its place. No value of `scale` gives exact samples of the
+  The method ignores the noise level of y. Choose `scale` instead. No value of `scale` gives exact samples of the
   posterior. `posterior` with covariance="tweedie" and enough iterations is exact for Gaussian data.
 
-  One network call at x_t serves both the gradient and the step rule. Some rules need one additional call per step:
-  `ode`, rules that move x first (rules with churn, a corrector, or `replace`), and `plms`, which calls the network in a
-  loop.
-  `sampling.nfe` (except for `ode`) and `sampling.solve` count the additional calls.
+  The gradient and the step rule share one network call at x_t. Some rules need one additional call per step: `ode`,
+  rules that change x before they call the network (rules with churn, rules with a corrector, and `replace`), and
+  `plms`, which calls the network in a loop. `sampling.nfe` (except for `ode`) and `sampling.solve` count the additional
+  calls.
 
   Args:
     sampler: the step rule.
@@ -43,8 +44,8 @@ def dps(sampler: Sampler, process: Process, operator: Operator, measurement, sca
     scale: the step size. The authors' code uses 0.3 to 1 for images of 256 by 256 pixels.
 
   Raises:
-    ValueError: if `scale` is negative or not finite. A step raises it if the measurement does not broadcast to the
-      operator's output.
+    ValueError: if `scale` is negative or not finite. A step raises a ValueError if the measurement does not broadcast
+      to the operator's output.
   """
   if not 0 <= scale < math.inf:
     raise ValueError(f"Got scale={scale}; expected a finite number of at least 0, such as 1.")
@@ -94,19 +95,20 @@ def posterior(
 
     E[x_0 | x_t, y] = m + C A^T (noise_std^2 + A C A^T)^-1 (y - A m)
 
-  Here m is the estimate of the argument `denoise`.
+  Here A is `operator`, and m is the estimate of the argument `denoise`. `covariance` determines C:
 
   - "tweedie": C is sigma^2 / alpha times the Jacobian of the estimate. This is the covariance of x_0 given x_t (Boys et
     al. 2023; Rozet et al. 2024, moment matching posterior sampling). The result is exact for Gaussian data. This choice
-    takes one network derivative per iteration, and one more at the end.
-  - "isotropic": pseudo-inverse guidance (PiGDM, Song et al. 2023, section 3). Inside the inverse, C is
-    r^2 = sigma^2 / (alpha^2 + sigma^2), the value for data of variance 1. The outer C is the same as for "tweedie".
-    The result corresponds to the score of p(y | x_t) in the paper. This choice takes one network derivative.
+    computes one derivative of the network per iteration, and one more at the end.
+  - "isotropic": pseudo-inverse guidance (PiGDM, Song et al. 2023, section 3). Inside the inverse, C is the
+    identity times r^2 = sigma^2 / (alpha^2 + sigma^2), the covariance for data of variance 1. The first C in the
+    formula is the same as for "tweedie". The result corresponds to the score of p(y | x_t) in the paper. This choice
+    computes one derivative of the network.
 
-  Conjugate gradients apply the inverse matrix of the formula. They are exact after one iteration per distinct
-  eigenvalue of A C A^T. The C of a network may not be a valid covariance, so the iterations stop along directions in
-  which the matrix noise_std^2 + A C A^T is not positive. Where alpha is 0, the network does not determine C, and the
-  result is the unconditional estimate. A learned variance is passed through unchanged.
+  The method of conjugate gradients applies the inverse matrix in the formula. The method is exact after as many
+  iterations as A C A^T has distinct eigenvalues. The C of a network may not be a valid covariance, so the iterations
+  stop along directions in which the matrix noise_std^2 + A C A^T is not positive. Where alpha is 0, the network does
+  not determine C, and the result is the unconditional estimate. A learned variance is passed through unchanged.
 
   Args:
     denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t. Clip the result of `posterior` rather than this
@@ -122,9 +124,9 @@ def posterior(
     A function `denoise(x_t, t)` with the output shape and dtype of the argument `denoise`.
 
   Raises:
-    ValueError: if `noise_std` is not positive and finite, `covariance` has another value, or `iterations` is not an
-      integer of at least 1. The returned function raises it if the operator is not linear or the measurement has the
-      wrong shape.
+    ValueError: if `noise_std` is not positive and finite, `covariance` is neither "tweedie" nor "isotropic", or
+      `iterations` is not an integer of at least 1. The returned function raises a ValueError if the operator is not
+      linear, or the measurement does not broadcast to the operator's output.
   """
   if not 0 < noise_std < math.inf:
     raise ValueError(
@@ -169,7 +171,7 @@ def _with_derivative(denoise: Denoise, x_t: Array, t):
 
 
 def _residual(operator: Operator, measurement, x_0: Array) -> Array:
-  """Compute y - A(x_0) [B, ...]."""
+  """Compute the residual y - A(x_0) [B, ...] of a measurement y and an operator A."""
   measured = operator(x_0)
   if not can_broadcast(np.shape(measurement), measured.shape):
     raise ValueError(
@@ -207,7 +209,7 @@ def _conjugate_gradients(matrix: Callable[[Array], Array], b: Array, iterations:
 
 
 def _calls_at_start(sampler: Sampler, process: Process) -> bool:
-  """Return whether a step of the rule calls the network at its input x_t."""
+  """Return whether a step of the rule from x_t at time t calls the network at (x_t, t)."""
   rule, matches = sampler if sampler.prepare is None else sampler.prepare(1), []
 
   def step(x):

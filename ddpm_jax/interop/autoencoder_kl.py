@@ -1,4 +1,4 @@
-"""Convert the config, the parameter names and the scale of diffusers' `AutoencoderKL`."""
+"""Convert configs, parameter names and scales of latents between diffusers' `AutoencoderKL` and our `Autoencoder`."""
 
 import re
 from collections.abc import Mapping
@@ -70,7 +70,10 @@ _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecode
 
 
 class Scale(NamedTuple):
-  """Hold the arrays, of shape () or [C], that convert between latents z and x = (z - shift) * scale."""
+  """Hold the arrays that convert the latents z to x = (z - shift) * scale.
+
+  Each array has the shape () or [C], where C is the number of channels of z.
+  """
 
   scale: np.ndarray
   shift: np.ndarray
@@ -233,7 +236,7 @@ def _scale_config(scale: Scale, channels: int) -> Config:
 
 
 def _shortest(value: np.ndarray) -> float:
-  """Return the decimal number with the fewest digits that rounds to a given float32."""
+  """Return the decimal number with the fewest digits that rounds to the float32 `value`."""
   return float(str(np.float32(value)))
 
 

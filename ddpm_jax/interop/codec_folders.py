@@ -21,18 +21,19 @@ def load_codec(
 ) -> tuple[Codec, PyTree]:
   """Load the codec of an `AutoencoderKL` that diffusers or `save_codec` wrote.
 
-  `codec.encode(frozen, keys, data)` maps data [B, H, W, C] in [-1, 1] to x, the scaled latents [B, H / f, W / f, C'],
-  and `codec.decode(frozen, x)` maps x to data.
+  `codec.encode(frozen, keys, data)` maps data [B, H, W, C] in [-1, 1] to x, the scaled latents [B, H / f, W / f, D].
+  Here f is the factor of the autoencoder's downsampling, and D is the number of latent channels.
+  `codec.decode(frozen, x)` maps x to data.
 
   Args:
     path: the folder of an AutoencoderKL, or of a pipeline with vae/ or vqvae/. Or a name on the Hugging Face hub, such
       as "stabilityai/sd-vae-ft-mse"; this needs the package huggingface_hub.
     posterior: "sample" to draw latents from the posterior, or "mode" for its mean.
     dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
-    tile: the side of tiles in positions of x, see `codecs.latent`. 0 for no tiles.
+    tile: the side of each tile, counted in positions of x (see `codecs.latent`). 0 for no tiles.
 
   Returns:
-    The codec, and its frozen parameters: "autoencoder", "scale" and "shift".
+    The codec, and the dict of its frozen parameters, with the keys "autoencoder", "scale" and "shift".
 
   Raises:
     ValueError: if the autoencoder does not exist or has an unsupported class or option, if an argument is invalid, or
@@ -54,7 +55,7 @@ def read_codec(
 ) -> Codec:
   """Read the codec of an `AutoencoderKL` from its config.
 
-  `codec.load()` reads the weights. `codec.shape` does not read them.
+  This function and `codec.shape` do not read the weights. `codec.load()` reads them.
 
   Args:
     path: see `load_codec`.
@@ -62,7 +63,7 @@ def read_codec(
     posterior: see `load_codec`.
     dtype: see `load_codec`.
     tile: see `load_codec`.
-    variant: the variant of the weights, such as "fp16". Plain weights are read if the variant does not exist.
+    variant: the variant of the weights, such as "fp16". If it does not exist, `codec.load` reads the plain weights.
 
   Raises:
     ValueError: see `load_codec`. `codec.load` raises the errors about weights.
@@ -106,7 +107,8 @@ def make_codec(
   Args:
     network: the autoencoder.
     scale: the scale and shift of its latents.
-    load: `load(template, mesh)` reads the parameters, whose shapes are `template`, into shards if `mesh` is not None.
+    load: `load(template, mesh)` reads the parameters. `template` contains their shapes. If `mesh` is not None, the
+      parameters are sharded over its devices.
     posterior: see `codecs.latent`.
     tile: see `codecs.latent`.
   """
@@ -133,10 +135,11 @@ def shapes_of(
     codec: the codec.
     channels: the number of channels of x.
     size: the height and width of x in the config of the network. None if the config leaves them open.
-    shape: the shape [H, W, C] that the user set for the images. None for the size in the config.
+    shape: the shape [H, W, C] that the user set for the images. None selects the images that belong to `size`.
 
   Raises:
-    ValueError: if the codec has another number of channels, there is no size, or the shape does not fit.
+    ValueError: if the codec's latents do not have `channels` channels, if both `size` and `shape` are None, or if
+      `shape` does not fit the codec.
   """
   factor, image_channels = 1, channels
   if codec.is_latent:

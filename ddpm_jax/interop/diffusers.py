@@ -1,6 +1,7 @@
-"""Load models of diffusers' pipelines, and save them.
+"""Load models from folders with diffusers' pipelines, and save models as such folders.
 
-Supported are the unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline) and the Stable Diffusion pipelines.
+This module supports the unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline) and the Stable Diffusion
+pipelines.
 
 For example::
 
@@ -70,16 +71,17 @@ def load(
 ) -> tuple[Model, PyTree]:
   """Load a model that diffusers or `save` wrote.
 
-  The model has the conditions that its U-Net takes: "classes", "level" (one number, class_embed_type "timestep") or
-  "vector" (class_embed_type "identity"). If the network has more input channels than image channels, the model also has
-  the condition "hint", an image. The sampling defaults come from the scheduler. A latent model also has the codec of
-  its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set other options of the codec, replace it
-  with the result of `read_codec`. Models of text pipelines are described in `stable_diffusion`.
+  The model has the condition that its U-Net embeds, if there is one: "classes", "level" (one number, if the U-Net's
+  class_embed_type is "timestep") or "vector" (if class_embed_type is "identity"). If the U-Net takes more input
+  channels than x has, the model also has the condition "hint", an image. The sampling defaults come from the scheduler.
+  A latent model also has the codec of its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set
+  other options of the codec, replace `model.codec` with the result of `read_codec`. For the models of text pipelines,
+  see `stable_diffusion`.
 
   Args:
-    path: the folder of a pipeline (unet/ and scheduler/, and vqvae/ or vae/ with an AutoencoderKL), or a flat folder
-      that contains both configs and the weights. Or a name on the Hugging Face hub, such as "google/ddpm-cifar10-32";
-      this needs the package huggingface_hub.
+    path: the folder of a pipeline, with unet/, scheduler/ and, for a latent model, an AutoencoderKL in vqvae/ or vae/.
+      Or a flat folder that contains the network's config, the scheduler's config and the weights. Or a name on the
+      Hugging Face hub, such as "google/ddpm-cifar10-32"; this needs the package huggingface_hub.
     shape: the shape [H, W, C] of the images. None takes it from the config (`sample_size`).
     class_dropout: the probability in [0, 1) that training hides the class of a sample. Above 0, the last class of the
       network means "no class", so the model has one class fewer than the network.
@@ -89,8 +91,8 @@ def load(
     dtype: the dtype of the computation, "float32" or "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
-    variant: for text pipelines, the variant of the weights, such as "fp16". Empty for the plain weights, or for the
-      only variant.
+    variant: for text pipelines, the variant of the weights, such as "fp16". Empty for the plain weights or, if there
+      are none, the only variant.
     params_dtype: for text pipelines, the dtype of the network's parameters, "float32" or "bfloat16".
     mesh: the devices to shard the parameters over (see `tensors.load`); None for the default device.
 
@@ -250,7 +252,7 @@ def has_size(path: str | Path) -> bool:
 
 
 def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -> int:
-  """Return the number of channels of the images that a network generates."""
+  """Return the number of channels of x, the images or latents that a network generates."""
   out_channels, learns_variance = config["out_channels"], prediction.learned_variance
   channels = out_channels // (2 if learns_variance else 1)
   # A network with more input channels than image channels takes a conditioning image, concatenated to x.
@@ -266,8 +268,8 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
 def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_dropout: float) -> dict[str, Condition]:
   """Return the conditions of a network by name.
 
-  The conditions are the input of the network's embedding, and an image if the network takes more input channels than
-  x has. `extra` is the number of additional channels.
+  One condition is the class, number or vector that the network embeds, if it embeds one. Another condition is an image
+  with `extra` channels, if the network takes `extra` input channels in addition to the channels of x.
   """
   by_name: dict[str, Condition] = {}
   if class_dropout and network.num_classes < 2:

@@ -1,4 +1,7 @@
-"""Read frozen networks whose features compare images, for the perceptual loss of autoencoders."""
+"""Read frozen networks that compute features of images.
+
+The perceptual loss of an autoencoder compares images by these features.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -33,15 +36,18 @@ def inception(
 ) -> Features:
   """Return the features of the Inception network of FID.
 
-  The images are not resized. Images must have sides of at least 11, 27, 43 and 75 pixels for 1 to 4 levels.
+  The images are not resized. Their sides must have at least 11 pixels for 1 level, 27 pixels for 2 levels, 43 pixels
+  for 3 levels, and 75 pixels for 4 levels.
 
   Args:
     weights: the file of weights, as for `interop.inception.load`.
-    sha256: the first digits of the SHA-256 of the file; "" accepts any file.
-    levels: the number of levels, with 64, 192, 768 and 2048 channels.
+    sha256: the expected first digits of a SHA-256, as `sha256_prefix` in `interop.inception.load`.
+    levels: the number of levels whose features are returned, from 1 to 4. The levels have 64, 192, 768 and 2048
+      channels.
 
   Raises:
-    ValueError: if the number of levels is not 1 to 4. `load` raises a ValueError if the file is missing or wrong.
+    ValueError: if `levels` is not 1 to 4. The function `load` of the result raises a ValueError if the file is missing
+      or wrong.
   """
   _check_levels(levels, 4)
   network = Inception()
@@ -69,7 +75,8 @@ def classifier(weights: Annotated[str, "place"] = "") -> Features:
     weights: the file of its weights, `classifier.safetensors` in the folder of an evaluated run.
 
   Raises:
-    ValueError: when `load` is called, if the file is missing or damaged, or contains no classifier.
+    ValueError: only when the function `load` of the result is called, if the file is missing or damaged, or contains no
+      classifier.
   """
 
   def load() -> PyTree:
@@ -107,12 +114,14 @@ def vgg(
   Args:
     weights: a file of weights (.safetensors, .pth or .pt) with torchvision's names, `features.N.weight` and
       `features.N.bias`. Layers of the classifier are ignored.
-    levels: the number of levels, with 64, 128, 256, 512 and 512 channels.
-    scale: how the network expects images: "torchvision" for RGB in [0, 1], normalized by ImageNet's mean and standard
-      deviation, or "caffe" for BGR in [0, 255] with the mean subtracted.
+    levels: the number of levels whose features are returned, from 1 to 5. The levels have 64, 128, 256, 512 and 512
+      channels.
+    scale: the format of the images that the network was trained on. "torchvision": RGB values in [0, 1], normalized by
+      ImageNet's mean and standard deviation. "caffe": BGR values in [0, 255], minus ImageNet's mean.
 
   Raises:
-    ValueError: if an argument is out of range. `load` raises a ValueError if the file is missing or wrong.
+    ValueError: if `levels` is not 1 to 5, or `scale` is unknown. The function `load` of the result raises a ValueError
+      if the file is missing or wrong.
   """
   _check_levels(levels, len(LEVELS))
   if scale not in ("torchvision", "caffe"):
@@ -145,9 +154,9 @@ def vgg(
 
 
 def _vgg_names(levels: int) -> dict[str, str]:
-  """Map our names of the convolutions to torchvision's names.
+  """Map our names of the convolutions to torchvision's names, such as "features.5".
 
-  Torchvision counts each convolution, each ReLU and each pooling layer.
+  The number in torchvision's names counts all convolutions, ReLUs and pooling layers.
   """
   names, index = {}, 0
   for level, widths in enumerate(LEVELS[:levels]):

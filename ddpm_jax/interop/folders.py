@@ -1,4 +1,4 @@
-"""Find the configs and the weights in folders of diffusers and transformers, and write configs."""
+"""Find configs and weights in folders that diffusers or transformers wrote, and write configs."""
 
 import json
 import re
@@ -32,9 +32,9 @@ class PipelineFiles(NamedTuple):
   """Hold the paths of the parts of a pipeline.
 
   Attributes:
-    unet: the config of the network.
-    scheduler: the config of the scheduler.
-    autoencoder: the folder of the autoencoder, named "vae" or "vqvae". None for a pixel pipeline.
+    unet: the path of the network's config.
+    scheduler: the path of the scheduler's config.
+    autoencoder: the path of the folder of the autoencoder, named "vae" or "vqvae". None for a pixel pipeline.
   """
 
   unet: Path
@@ -46,7 +46,7 @@ def pipeline_files(folder: Path) -> PipelineFiles:
   """Return the paths of a pipeline's parts.
 
   Raises:
-    ValueError: if a config is missing, or the pipeline has other parts.
+    ValueError: if a config is missing, or the pipeline has a part that is not in `PipelineFiles`.
   """
   index = folder / "model_index.json"
   parts: set[str] | None = None
@@ -77,7 +77,7 @@ def pipeline_files(folder: Path) -> PipelineFiles:
 
 
 def autoencoder_folder(folder: Path) -> Path:
-  """Return the folder of an autoencoder, which is `folder` itself or a part of the pipeline in `folder`.
+  """Return the folder of an autoencoder: either `folder` itself, or a subfolder of the pipeline in `folder`.
 
   Raises:
     ValueError: if the folder has no config of an autoencoder.
@@ -94,7 +94,8 @@ def autoencoder_folder(folder: Path) -> Path:
 def _part_names(index: Mapping[str, Any]) -> list[str]:
   """Return the names of a pipeline's parts.
 
-  The index maps each part to a list: the names of its library and class, or nulls. Other keys are options.
+  The index maps each part to a list: the name of a library and the name of a class, or two nulls for an absent part.
+  Keys of the index that are no parts are options.
   """
   parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
   jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
@@ -122,12 +123,13 @@ def find_folder(
   Args:
     path: a folder, or a name on the hub. "@" and the name of a branch, a tag or a commit may follow, such as
       "google/ddpm-cifar10-32@main".
-    weights: whether to download the weights too, or only the configs.
-    parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights that belong to no part are
-      always downloaded.
-    names: the names of weights files.
+    weights: True to download the configs and the weights, False to download only the configs.
+    parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights outside the folders of
+      parts are always downloaded.
+    names: the name of the weights file without its suffix, for each suffix, such as `DIFFUSERS`.
     files: patterns of further files to download.
-    variant: the variant of the weights to download, such as "fp16". Empty for the plain weights if there are any.
+    variant: the variant of the weights to download, such as "fp16". Empty for the plain weights or, if there are none,
+      all variants.
     needs_variant: see `weights_path`.
 
   Raises:
@@ -181,13 +183,14 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "", *, n
 
   Args:
     folder: the folder of the weights.
-    names: the names of weights files.
+    names: the name of the weights file without its suffix, for each suffix, such as `DIFFUSERS`.
     variant: the variant to return. Empty selects the plain weights or, if there are none, the only variant.
-    needs_variant: whether a folder without the variant is an error. Otherwise, its plain weights are returned. In
-      published pipelines, a variant such as "non_ema" often exists for the network alone.
+    needs_variant: what to do if the folder lacks the variant. True raises an error, False selects the plain weights. In
+      many published pipelines, only the network has a variant such as "non_ema".
 
   Raises:
-    ValueError: if the folder has no weights or lacks the variant, or has several variants and none is chosen.
+    ValueError: if the folder has no weights or lacks the variant, or if `variant` is empty and the folder has several
+      variants but no plain weights.
   """
   if variant and not re.fullmatch(r"\w+", variant):
     raise ValueError(f"Got variant={variant!r}; expected a word, such as 'fp16'.")
@@ -225,7 +228,7 @@ def weight_files(
   """Return the paths of the files that `weights_path` selects: one file, or an index and its shards.
 
   Raises:
-    ValueError: see `weights_path`; or if the index is malformed, or a shard is missing.
+    ValueError: see `weights_path`. Also if the index is malformed, or a shard is missing.
   """
   path = weights_path(folder, names, variant, needs_variant=needs_variant)
   if path.suffix != ".json":
@@ -240,12 +243,13 @@ def _variants(name: str, suffix: str, variant: str = "*") -> tuple[str, str]:
 def check_known(config: Mapping[str, Any], known: Collection[str], name: str) -> None:
   """Raise a ValueError if a config sets an option that is not known.
 
-  Private keys, absent values and the settings of diffusers' EMA of parameters are allowed.
+  The function allows keys that begin with "_", options with the value None or False, and the settings of diffusers'
+  EMAModel.
 
   Args:
     config: the config.
-    known: the names of all options that are read or refused elsewhere.
-    name: the name of the class, for the message.
+    known: the names of all known options. The caller reads or refuses their values.
+    name: the name of the config's class, for the error message.
   """
   for key, value in config.items():
     if key not in known and key not in _EMA and not key.startswith("_") and value not in (None, False):
@@ -256,7 +260,7 @@ def check_known(config: Mapping[str, Any], known: Collection[str], name: str) ->
 
 
 def check_output(path: str | Path) -> Path:
-  """Return the absolute path of an output folder.
+  """Check that an output folder is new or empty, and return its absolute path.
 
   Raises:
     ValueError: if the path is a file, or a folder that is not empty.

@@ -57,8 +57,8 @@ def load(
   """Load the model and the parameters of a checkpoint.
 
   A class-conditional model has the condition "classes". A super-resolution model has the condition "low_resolution",
-  the small image. The model enlarges it as guided-diffusion does. The default sampler of a discrete process is
-  DDPM with clipping and at most 250 steps, as in the papers.
+  the small image. The model enlarges the small image as guided-diffusion does. If the process is discrete, the default
+  sampler is DDPM with clipping and at most 250 steps, as in the papers.
 
   Args:
     path: the file (.pt or .safetensors). Code in a pickle never runs.
@@ -67,13 +67,13 @@ def load(
     head_channels: the number of features per attention head (64 for guided-diffusion).
     new_attention_order: whether the model was trained with guided-diffusion's option use_new_attention_order. The
       option changes the order of queries, keys and values in the file.
-    process: the forward process. None selects the process of guided-diffusion's published models of this size:
-      `schedules.cosine(1000)` up to 64 pixels, else `schedules.linear(1000)`.
-    prediction: what the network predicts. None selects EPS, with learned variance if the network has
-      twice as many output channels as the sample.
+    process: the forward process. None selects the process of the models that guided-diffusion published for images of
+      this size: `schedules.cosine(1000)` for sides of up to 64 pixels, and `schedules.linear(1000)` for longer sides.
+    prediction: what the network predicts. None selects EPS. It has a learned variance if the network has twice as many
+      output channels as the sample has channels.
     rescale_timesteps: True if the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion; False if it
       is n - 1.
-    factor: for a super-resolution model, the ratio of the side of its output to the side of the small image.
+    factor: for a super-resolution model, the side of the large image divided by the side of the small image.
 
   Returns:
     The model, and the parameters of its network in float32.
@@ -136,9 +136,9 @@ def _prediction(learns_variance: bool, prediction: Prediction | None) -> Predict
 def _process(
   process: Process | None, shape: tuple[int, ...], rescale_timesteps: bool
 ) -> tuple[Process, Callable[[Array], Array] | None]:
-  """Return the process, and a function that replaces its time input.
+  """Return the process, and a function that replaces the time input of the process.
 
-  The function is None if the time input of the process needs no replacement.
+  The function is None if no replacement is necessary.
   """
   if process is None:
     is_small = max(shape[:-1]) <= _MAX_COSINE_SIZE
@@ -217,8 +217,8 @@ def load_classifier(
 
   The classifier must have attention pooling, as the published classifiers do.
 
-  Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise; its `prediction` is EPS only so that
-  the input of the classifier is not scaled.
+  Pass `model.classify(params)` to `guidance.classifier`. The model cannot denoise. Its `prediction` is EPS because a
+  model that predicts EPS does not scale the input of its network.
 
   Args:
     path: the file (.pt or .safetensors).
@@ -268,8 +268,8 @@ def load_classifier(
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only the downsampling half of a U-Net. A residual block that downsamples has the same tensors as
-  other residual blocks. So test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only the downsampling half of a U-Net. A residual block that downsamples has the same tensors as a
+  residual block that does not. So test each number of blocks, and keep the numbers that are consistent with the file.
   """
   total = numbered_blocks.count(file, "input_blocks")
   widens = [numbered_blocks.has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]
@@ -279,7 +279,8 @@ def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[in
   def is_consistent(length):
     """Return whether the file can consist of levels of `length` blocks.
 
-    The length includes the block before the residual blocks: the first convolution or a downsampling block.
+    The length includes the block before the residual blocks of the level. In the first level, this is the first
+    convolution. In the other levels, it is a downsampling block.
     """
     first = {index for index in range(1, total) if index % length == 1 % length}
     downsampling = set(range(length, total, length))

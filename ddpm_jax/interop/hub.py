@@ -12,12 +12,12 @@ _tokens: list[str] = []
 
 
 def use_token(token: str | None) -> None:
-  """Use a token of the hub in all later downloads of this process.
+  """Use a token for the hub in all later downloads of this process.
 
-  The token is never part of a message.
+  Error messages never contain the token.
 
   Args:
-    token: the token. None for the default of huggingface_hub: the environment variable HF_TOKEN, or the token that its
+    token: the token. None for the default of huggingface_hub: the environment variable HF_TOKEN, or the token that the
       command `hf auth login` has saved.
 
   Raises:
@@ -36,7 +36,7 @@ def download(name: str, patterns: Sequence[str], revision: str = "") -> Path:
 
   Args:
     name: the name of the repository, such as "google/ddpm-cifar10-32".
-    patterns: the patterns of files.
+    patterns: the patterns of the files' paths, such as "*.json".
     revision: a branch, a tag or a commit. Empty for the main branch.
 
   Raises:

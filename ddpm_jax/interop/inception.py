@@ -1,6 +1,7 @@
-"""Load the weights of the FID Inception network.
+"""Load the weights of the Inception network that FID uses.
 
-The weights come from the PyTorch port of the 2015 graph, or from a safetensors file that `convert` made from the port.
+The weights are in a PyTorch file, ported from TensorFlow's graph of 2015, or in a safetensors file that `convert` made
+from the PyTorch file.
 """
 
 import hashlib
@@ -34,9 +35,9 @@ class InceptionWeights(NamedTuple):
   """Hold the parameters of `networks.inception.Inception` and their origin.
 
   Attributes:
-    params: the parameters for all taps, float32.
+    params: the parameters in float32, for all outputs of the network (`networks.inception.TAPS`).
     sha256: the SHA-256 of the PyTorch file that the parameters come from.
-    is_published: whether that file is the published one.
+    is_published: whether that PyTorch file is the published file.
   """
 
   params: PyTree
@@ -53,7 +54,8 @@ def load(path: str | Path, *, sha256_prefix: str = PUBLISHED) -> InceptionWeight
       other weights do not give FID.
 
   Raises:
-    ValueError: if the file is missing or damaged, has another hash, or needs PyTorch and PyTorch is not installed.
+    ValueError: if the file is missing or damaged, if the SHA-256 does not begin with `sha256_prefix`, or if PyTorch is
+      necessary but not installed.
   """
   raw, sha256 = _read_checked(path, sha256_prefix)
   return InceptionWeights(_fold(raw), sha256, sha256.startswith(PUBLISHED))
@@ -85,7 +87,7 @@ def convert(path: str | Path, output: str | Path, *, sha256_prefix: str = PUBLIS
     sha256_prefix: see `load`.
 
   Raises:
-    ValueError: see `load`; also if the output exists or does not end in .safetensors.
+    ValueError: see `load`. Also if the output exists or does not end in .safetensors.
     WriteError: if the output cannot be written.
   """
   output = user_path(output)
@@ -149,9 +151,9 @@ def _folded_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _raw_shapes() -> dict[str, tuple[int, ...]]:
-  """Return the shapes of all tensors in a file, by our paths.
+  """Return the shapes of all tensors in a file, in a dict whose keys are our paths of the tensors.
 
-  The tensors are the kernel and the batch normalization of each convolution, and the classifier.
+  The tensors are the kernel and the batch normalization of each convolution, and the kernel and bias of the classifier.
   """
   shapes: dict[str, tuple[int, ...]] = {}
   for path, shape in _folded_shapes().items():
@@ -189,7 +191,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fold(raw: dict[str, np.ndarray]) -> PyTree:
-  """Fold each batch normalization into its kernel in float64, and return the network's parameters."""
+  """Fold each batch normalization into the convolution before it, and return the network's parameters in float32."""
   kernels, biases = {}, {}
   for path in (path for path in raw if path.endswith("/kernel") and path != "fc/kernel"):
     unit = path.removesuffix("/kernel")

@@ -1,8 +1,8 @@
 """Load the networks in single-file checkpoints of Stable Diffusion.
 
 Such a file contains the U-Net under "model.diffusion_model", the autoencoder under "first_stage_model", and the text
-encoders. Its tensors have the names of latent diffusion. The file has no config. The shapes of the tensors determine
-most options, and the other options have the values of the published models.
+encoders. The tensors have the names that the code of latent diffusion gives them. The file has no config. The shapes of
+the tensors determine most options of the networks. The other options have the values of the published models.
 """
 
 import math
@@ -34,11 +34,12 @@ def load_unet(
 
   Args:
     path: the file (.safetensors or .ckpt). Code in a pickle never runs.
-    heads: the number of attention heads, which the file does not contain. None selects 8 for models with convolutions
-      around transformers (Stable Diffusion 1). For other models (Stable Diffusion 2 and XL), it selects one head for
-      each 64 features.
-    size_features: the number of features in the embedding of each size, which the file does not contain. None selects
-      256 for tokens of 2048 or 1280 features (Stable Diffusion XL and its refiner), and otherwise 0.
+    heads: the number of attention heads. The file does not contain this number. None selects 8 for models with
+      convolutions around transformers (Stable Diffusion 1), and one head for each 64 features for other models (Stable
+      Diffusion 2 and XL).
+    size_features: the number of features of each embedded size, see `networks.ConditionalUNet`. The file does not
+      contain this number. None selects 256 for models that take a vector and tokens of 2048 or 1280 features (Stable
+      Diffusion XL and its refiner), and 0 for other models.
     dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
 
   Returns:
@@ -58,7 +59,7 @@ def load_unet(
 def infer_unet(
   file: tensors.TensorFile, *, heads: int | None = None, size_features: int | None = None
 ) -> tuple[ConditionalUNet, int]:
-  """Return the U-Net of a file and its number of input channels (see `load_unet`)."""
+  """Return the U-Net of a file, and the number of input channels of the U-Net (see `load_unet`)."""
 
   def shape(name: str) -> tuple[int, ...]:
     return numbered_blocks.shape(file, name)
@@ -103,7 +104,10 @@ def infer_unet(
 
 
 def unet_layout(network: ConditionalUNet) -> tensors.Layout:
-  """Return the layout of a network in the files of latent diffusion, without the prefix "model.diffusion_model."."""
+  """Return the layout of a U-Net in the files of latent diffusion.
+
+  The layout's names lack the prefix "model.diffusion_model.".
+  """
   levels = len(network.multipliers)
   attention = {
     **{name: name for name in ("norm", "norm1", "norm2", "norm3", "proj_in", "proj_out", "to_q", "to_k", "to_v")},
@@ -118,7 +122,8 @@ def unet_layout(network: ConditionalUNet) -> tensors.Layout:
 def load_autoencoder(path: str | Path, *, dtype: str = "float32") -> tuple[Autoencoder, PyTree]:
   """Load the autoencoder of a single-file checkpoint, or of a file that contains only an autoencoder.
 
-  The file does not contain the scale of the latents: 0.18215 in Stable Diffusion 1 and 2, and 0.13025 in XL.
+  The file does not contain the scale of the latents. The scale is 0.18215 in Stable Diffusion 1 and 2, and 0.13025 in
+  Stable Diffusion XL.
 
   Args:
     path: the file (.safetensors, .ckpt or .pt). Code in a pickle never runs.
@@ -138,7 +143,7 @@ def load_autoencoder(path: str | Path, *, dtype: str = "float32") -> tuple[Autoe
 
 
 def infer_autoencoder(file: tensors.TensorFile) -> Autoencoder:
-  """Return the autoencoder of a file."""
+  """Infer the autoencoder of a file from the names and shapes of the tensors."""
 
   def shape(name: str) -> tuple[int, ...]:
     return numbered_blocks.shape(file, name)
@@ -161,11 +166,13 @@ def infer_autoencoder(file: tensors.TensorFile) -> Autoencoder:
 
 
 def autoencoder_layout(shapes: tensors.Shapes) -> tensors.Layout:
-  """Return the layout of an autoencoder in the files of latent diffusion, without the prefix "first_stage_model.".
+  """Return the layout of an autoencoder in the files of latent diffusion.
+
+  The layout's names lack the prefix "first_stage_model.".
 
   Args:
     shapes: the shapes of the tensors in the file. Most files store the projections of attention as 1x1 convolutions,
-      and some as matrices.
+      but some files store them as matrices.
   """
   attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
   middle = {"middle_0": "mid.block_1", "middle_attention": "mid.attn_1", "middle_1": "mid.block_2"}

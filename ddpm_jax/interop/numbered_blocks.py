@@ -41,8 +41,8 @@ def names(
     levels: the number of levels.
     blocks: the number of residual blocks per level.
     attention_levels: the levels with attention.
-    starts: the names in the file for those first parts of paths whose names differ between formats.
-    attention: the names in the file for the parts of an attention block.
+    starts: maps the first part of a path to a name in the file, for the parts whose names depend on the file's format.
+    attention: maps each part of an attention block, such as "to_q", to the part's name in the file.
   """
   starts = {**_STARTS, **starts}
 
@@ -71,11 +71,11 @@ def names(
 def levels_of(file: tensors.TensorFile) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a U-Net.
 
-  On the way up, every level but the last ends with an upsampling layer. So the number of levels is the number
+  In the upsampling half, every level but the last ends with an upsampling layer. So the number of levels is the number
   of upsampling layers plus 1.
 
   Raises:
-    ValueError: if the file does not have the blocks of such a U-Net.
+    ValueError: if the numbers of blocks in the file are not possible for such a U-Net.
   """
   total = count(file, "output_blocks")
   ups = sum(
@@ -93,10 +93,10 @@ def levels_of(file: tensors.TensorFile) -> tuple[int, int]:
 
 
 def count(file: tensors.TensorFile, part: str) -> int:
-  """Return the number of numbered children of a part.
+  """Count the numbered children of a part, such as "input_blocks.0" and "input_blocks.1".
 
   Raises:
-    ValueError: if there are none, or a number is missing.
+    ValueError: if the part has no numbered children, or a number below the largest number is missing.
   """
   found = {match[1] for name in file.shapes if (match := re.match(rf"{re.escape(part)}\.(\d+)\.", name))}
   if not found:

@@ -1,4 +1,4 @@
-"""Read and write model_index.json of text pipelines, the list of their parts."""
+"""Read and write model_index.json, the file that lists the parts of a text pipeline."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,11 +35,11 @@ class Pipeline(NamedTuple):
   """Describe a class of text pipelines.
 
   Attributes:
-    is_xl: whether the network takes a pooled text and sizes.
+    is_xl: whether the network takes the pooled embedding of the text, and sizes, as in Stable Diffusion XL.
     guidance_scale: the default scale of classifier-free guidance.
-    options: the defaults of the options in model_index.json.
-    edits: whether the image condition is the image to edit by an instruction.
-    steps: the default number of steps. 0 for the default of the scheduler.
+    options: the defaults for options that model_index.json omits.
+    edits: whether the pipeline edits its image condition according to an instruction, the text.
+    steps: the default number of sampling steps. 0 for the default of the scheduler.
   """
 
   is_xl: bool
@@ -66,9 +66,9 @@ class Index(NamedTuple):
   """Hold the content of a text pipeline's index.
 
   Attributes:
-    name: the class of the pipeline.
-    encoders: the parts with text encoders.
-    tokenizers: the parts with tokenizers, one for each encoder.
+    name: the name of the pipeline's class.
+    encoders: the names of the parts that are text encoders.
+    tokenizers: the names of the parts that are tokenizers, one for each encoder.
     options: all options of the pipeline.
   """
 
@@ -79,7 +79,7 @@ class Index(NamedTuple):
 
   @property
   def pipeline(self) -> Pipeline:
-    """Return the description of the class."""
+    """Return the description of the pipeline's class."""
     return PIPELINES[self.name]
 
 
@@ -100,7 +100,8 @@ def read(folder: Path) -> Index:
   """Read the index of a text pipeline.
 
   Raises:
-    ValueError: if the class or a part is not supported, a part is missing, or the index names code.
+    ValueError: if the class or a part is not supported, a part is missing, or the index names code that diffusers
+      would download or run.
   """
   path = folder / NAME
   content = jsonfiles.read(path)
@@ -135,7 +136,7 @@ def to_content(index: Index, classes: Mapping[str, list[str]]) -> dict[str, Any]
 
   Args:
     index: the index.
-    classes: the library and the class of each part.
+    classes: the names of the library and of the class of each part.
   """
   absent: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
   if not index.pipeline.is_xl:

@@ -33,28 +33,30 @@ def save(
 ) -> None:
   """Save a model to a folder that `DDPMPipeline.from_pretrained`, `DDIMPipeline.from_pretrained` and `load` can read.
 
-  A model that was read from a folder keeps the scheduler of that folder, unless an argument differs from it. All other
-  models get a DDPMScheduler or, for latents without learned variance, a DDIMScheduler.
+  A model that was read from a folder keeps the scheduler of that folder, if the scheduler agrees with the model and
+  with the arguments of this function. All other models get a DDPMScheduler or, for latent models without learned
+  variance, a DDIMScheduler.
 
-  Both pipelines can open every saved pixel model, but cannot sample from all of them: they pass no condition to a
-  network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent models, with
-  the same two limits.
+  DDPMPipeline and DDIMPipeline can open every saved pixel model, but they cannot sample from every model: both pass no
+  condition to a network, and DDIMPipeline does not support learned variance. `LDMPipeline.from_pretrained` reads latent
+  models. It also passes no condition, and does not support learned variance.
 
-  A model that was read from a text pipeline becomes a folder of the same pipeline (see
-  `text_saving.save_pipeline`). Only the argument `frozen` applies to it.
+  A model that was read from a text pipeline becomes a folder with a pipeline of the same class (see
+  `text_saving.save_pipeline`). For such a model, all optional arguments except `frozen` have no effect.
 
   Args:
     path: the folder, new or empty.
     model: a model with a `networks.UNet` and prediction EPS, X0 or V, with or without learned variance. The process is
       discrete, or continuous and variance-preserving. A continuous process becomes a table with one step for each
-      integer time input, such as 0..999. The codec is `codecs.pixels`, or the codec of a
-      `networks.Autoencoder` with one scale for all channels and no shift.
+      integer time input, such as 0..999. The codec is `codecs.pixels`, or the codec of a `networks.Autoencoder` with
+      the bottleneck "kl".
     params: the parameters of the network.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping, as latent models require.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
-      "learned", even if this argument differs. None: the variance of the folder's scheduler, or "large".
-    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace". None: the grid of
-      the folder's scheduler, or "trailing".
+      "learned", even if this argument differs. None keeps the variance of the scheduler that the model was read
+      with, and selects "large" for a new scheduler.
+    spacing: the grid of times that diffusers uses by default: "trailing", "leading" or "linspace". None keeps the
+      grid of the scheduler that the model was read with, and selects "trailing" for a new scheduler.
     config: the training config, for the model card.
     scores: the evaluation scores, for the model card.
     frozen: the frozen parameters of a latent model. None calls `model.load_frozen`.
@@ -118,7 +120,7 @@ def _autoencoder(
   """Return the config and the parameters of a latent model's autoencoder.
 
   Raises:
-    ValueError: if LDMPipeline would generate different samples with this autoencoder.
+    ValueError: if LDMPipeline cannot generate the same samples as this model.
   """
   values = (model.load_frozen() if frozen is None else frozen)["codec"]
   scale = autoencoder_kl.Scale(*(np.asarray(values[name]) for name in autoencoder_kl.Scale._fields))
@@ -142,9 +144,9 @@ def check_exportable(model: Model) -> None:
   """Check that a model can be saved as a diffusers pipeline.
 
   Raises:
-    ValueError: if the model has an image condition, a network other than `networks.UNet`, a codec other than
-      `codecs.pixels` or the codec of a `networks.Autoencoder`, data other than images [H, W, C], or a custom
-      `time_input`.
+    ValueError: if the model has an image condition or a custom `time_input`, if its network is not a `networks.UNet`,
+      if its data are not images [H, W, C], or if its codec is neither `codecs.pixels` nor the codec of a
+      `networks.Autoencoder`.
   """
   if _is_text_model(model):
     return

@@ -16,7 +16,10 @@ _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_
 
 
 def from_options(options: Mapping[str, Any], name: str) -> np.ndarray:
-  """Return the betas [N], float64, of a scheduler from its complete options and the name of its class."""
+  """Compute a scheduler's betas from its complete options and the name of its class.
+
+  The result has the shape [N] and the type float64, where N is the option num_train_timesteps.
+  """
   n, ends = options["num_train_timesteps"], (options["beta_start"], options["beta_end"])
   schedules.check_steps(n)
   schedule = options["beta_schedule"]
@@ -39,14 +42,17 @@ def from_options(options: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 def _named(schedule: str, n: int, ends: tuple[float, float]) -> np.ndarray:
-  """Return the betas [N] of one of diffusers' schedules, from the first and the last beta if it takes them."""
+  """Return the betas [n] of one of diffusers' schedules.
+
+  `ends` are the first and the last beta. The schedule "squaredcos_cap_v2" ignores them.
+  """
   if schedule == "squaredcos_cap_v2":
     return schedules.cosine(n)
   return (schedules.linear if schedule == "linear" else schedules.scaled_linear)(n, *ends)
 
 
 def of_process(process: Process) -> np.ndarray:
-  """Return the betas [N], float64, of a variance-preserving process.
+  """Return the betas [N], float64, of a variance-preserving process with N steps.
 
   A continuous process is discretized at its integer time inputs, such as 0..999.
 
@@ -91,11 +97,12 @@ def to_options(betas: np.ndarray) -> dict[str, Any]:
 
 
 def _find(betas: np.ndarray) -> tuple[str | None, tuple[float, float], bool]:
-  """Identify a table of betas.
+  """Find diffusers' schedule that has a table of betas.
 
   Returns:
-    diffusers' name for the schedule, or None if it has none; the first and the last beta before rescaling; and whether
-    the betas were rescaled to zero terminal SNR.
+    diffusers' name for the schedule, or None if no schedule has these betas.
+    The first and the last beta of the schedule before rescaling, or diffusers' defaults if the name is None.
+    Whether the betas were rescaled to zero terminal SNR.
   """
   n, ends = len(betas), (float(f"{betas[0]:.12g}"), float(f"{betas[-1]:.12g}"))
   for schedule in _SCHEDULES:

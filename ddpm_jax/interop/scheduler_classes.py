@@ -93,16 +93,17 @@ class SchedulerClass(NamedTuple):
   """Describe a scheduler class.
 
   Attributes:
-    sampler: the name of our sampler.
+    sampler: the name of our sampler with the rule of the class.
     options: the options of the class with their defaults. The class ignores options of other classes.
     arguments: the arguments of our sampler.
-    samplers: our samplers by (algorithm_type, solver_order), for a class with several.
-    supported: the supported values of those options for which other classes support more values.
+    samplers: for a class with several rules, the names of our samplers by (algorithm_type, solver_order).
+    supported: the supported values of each option for which this class supports fewer values than other classes.
     open_end: whether the "leading" and "linspace" grids omit the step closest to the data.
     is_rounded: whether "linspace" times are rounded to steps of the network.
-    end_step: the step n at which the grid ends if no option of the class sets the end.
-    sigmas_within_grid: whether a grid of sigmas has the ends of the grid of times. Otherwise it has the process's ends.
-    zero_snr_alpha_bar: alpha_bar at the last step with rescale_betas_zero_snr.
+    end_step: the step n of the process at which the grid ends, unless an option of the config sets this step.
+    sigmas_within_grid: True if a grid of sigmas covers the same noise levels as the grid of times that it replaces.
+      False if it covers all noise levels of the process.
+    zero_snr_alpha_bar: alpha_bar at the process's last step, step N, if the option rescale_betas_zero_snr is set.
   """
 
   sampler: str
@@ -196,10 +197,10 @@ def complete(config: Mapping[str, Any]) -> Config:
   """Return all options of a scheduler, with its class's defaults for options that the config omits.
 
   Options of former versions get their present names. Options that the class does not have are left out, except
-  variance_type, which tells how many channels the network has.
+  variance_type, which determines the number of output channels of the network.
 
   Raises:
-    ValueError: if the class or an option is not supported, or a value is of a wrong type or out of range.
+    ValueError: if the class or an option is not supported, or a value has a wrong type or is out of range.
   """
   name = name_of(config)
   one = CLASSES[name]
@@ -237,7 +238,7 @@ def _check_ranges(options: Config, name: str) -> None:
 
 
 def unsupported(name: str, key: str, value: Any, *supported: Any) -> ValueError:
-  """Return the error for an option of a scheduler class with a value that is not supported."""
+  """Return the error for an option that has an unsupported value in the config of a scheduler class."""
   return ValueError(
     f"Got a {name} with {key}={jsonfiles.shorten(value)}, which is not supported; expected"
     f" {' or '.join(map(repr, supported))}. If the model does not need this option, change it in scheduler_config.json."

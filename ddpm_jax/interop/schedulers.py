@@ -3,8 +3,9 @@
 The sampler applies the same rule on the same grid as diffusers, with these differences:
 
 - DDIM computes the noise from the clipped estimate of x_0. diffusers does so only with use_clipped_model_output=True.
-- Every step ends at the next time of the grid. In diffusers, DDIM and PNDM step from n to n - N // K. That is not the
-  next time of "linspace" grids, nor of "trailing" grids of K steps if K does not divide N.
+- Every step ends at the next time of the grid. In diffusers, DDIM and PNDM go from step n to step n - N // K, for K
+  sampling steps on a process with N steps. That is not the next time of a "linspace" grid, nor of a "trailing" grid if
+  K does not divide N.
 - A last step of no length is left out. diffusers takes it, for example in PNDM with steps_offset=0.
 - With Karras or exponential sigmas, the network gets the time of each sigma. The multistep schedulers of diffusers
   round this time to an integer.
@@ -12,12 +13,12 @@ The sampler applies the same rule on the same grid as diffusers, with these diff
   reduces its order to 1.
 - The last step to clean data adds no noise. With the variance_type "fixed_large", DDPM in diffusers adds noise in that
   step, unless the step starts at step 1 of the process.
-- Multistep rules have their full order in a last step that ends above 0. With fewer than 15 steps, diffusers lowers the
-  order of that step.
+- Multistep rules have their full order in the last step, if that step ends at a noise level above 0. With fewer than 15
+  steps, diffusers lowers the order of that step.
 - In third-order rules, our first and last steps differ from diffusers' first and last steps. In dpmpp_3m, all steps
   differ.
 - At the start, `Process.prior` has the standard deviation sigma(t_max), 0.998 for Stable Diffusion. diffusers starts
-  from noise of variance 1, but Euler and Heun on "linspace" and "trailing" grids start as we do.
+  from noise of standard deviation 1, except for Euler and Heun on "linspace" and "trailing" grids, which start as ours.
 """
 
 import functools
@@ -39,11 +40,12 @@ class Grid(NamedTuple):
 
   Attributes:
     spacing: the name of the grid in `sampling.grids`: "leading", "trailing" or "linspace".
-    options: the options of the grid.
-    sigmas: the name of a grid in sigma that replaces it, "karras" or "log_snr"; None if there is none.
-    sigmas_within_grid: whether the grid in sigma has the ends of the grid that it replaces. Otherwise it has the ends
-      of the process.
-    end_step: the step n at which the grid ends, 0 for clean data.
+    options: the arguments of that grid's function.
+    sigmas: the name of the grid of sigmas that replaces the grid of times, "karras" or "log_snr". None keeps the grid
+      of times.
+    sigmas_within_grid: True if the grid of sigmas covers the same noise levels as the grid of times that it replaces.
+      False if it covers all noise levels of the process.
+    end_step: the step n of the process at which the grid ends. 0 for clean data.
   """
 
   spacing: str
@@ -54,7 +56,10 @@ class Grid(NamedTuple):
 
   @property
   def interpolation(self) -> str:
-    """Return the interpolation for a process whose noise levels equal those of the scheduler on its grid."""
+    """Return the argument `interpolation` of `processes.discrete` that fits the grid.
+
+    With it, the process has the scheduler's noise levels at the times of the grid.
+    """
     if self.sigmas is not None:
       return "log_linear"
     return "cubic" if self.options.get("rounded", True) else "linear"
@@ -110,9 +115,9 @@ class Schedule(NamedTuple):
     return getattr(sampling, self.sampler)(process, **self.arguments)
 
   def defaults(self, process: Process) -> SamplingDefaults:
-    """Return the default way to sample.
+    """Return the sampler, the grid of times, the number of steps and the clipping that sampling uses by default.
 
-    Ancestral sampling (DDPM) takes all N steps of the process. Other samplers take at most 50.
+    Ancestral sampling (DDPM) takes all N steps of the process. Other samplers take at most 50 steps.
     """
     n = len(self.betas)
     return SamplingDefaults(
@@ -169,7 +174,7 @@ def _sampler(options: Config, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _grid(options: Config, one: scheduler_classes.SchedulerClass) -> Grid:
-  """Return the grid of a scheduler class with complete options."""
+  """Return the grid of times for a scheduler class `one` and its complete options."""
   spacing = options["timestep_spacing"]
   arguments: dict[str, Any] = {}
   if spacing == "leading":
@@ -202,20 +207,21 @@ def to_config(
 
   This is the inverse of `from_config`.
 
-  For a continuous variance-preserving process, the config contains a table of betas. They are computed from alpha at
-  the integer time inputs of the network, such as 0..999.
+  For a continuous variance-preserving process, the config contains a table of betas. The betas are computed from alpha
+  at the integer time inputs of the network, such as 0..999.
 
   Args:
     process: a discrete process, or a continuous one with alpha^2 + sigma^2 = 1 and a time input that is linear in t.
     prediction: EPS, X0 or V, with or without learned variance.
     clip: the maximum magnitude of an estimate of x_0; None for no clipping.
     variance: the variance of ancestral sampling, "small" or "large". A prediction with learned variance always uses
-      "learned", even if this argument differs. None: the variance of `source`, or "large".
-    spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace". None: the grid of
-      `source`, or "trailing".
-    source: the config of the scheduler that the model was read with. It is returned if it agrees with the arguments
-      above.
-    name: the class of the config if `source` is not returned, "DDPMScheduler" or "DDIMScheduler".
+      "learned", even if this argument differs. None accepts any variance of `source`, and selects "large" for a new
+      config.
+    spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace". None accepts any
+      grid of `source`, and selects "trailing" for a new config.
+    source: the config of the scheduler that the model was read with. The function returns this config if it agrees with
+      all arguments above, and a new config otherwise. None always returns a new config.
+    name: the class of a new config, "DDPMScheduler" or "DDIMScheduler".
 
   Raises:
     ValueError: if diffusers' discrete schedulers cannot express the process or the prediction.
@@ -256,7 +262,10 @@ def _agrees(
   variance: str | None,
   spacing: str | None,
 ) -> bool:
-  """Return whether a schedule has these properties. None stands for any variance or any spacing."""
+  """Return whether a schedule agrees with all other arguments.
+
+  Every schedule agrees with a variance of None, and with a spacing of None.
+  """
   return (
     len(schedule.betas) == len(betas)
     and np.allclose(schedule.betas, betas, rtol=1e-9, atol=1e-13)

@@ -1,7 +1,8 @@
 """Load single-file checkpoints of Stable Diffusion 1, 2 and XL as models.
 
-Such a file contains the U-Net, the autoencoder and the text encoders, but no config, scheduler or tokenizer. The shapes
-of its tensors determine the model. The scheduler is the one in the model's published folder in diffusers' format.
+Such a file contains the U-Net, the autoencoder and the text encoders, but no config, scheduler or tokenizer. The names
+and shapes of its tensors determine the architecture. The scheduler gets the config that was published for the same
+version of Stable Diffusion in diffusers' format.
 """
 
 from pathlib import Path
@@ -60,22 +61,23 @@ def read(
 
   Args:
     path: the .safetensors file.
-    tokenizer: the folder of the tokenizer, or a folder with tokenizer/ and, for XL, tokenizer_2/, such as a pipeline's
-      folder.
-    prediction: "epsilon" or "v_prediction". Empty takes it from the file. If the file does not tell, it is "epsilon"
-      for Stable Diffusion 1 and XL, and must be set for 2.
-    shape: the shape [H, W, 3] of the images. None selects the size of training: 512 (1, and 2 with "epsilon"), 768 (2
-      with "v_prediction") or 1024 (XL).
+    tokenizer: a folder that contains tokenizer/ (for XL also tokenizer_2/), such as the folder of a pipeline. For a
+      model with a single text encoder, the folder of its tokenizer works too.
+    prediction: what the network predicts, "epsilon" (the noise) or "v_prediction" (v). Empty takes the value from the
+      file. If the file does not contain the value, Stable Diffusion 1 and XL get "epsilon"; for Stable Diffusion 2, set
+      this argument.
+    shape: the shape [H, W, 3] of the images. None selects the height and width of the published training: 512 for
+      Stable Diffusion 1 and for 2 with "epsilon", 768 for 2 with "v_prediction", and 1024 for XL.
     text_dropout: see `stable_diffusion.read`.
     dtype: see `stable_diffusion.read`.
     posterior: see `stable_diffusion.read`.
     heads: the number of heads of the U-Net, see `ldm.load_unet`.
-    text_heads: the number of heads of the text encoders. None selects one for each 64 features.
+    text_heads: the number of heads of the text encoders. None selects one head per 64 features.
     size_features: see `ldm.load_unet`.
 
   Raises:
-    ValueError: if the file cannot be read or contains another model, its prediction is unknown, there is no tokenizer,
-      or an argument is invalid.
+    ValueError: if the file cannot be read or contains a model other than Stable Diffusion, the prediction is unknown,
+      the tokenizer does not exist, or an argument is invalid.
   """
   file_path = user_path(path)
   if file_path.suffix != ".safetensors":
@@ -122,7 +124,7 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   **options: Any,
 ) -> tuple[Model, PyTree]:
-  """Load a single-file checkpoint.
+  """Load a model and the parameters of its network from a single-file checkpoint.
 
   Args:
     path: see `read`.
@@ -135,7 +137,7 @@ def load(
     The model, and the parameters of its network. `model.load_frozen()` reads the parameters of its other parts.
 
   Raises:
-    ValueError: see `read`; or if a tensor is missing or has another shape.
+    ValueError: see `read`; or if a tensor is missing or has a wrong shape.
   """
   jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, tokenizer, **options)
@@ -150,7 +152,7 @@ def _unet_file(path: Path) -> tensors.TensorFile:
 
 
 def _version(file: tensors.TensorFile, network: ConditionalUNet) -> int:
-  """Return 1, 2 or 3 (XL, or its refiner)."""
+  """Return the version of Stable Diffusion, with 3 for XL and its refiner."""
   if network.size_features:
     return _XL
   return 2 if any(name.startswith("cond_stage_model.model.") for name in file.shapes) else 1
@@ -169,7 +171,7 @@ def _prediction(file: tensors.TensorFile, version: int, prediction: str) -> str:
 
 
 def _scheduler(file: tensors.TensorFile, version: int, prediction_type: str) -> dict[str, Any]:
-  """Return the config of the published scheduler.
+  """Return the config of the scheduler that was published for a version.
 
   The tensor "ztsnr" marks a model that was trained with a signal-to-noise ratio of 0 at the last step.
   """
@@ -181,7 +183,7 @@ def _scheduler(file: tensors.TensorFile, version: int, prediction_type: str) -> 
 
 
 def _encoders(file: tensors.TensorFile, path: Path, version: int, options: dict[str, Any]) -> dict[str, FileEncoder]:
-  """Return the encoders by the name of their part in a pipeline."""
+  """Return the text encoders in a file, by part of the pipeline ("text_encoder" or "text_encoder_2")."""
   if version == 1:
     return {"text_encoder": single_text.read_clip(path, **options)}
   if version == 2:
@@ -193,7 +195,7 @@ def _encoders(file: tensors.TensorFile, path: Path, version: int, options: dict[
 
 
 def _index(version: int, parts: tuple[str, ...], in_channels: int, channels: int) -> Index:
-  """Return the index of the pipeline that has these parts."""
+  """Return the class, the parts and the options of a checkpoint's pipeline."""
   is_refiner = version == _XL and len(parts) == 1
   name = "StableDiffusionXLPipeline" if version == _XL else "StableDiffusionPipeline"
   if in_channels == 2 * channels + 1:

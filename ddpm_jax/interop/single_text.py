@@ -34,11 +34,11 @@ _PROJECTIONS = ("query", "key", "value")
 
 
 class FileEncoder(NamedTuple):
-  """Hold a text encoder of a file.
+  """Hold a text encoder from a single-file checkpoint.
 
   Attributes:
     module: the network.
-    load: reads its parameters.
+    load: the loader of its parameters.
   """
 
   module: CLIPText
@@ -46,12 +46,12 @@ class FileEncoder(NamedTuple):
 
 
 def read_clip(path: Path, dtype: Any, heads: int | None = None) -> FileEncoder:
-  """Read OpenAI's CLIP from a file.
+  """Read the text encoder of OpenAI's CLIP from a file.
 
   Args:
     path: the file.
     dtype: the type of the computation and of the parameters.
-    heads: the number of heads, which the file does not contain. None selects one for each 64 features.
+    heads: the number of heads, which the file does not contain. None selects one head per 64 features.
 
   Raises:
     ValueError: if the file cannot be read, or has no such encoder.
@@ -81,14 +81,14 @@ def read_clip(path: Path, dtype: Any, heads: int | None = None) -> FileEncoder:
 def read_open_clip(
   path: Path, dtype: Any, *, heads: int | None = None, skipped: int = 0, pooled: bool = True
 ) -> FileEncoder:
-  """Read OpenCLIP from a file.
+  """Read the text encoder of OpenCLIP from a file.
 
   Args:
     path: the file.
     dtype: the type of the computation and of the parameters.
     heads: see `read_clip`.
-    skipped: the number of last layers to leave out. Stable Diffusion 2 uses all but one.
-    pooled: whether to read the projection of the pooled text.
+    skipped: the number of layers to leave out at the end of the network. Stable Diffusion 2 leaves out 1 layer.
+    pooled: whether to read the projection that produces the pooled text vector.
 
   Raises:
     ValueError: if the file cannot be read, or has no such encoder.
@@ -118,7 +118,10 @@ def read_open_clip(
 
 
 def open_clip_layout(module: CLIPText) -> tensors.Layout:
-  """Return the layout of an encoder in OpenCLIP's files, which store queries, keys and values in one tensor."""
+  """Return the layout of a text encoder in OpenCLIP's files.
+
+  In each layer, these files store the projections to queries, keys and values as one tensor.
+  """
 
   def parts(path: str) -> tuple[str, str, str]:
     number = re.search(r"layer_(\d+)", path)
@@ -134,7 +137,7 @@ def open_clip_layout(module: CLIPText) -> tensors.Layout:
     return f"{_OPEN_CLIP[part].format(number)}.{leaf}"
 
   def index_of(path: str) -> int | None:
-    """Return the place of a projection in the tensor that holds all three."""
+    """Return the position of a query, key or value projection in their common tensor, or None for other paths."""
     last = parts(path)[0].rpartition("/")[2]
     return _PROJECTIONS.index(last) if last in _PROJECTIONS else None
 

@@ -1,12 +1,13 @@
-"""Read the text pipelines of diffusers (Stable Diffusion 1, 2 and XL, inpainting, InstructPix2Pix, refiner) as models.
+"""Read the text pipelines of diffusers as models.
 
-The conditions of such a model are
+They are the pipelines of Stable Diffusion 1, 2 and XL, of XL's refiner, of inpainting and of InstructPix2Pix. The
+conditions of such a model are
 
 - "text": prompts. The network receives states of the text encoders. In the unconditional branch of guidance, these are
-  the states of the empty prompt, or zeros if the pipeline says so (`force_zeros_for_empty_prompt`);
+  the states of the empty prompt, or zeros if the pipeline sets `force_zeros_for_empty_prompt`;
 - "sizes", for XL: the height and width of the original image, the top and left of its crop, and the height and width
-  of the target. For the refiner, an aesthetic score replaces the last two. By default, the sizes describe an image that
-  was not cropped;
+  of the target. For the refiner, an aesthetic score replaces the height and width of the target. By default, the sizes
+  describe an image that was not cropped;
 - "masked", for inpainting: images with a mask, see `masked_image`;
 - "source", for InstructPix2Pix: the images to edit, see `source_image`.
 """
@@ -54,9 +55,9 @@ class Encoder(NamedTuple):
 
   Attributes:
     module: the network, a module of `networks.text`.
-    load: reads its parameters.
+    load: the loader of its parameters.
     tokenizer: its tokenizer.
-    folder: the folder of the tokenizer, to copy it.
+    folder: the folder of the tokenizer. Saving the model copies the files of the tokenizer from this folder.
   """
 
   module: text_configs.TextEncoder
@@ -71,13 +72,13 @@ class Parts(NamedTuple):
   Attributes:
     contents: the class and the options of the pipeline.
     network: the network.
-    in_channels: the number of its input channels.
-    size: the height and width of x that the network was trained with. None if unknown.
+    in_channels: the number of the network's input channels.
+    size: the height and width of the latents x in the network's training. None if unknown.
     codec: the codec of the autoencoder.
     schedule: the content of the scheduler's config.
-    encoders: the text encoders by the name of their part.
-    upcast_attention: whether diffusers computes the softmax of the network's attention in float32, as we always do. It
-      is kept for saved models.
+    encoders: the text encoders by the name of their part, such as "text_encoder_2".
+    upcast_attention: whether diffusers computes the softmax of the network's attention in float32. We always do. The
+      value is stored here only to be written to saved models.
   """
 
   contents: Index
@@ -105,7 +106,7 @@ def read(
   """Read the model of a text pipeline from its config files and tokenizers, without parameters.
 
   Args:
-    path: the folder, or a name on the Hugging Face hub.
+    path: the folder of the pipeline, or a name on the Hugging Face hub.
     shape: the shape [H, W, 3] of the images, with sides divisible by the autoencoder's factor (8). None takes it from
       the config.
     text_dropout: the share of samples that get the null text in training, in [0, 1). Guidance needs a share above 0.
@@ -115,8 +116,9 @@ def read(
       "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
-    variant: the variant of the weights, such as "fp16". The U-Net must have it. The other parts may have plain weights
-      only. Empty selects the plain weights or, if there are none, the only variant.
+    variant: the variant of the weights, such as "fp16". The U-Net must have this variant. Any other part without
+      this variant is read from its plain weights. Empty selects the plain weights or, if there are none, the only
+      variant.
     posterior: how images are encoded, see `codecs.latent`.
 
   Raises:
@@ -160,7 +162,7 @@ def load(
   variant: str = "",
   **options: Any,
 ) -> tuple[Model, PyTree]:
-  """Load a text pipeline.
+  """Load the model of a text pipeline and the parameters of its network.
 
   Args:
     path: see `read`.
@@ -183,7 +185,7 @@ def load(
 
 
 def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = TEXT_DROPOUT) -> Model:
-  """Return the model of a pipeline's parts.
+  """Assemble a model from the parts of a pipeline.
 
   Args:
     parts: the parts.
@@ -223,14 +225,14 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
 
 
 def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condition:
-  """Return the condition of the prompts of a pipeline.
+  """Return the text condition of a pipeline.
 
-  Stable Diffusion 1 and 2 take the states of the last layer of one encoder, normalized. XL takes the states of the
-  second to last layer of all encoders, not normalized, and the pooled vector of the last encoder. No pipeline masks
-  padding.
+  The network of Stable Diffusion 1 and 2 receives the normalized states of its encoder's last layer. The network of XL
+  receives the states of the second to last layer of every encoder, without normalization, and the pooled vector of the
+  last encoder. No pipeline masks the padding of the prompts.
 
   Args:
-    encoders: the encoders by the name of their part.
+    encoders: the text encoders by the name of their part.
     index: the class and the options of the pipeline.
     dropout: see `texts.text`.
   """
@@ -260,15 +262,16 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
 
 
 def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
-  """Return the condition of the sizes of Stable Diffusion XL (Podell et al. 2023, section 2.2).
+  """Return the condition "sizes" of Stable Diffusion XL (Podell et al. 2023, section 2.2).
 
   In training, the sizes of each image come from the item `data.FRAMING`, if the data have it. Otherwise, and by default
   in sampling, the sizes describe an image of `data_shape` that was not cropped.
 
   Args:
-    number: 6 for the height and width of the original image, the top and left of its crop, and the height and width of
-      the target. 5 for the refiner, with an aesthetic score in place of the last two. The score is 2.5 in the
-      unconditional branch of guidance, and 6 in the conditional branch.
+    number: the number of values per image. It is 6 for the height and width of the original image, the top and left of
+      its crop, and the height and width of the target. It is 5 for the refiner, where an aesthetic score replaces the
+      height and width of the target. The score is 2.5 in the unconditional branch of guidance, and 6 in the conditional
+      branch.
     data_shape: the shape [H, W, C] of the images.
   """
   height, width, _ = data_shape
@@ -294,9 +297,10 @@ def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:
 def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:
   """Return the condition of an inpainting model: the mask and the latents of the masked image.
 
-  An item is an image [H, W, C + 1] in [-1, 1] whose last channel is the mask: 1 where new content is painted, 0
-  elsewhere. The network receives every f-th pixel of the mask, where f is the codec's factor, and the codec's x of the
-  image with all pixels under the mask set to 0 (gray).
+  An item is an array [H, W, C + 1]: an image in [-1, 1] and, as the last channel, the mask. The mask is 1 where new
+  content is painted, and 0 elsewhere. The network receives every f-th pixel of the mask, where f is the downsampling
+  factor of the codec. It also receives the codec's latents of the masked image, whose pixels under the mask are 0
+  (gray).
   """
   factor = data_shape[0] // x_shape[0]
 
@@ -314,8 +318,8 @@ def masked_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: 
 def source_image(name: str, codec: Codec, data_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> Condition:
   """Return the condition of InstructPix2Pix: the image to edit (Brooks et al. 2023, section 3.2).
 
-  An item is an image [H, W, C] in [-1, 1]. The network receives the mean of the image's latents, without the codec's
-  scale. The null value is zeros.
+  An item is an image [H, W, C] in [-1, 1]. The network receives the mean of the autoencoder's posterior of this
+  image, without the codec's scale. The null value consists of zeros.
   """
   assert codec.compress is not None
   compress = codec.compress
@@ -368,7 +372,7 @@ def _number_of_sizes(parts: Parts) -> int:
 
 
 def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...]) -> dict[str, Condition]:
-  """Return the image condition for the network's additional input channels, by its name."""
+  """Return the image condition of the network's additional input channels by name, or {} without such channels."""
   extra, edits = parts.in_channels - x_shape[-1], parts.contents.pipeline.edits
   if edits and extra == x_shape[-1]:
     return {"source": source_image("source", parts.codec, data_shape, x_shape)}

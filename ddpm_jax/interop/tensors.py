@@ -31,7 +31,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64", "torch.float16", "torch.bfloat16", "torc
 
 
 def choose_dtype(name: str, argument: str = "dtype") -> Any:
-  """Return the type with a name in `DTYPES`.
+  """Return the type that has this name in `DTYPES`.
 
   Raises:
     ValueError: if there is no such type. The message names the argument.
@@ -96,7 +96,7 @@ class TensorFile:
       ) from error
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the named tensors in float32.
+    """Yield the tensors with these names, each as a pair of name and float32 array.
 
     A tensor of a safetensors file is read only when the iterator reaches it. A tensor of a pickle can be read only
     once, because reading it releases its memory.
@@ -170,7 +170,7 @@ class ShardedFile:
     self.metadata: dict[str, str] = {}
 
   def items(self, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the named tensors in float32, file by file (see `TensorFile.items`)."""
+    """Yield the tensors with these names, file by file (see `TensorFile.items`)."""
     short_names = {self._prefix + name: name for name in names}
     for file in self._files.values():
       for name, value in file.items([name for name in file.shapes if name in short_names]):
@@ -178,7 +178,7 @@ class ShardedFile:
 
 
 def shards_of(path: Path) -> dict[str, Path]:
-  """Return the paths of the files that an index lists, by name.
+  """Return the paths of all files in an index, by file name.
 
   Raises:
     ValueError: if the index is malformed, or a file is missing.
@@ -198,7 +198,7 @@ def _find_shards(path: Path, file_names: dict[str, str]) -> dict[str, Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-  """Return the file name of each tensor."""
+  """Read the file name of each tensor from an index."""
   file_names = jsonfiles.read(path).get("weight_map")
   if not isinstance(file_names, dict) or not file_names or not all(map(_is_file_name, file_names.values())):
     raise ValueError(
@@ -219,7 +219,7 @@ def _is_file_name(name: Any) -> bool:
 def _prefix(path: Path, names: Collection[str], anchor: str, description: str, content: str) -> str:
   """Return the common prefix of a network's tensor names, such as "module.".
 
-  The tensor that every network has, `anchor`, identifies the prefix.
+  The tensor `anchor`, which every network of this kind has, identifies the prefix.
   """
   if not anchor or anchor in names:
     return ""
@@ -349,8 +349,8 @@ def load(
 ) -> PyTree:
   """Load the parameters of a network from a file.
 
-  Peak memory is the size of the parameters plus one tensor. For a pickle, the other contents of the file add to it.
-  Every process reads each tensor, and keeps only the shards of its devices.
+  Peak memory is the size of the parameters plus one tensor. For a pickle, the other contents of the file need memory
+  too. Every process reads each tensor, and keeps only the shards of its devices.
 
   Args:
     tensors: the file.
@@ -364,8 +364,8 @@ def load(
     The parameters, as a nested dict of arrays.
 
   Raises:
-    ValueError: if tensors are missing, extra, of another shape, of an unsupported type or not finite, or do not
-      match the digests that `save` wrote into the file.
+    ValueError: if tensors are missing or superfluous, have a wrong shape or an unsupported type, are not finite, or do
+      not match the digests that `save` wrote into the file.
   """
   paths: dict[str, list[str]] = {}
   expected_shapes: Shapes = {}
@@ -401,8 +401,8 @@ def load(
 def _put(value: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Transfer a copy of a tensor to the default device, or its shards to the devices of a sharding.
 
-  A copy keeps no memory of the file alive. JAX can use a copy in C order without copying it again. The function blocks
-  until the transfer has ended, so that only one tensor at a time is in memory twice.
+  The copy lets the file's memory be released. It is in C order, so JAX can use it without copying it again. The
+  function blocks until the transfer has ended, so that only one tensor at a time is in memory twice.
   """
 
   def copy(index: Any = ()) -> np.ndarray:
@@ -458,12 +458,12 @@ def leaf_name(path: str) -> str:
 
 
 def with_dtype(template: PyTree, dtype: Any) -> PyTree:
-  """Return the shapes of parameters with another type."""
+  """Return the shapes of parameters, with `dtype` as the type of every parameter."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
 
 
 def open_weights(path: Path, anchor: str = "", description: str = "network") -> TensorFile | ShardedFile:
-  """Open a weights file, or the files of an index of shards (see `TensorFile` and `ShardedFile`)."""
+  """Open a weights file, or all files that an index lists (see `TensorFile` and `ShardedFile`)."""
   if path.suffix == ".json":
     return ShardedFile(path, anchor, description)
   return TensorFile(path, anchor, description)

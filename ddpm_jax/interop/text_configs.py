@@ -109,13 +109,13 @@ _ENCODERS: dict[str, type[Any]] = {"clip_text_model": CLIPText, "t5": T5Encoder,
 
 
 def from_config(config: Mapping[str, Any]) -> TextEncoder:
-  """Create our encoder from the config of a text encoder of transformers.
+  """Create our encoder from transformers' config of a text encoder.
 
-  Supported are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, BertModel, and T5's models with a decoder,
-  which is ignored.
+  The classes CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and BertModel are supported. T5's classes with
+  a decoder are supported too, but the decoder is ignored.
 
   Raises:
-    ValueError: if the class or an option is not supported. The message names the class or option.
+    ValueError: if the class or an option is not supported. The message names the class or the option.
   """
   code = [key for key in _CODE if config.get(key)]
   if code:
@@ -144,12 +144,12 @@ def from_config(config: Mapping[str, Any]) -> TextEncoder:
 
 
 def to_config(encoder: TextEncoder) -> Config:
-  """Return the config of the text encoder in transformers that computes the same function as ours.
+  """Convert our encoder to the config of the equivalent text encoder in transformers.
 
   This is the inverse of `from_config`.
 
   Raises:
-    ValueError: if the encoder is of another type, or transformers has no name for its activation.
+    ValueError: if the encoder is not a module of `networks.text`, or transformers has no name for its activation.
   """
   kind = next((kind for kind, network in _ENCODERS.items() if isinstance(encoder, network)), None)
   if kind is None:
@@ -170,7 +170,7 @@ def to_config(encoder: TextEncoder) -> Config:
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
-  """Return the name of a config's class."""
+  """Return the name of the class in transformers that a config describes."""
   jsonfiles.check_types(config, {"architectures": ([str], _NONE), "model_type": (str, _NONE)}, "text encoder")
   kind = config.get("model_type")
   classes = config.get("architectures") or [_DEFAULT_CLASSES.get(kind or "", "")]
@@ -194,7 +194,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
 
 
 def _check_other_keys(config: Mapping[str, Any], name: str) -> None:
-  """Check the keys that are not among the options of a class."""
+  """Check the values of all keys of a config that `from_config` does not convert."""
   kind = _MODEL_TYPES[name]
   fixed = _FIXED[kind]
   for key, value in config.items():
@@ -210,7 +210,7 @@ def _check_other_keys(config: Mapping[str, Any], name: str) -> None:
 
 
 def _activation(name: str, key: str) -> str:
-  """Return our name of an activation."""
+  """Translate transformers' name of an activation to our name."""
   if name not in _ACTIVATIONS:
     raise ValueError(
       f"Got a text encoder with {key}={name!r}, which is not supported; expected one of {', '.join(_ACTIVATIONS)}."
@@ -219,7 +219,7 @@ def _activation(name: str, key: str) -> str:
 
 
 def _feed_forward(config: Mapping[str, Any], name: str) -> Config:
-  """Return our options for T5's option feed_forward_proj, "<activation>" or "gated-<activation>"."""
+  """Convert T5's option feed_forward_proj ("<activation>" or "gated-<activation>") to our options."""
   gated = name.startswith("gated-")
   # transformers computes "gated-gelu" with the tanh approximation of GELU, and "gelu" exactly.
   plain = "gelu_new" if name == "gated-gelu" else name.removeprefix("gated-")

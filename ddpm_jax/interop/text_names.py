@@ -61,11 +61,12 @@ _TABLE, _SAME_TABLE = "shared.weight", "encoder.embed_tokens.weight"
 
 
 def layout(encoder: TextEncoder, names_in_file: Collection[str] = ()) -> tensors.Layout:
-  """Return the layout of the weight files of an encoder.
+  """Return the layout of transformers' weight files for an encoder.
 
   Args:
     encoder: the encoder.
-    names_in_file: the names of the tensors in a file to read. Some files of T5 contain the table of tokens twice.
+    names_in_file: the names of all tensors in the file, for reading. Some files of T5 contain the token embeddings
+      twice, and the second copy is ignored.
   """
   if isinstance(encoder, CLIPText):
     names = _CLIP
@@ -90,8 +91,8 @@ def layout(encoder: TextEncoder, names_in_file: Collection[str] = ()) -> tensors
 def modern_names(encoder: TextEncoder, names: Collection[str]) -> dict[str, str]:
   """Map names in files of other versions of transformers to the names of `layout`.
 
-  Some files of CLIP lack the prefix "text_model.", some files of T5 contain the table of tokens under another name, and
-  very old files of BERT have other names of scales and shifts.
+  Some files of CLIP lack the prefix "text_model.". Some files of T5 contain the token embeddings under another name.
+  Very old files of BERT use other names for the scales and shifts of normalization layers.
   """
   if isinstance(encoder, CLIPText):
     parts = ("embeddings.", "encoder.", "final_layer_norm.")

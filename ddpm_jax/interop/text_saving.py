@@ -22,19 +22,20 @@ PyTree = Any
 def save_pipeline(
   path: str | Path, model: Model, params: PyTree, *, frozen: Mapping[str, PyTree] | None = None
 ) -> None:
-  """Save a text model to a folder that its pipeline's `from_pretrained` and `interop.diffusers.load` can read.
+  """Save a text model to a folder for `interop.diffusers.load` and for the pipeline's class in diffusers.
 
-  The weights are written in float32. The files of each tokenizer are copied from the folder that it was read from.
+  The weights are written in float32. The files of each tokenizer are copied from the folder that the tokenizer was read
+  from.
 
   Args:
     path: the folder, new or empty.
-    model: a model that `stable_diffusion.read` returned.
+    model: a model that `stable_diffusion.read` or `single_file.read` returned.
     params: the parameters of the network.
     frozen: the frozen parameters. None calls `model.load_frozen`.
 
   Raises:
-    ValueError: if the folder is not empty, the model has another origin, or a folder of a tokenizer does not exist any
-      more.
+    ValueError: if the folder is not empty, the model was not read from a text pipeline or a single-file checkpoint, or
+      the folder of a tokenizer no longer exists.
     WriteError: if the folder cannot be written. A partial folder is removed.
   """
   path, parts = folders.check_output(path), model.origin
@@ -83,7 +84,8 @@ def copy_frozen(path: str | Path, target: Path, variant: str = "") -> None:
   Args:
     path: the folder of the pipeline, or a name on the Hugging Face hub.
     target: the destination, new or empty.
-    variant: the variant of the weights to copy. Empty for the plain weights, or for the only variant.
+    variant: the variant of the weights to copy. Empty selects the plain weights or, if there are none,
+      the only variant.
 
   Raises:
     ValueError: if the pipeline or a part does not exist, or the destination is not empty.

@@ -1,4 +1,4 @@
-"""Load text encoders from folders of transformers, and save them.
+"""Load text encoders from folders in transformers' format, and save them.
 
 Folders of CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and BertModel are read and written. Folders of T5
 with a decoder are read too.
@@ -83,7 +83,8 @@ def make_loader(encoder: TextEncoder, load: Callable[[PyTree, jax.sharding.Mesh 
 
   Args:
     encoder: the encoder.
-    load: `load(template, mesh)` reads the parameters, whose shapes are `template`, into shards if `mesh` is not None.
+    load: `load(template, mesh)` reads the parameters. `template` contains their shapes. If `mesh` is not None, the
+      parameters are sharded over it.
   """
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   template = jax.eval_shape(encoder.init, jax.random.key(0), ids)["params"]
@@ -95,7 +96,7 @@ def make_loader(encoder: TextEncoder, load: Callable[[PyTree, jax.sharding.Mesh 
 
 
 def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> Path:
-  """Return the folder of a text encoder, downloaded if necessary."""
+  """Find the folder of a text encoder, and download it if necessary."""
   # Weights of other parts are large. Without a part, the weights are at the top.
   names = folders.TRANSFORMERS
   options: dict[str, Any] = {"variant": variant, "needs_variant": False}
@@ -112,7 +113,7 @@ def _find(path: str | Path, part: str, *, weights: bool, variant: str = "") -> P
 
 
 def save_text_encoder(path: str | Path, encoder: TextEncoder, params: PyTree) -> None:
-  """Save a text encoder to a folder that transformers' `from_pretrained` and `load_text_encoder` can read.
+  """Save a text encoder to a folder for `load_text_encoder` and for `from_pretrained` in transformers.
 
   The weights are written in float32.
 

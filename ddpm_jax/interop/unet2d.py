@@ -248,7 +248,7 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
 
 
 def with_defaults(config: Mapping[str, Any]) -> Config:
-  """Return a config with the defaults of `UNet2DModel` for omitted keys.
+  """Complete a config with the defaults of `UNet2DModel` for omitted keys.
 
   Raises:
     ValueError: if the config is for another class, a value is invalid, or an unknown option is set.
@@ -275,7 +275,10 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
 
 
 def image_size(config: Config) -> tuple[int, int]:
-  """Return the image size (H, W) of a config, or the smallest size the network accepts if sample_size is null."""
+  """Return the image size (H, W) of a config.
+
+  If sample_size is null, the result is the smallest size that the network accepts.
+  """
   size = config["sample_size"]
   if size is None:
     size = 2 ** (len(config["block_out_channels"]) - 1)
@@ -285,7 +288,8 @@ def image_size(config: Config) -> tuple[int, int]:
 def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
   """Return the layout of diffusers' weight files for a network with this number of levels.
 
-  `names` maps more parts of our paths to diffusers' names. It has priority over the names of this layout.
+  `names` maps parts of our paths to diffusers' names. It adds to the names of `UNet2DModel`, and has priority over
+  them.
   """
 
   def block_name(match: re.Match) -> str:
@@ -346,7 +350,7 @@ def _parse_block(kind: str, direction: str, key: str, resample_type: str) -> tup
 
 
 def _merge_levels(resamplings: list[str]) -> str | tuple[str, ...]:
-  """Return one value if all levels agree, else one value per level."""
+  """Return one resampling if it is the same at all levels, else one resampling per level."""
   return resamplings[0] if len(set(resamplings)) == 1 else tuple(resamplings) if resamplings else "conv"
 
 

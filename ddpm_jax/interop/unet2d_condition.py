@@ -144,8 +144,8 @@ _PER_LEVEL = ("layers_per_block", "cross_attention_dim", "transformer_layers_per
 def from_config(config: Mapping[str, Any]) -> ConditionalUNet:
   """Create our network from the config of a `UNet2DConditionModel`.
 
-  Omitted keys have the defaults of `UNet2DConditionModel`. There, `attention_head_dim` is the number of heads. The
-  option `upcast_attention` has no effect, because our softmax is always computed in float32 or wider.
+  Omitted keys have the defaults of `UNet2DConditionModel`. In this class, `attention_head_dim` is the number of
+  heads. The option `upcast_attention` has no effect, because our softmax is always computed in float32 or wider.
 
   Raises:
     ValueError: if an option is not supported here. The message names the option.
@@ -189,7 +189,7 @@ def to_config(network: ConditionalUNet, params: PyTree, size: tuple[int, int] | 
   Args:
     network: our network.
     params: its parameters, or their shapes.
-    size: the height and width of its input. None leaves them open.
+    size: the height and width of its input. None sets the config's sample_size to null.
 
   Raises:
     ValueError: if `UNet2DConditionModel` does not support an option of the network. The message names the option.
@@ -247,7 +247,8 @@ def to_config(network: ConditionalUNet, params: PyTree, size: tuple[int, int] | 
 def template(network: ConditionalUNet, in_channels: int) -> PyTree:
   """Return the shapes of the parameters of a network that `from_config` created, without allocating them.
 
-  `in_channels` is the number of channels of x and of an image that is concatenated with it.
+  `in_channels` is the number of input channels: the channels of x and, if an image condition is concatenated with x,
+  the channels of this condition.
   """
   n = network
 
@@ -275,7 +276,10 @@ def layout(network: ConditionalUNet) -> tensors.Layout:
 
 
 def transformer_names(network: ConditionalUNet) -> dict[str, str]:
-  """Return the names that the files of diffusers and of latent diffusion have for the parts of transformers."""
+  """Map our names for the parts of transformer blocks to the names in weight files.
+
+  The names are the same in the files of diffusers and of latent diffusion.
+  """
   depth = max(per_level(network.transformer_layers, len(network.multipliers)))
   return {
     "self_attention": "attn1",
@@ -288,7 +292,7 @@ def transformer_names(network: ConditionalUNet) -> dict[str, str]:
 
 
 def with_defaults(config: Mapping[str, Any]) -> Config:
-  """Return a config with the defaults of `UNet2DConditionModel` for omitted keys.
+  """Complete a config with the defaults of `UNet2DConditionModel` for omitted keys.
 
   Raises:
     ValueError: if the config is for another class, a value is invalid, or an option is not supported.
@@ -329,7 +333,7 @@ def _check_counts(config: Config) -> None:
 
 
 def _check_embeddings(config: Config) -> None:
-  """Check the options of a complete config that embed classes, vectors and sizes."""
+  """Check the options for embedding classes, vectors and sizes in a complete config."""
   c = config
   text_time, embed_type = c["addition_embed_type"] is not None, c["class_embed_type"]
   if text_time and (embed_type or c["num_class_embeds"]):
@@ -354,7 +358,10 @@ def _check_embeddings(config: Config) -> None:
 
 
 def _attention_levels(config: Config, levels: int) -> tuple[int, ...]:
-  """Return the levels with transformers, which must be the same on both paths."""
+  """Return the levels that have attention.
+
+  They must be the same in down_block_types and in up_block_types.
+  """
   found = {}
   for key, direction in (("down_block_types", "Down"), ("up_block_types", "Up")):
     kinds = {f"{direction}Block2D": False, f"CrossAttn{direction}Block2D": True}
@@ -381,7 +388,10 @@ def _one_value(config: Config, key: str) -> int:
 
 
 def _equal(a: Any, b: Any) -> bool:
-  """Return whether two JSON values are equal. Here 1 does not equal True, unlike in Python."""
+  """Return whether two JSON values are equal.
+
+  Unlike in Python, 1 does not equal True.
+  """
   return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 

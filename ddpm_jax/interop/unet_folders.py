@@ -1,4 +1,4 @@
-"""Load and save U-Nets in folders of diffusers' format."""
+"""Load U-Nets from folders in diffusers' format, and save them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | Cond
 
 
 def unet_folder(folder: Path) -> Path:
-  """Return the folder of a U-Net, which is `folder` itself or the part unet/ of the pipeline in `folder`."""
+  """Return the folder unet/ in `folder`, or `folder` itself if it has no such part."""
   return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
@@ -74,7 +74,7 @@ def load_params(
   Args:
     folder: the folder of the weights.
     network: the network.
-    channels: the number of its input channels.
+    channels: the number of the network's input channels.
     dtype: the type of the parameters.
     variant: see `load_unet`.
     mesh: the devices to shard the parameters over; None for the default device.
@@ -107,14 +107,15 @@ def _template(network: UNet, channels: int) -> PyTree:
 def save_unet(
   path: str | Path, network: "UNet | ConditionalUNet", params: PyTree, size: tuple[int, int] | None = None
 ) -> None:
-  """Save a network to a folder that diffusers' `from_pretrained` and `load_unet` can read.
+  """Save a network to a folder for `load_unet` and for `from_pretrained` in diffusers.
 
   Args:
     path: the folder, new or empty.
     network: a `networks.ConditionalUNet`, which becomes a `UNet2DConditionModel`, or a `networks.UNet`, which becomes
       a `UNet2DModel`.
     params: its parameters. The weights are written in float32.
-    size: the height and width of its input, required for a `UNet`. None leaves them open.
+    size: the height and width of the network's input, required for a `UNet`. For a `ConditionalUNet`, None sets the
+      config's sample_size to null.
 
   Raises:
     ValueError: if the folder is not empty, or diffusers cannot represent the network.

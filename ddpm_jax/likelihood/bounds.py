@@ -24,16 +24,17 @@ _MAX_LOG_SNR = 13.3
 
 
 class VariationalBound(NamedTuple):
-  """Hold the bound of a discrete model in bits per dimension.
+  """Hold the variational bound of a discrete model, in bits per dimension.
 
   Attributes:
-    bits: the bound or its estimate [B], `prior` plus the terms of all N steps. Step 1 has the term `decoder`.
+    bits: the bound [B], which is `prior` plus the sum of the terms of all N steps. If only some steps are evaluated,
+      the sum is an estimate.
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
     decoder: the term of step 1, -log2 p(x_0 | x_1) [B].
     terms: the terms of the evaluated steps [B, K]. If all steps are evaluated, K = N and column n - 1 holds step n.
     steps: the numbers n of the evaluated steps, integers [B, K].
-    standard_error: the standard error of `bits` due to the choice of steps and noise [B]. None if all steps are
-      evaluated. Then only the noise of each x_t is random.
+    standard_error: the standard error [B] of `bits` due to the random choice of steps and the random noise. None if all
+      steps are evaluated. In that case, only the noise of each x_t is random.
   """
 
   bits: Array
@@ -58,12 +59,13 @@ def variational_bound(
 
     L = KL(q(x_T | x_0) || p(x_T)) + sum over n = 2..N of KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - log p(x_0 | x_1)
 
-  with t = n/N and s = (n-1)/N. Each step uses one sample of x_t. The last term is the discretized Gaussian of
-  `losses.decoder_bits`.
+  with t = n/N and s = (n-1)/N. In the last term, x_1 is the state at step n = 1, and p(x_0 | x_1) is the discretized
+  Gaussian of `losses.decoder_bits`. Each evaluation of a step uses one sample of x_t.
 
-  Evaluating all N steps takes N network calls. With `num_evaluations`, random steps give an unbiased estimate: two
-  evaluations at step 1, and two in each of `num_evaluations` / 2 - 1 ranges of the other steps. The ranges cover
-  approximately equal intervals of log-SNR, and the steps of a range are equally likely.
+  Evaluating all N steps takes N network calls. With `num_evaluations`, random steps give an unbiased estimate. Step 1
+  is evaluated twice. The other steps are divided into `num_evaluations` / 2 - 1 ranges, and two random steps of each
+  range are evaluated. The ranges cover approximately equal intervals of log-SNR, and all steps in a range are equally
+  likely.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
@@ -74,9 +76,9 @@ def variational_bound(
     num_evaluations: the number of evaluated steps per image, an even number from 4 to 2N. None evaluates all steps.
 
   Raises:
-    ValueError: if the process is continuous or has a single step, concrete data are not on 256 levels, the number of
-      keys is wrong, `num_evaluations` or `variance` has an invalid value, or `variance` is "learned" and the estimates
-      of `denoise` have no variance.
+    ValueError: if the process is continuous or has a single step, the data are not on 256 levels (traced data are not
+      checked), the number of keys is wrong, `num_evaluations` or `variance` has an invalid value, or `variance` is
+      "learned" and the estimates of `denoise` have no variance.
   """
   check_data(key, x_0, on_levels=True)
   last, total_steps = last_step(process), process.num_steps
@@ -105,14 +107,14 @@ def variational_bound(
 
 
 class ContinuousBound(NamedTuple):
-  """Hold the bound in continuous time in bits per dimension.
+  """Hold the continuous-time variational bound, in bits per dimension.
 
   Attributes:
     bits: the estimate of the bound, `prior + diffusion + decoder` [B].
     prior: KL(q(x_T | x_0) || p(x_T)) [B].
-    diffusion: the integral over the noise levels [B].
+    diffusion: the integral over the log-SNR [B].
     decoder: -log2 p(x_0 | x_tmin) [B].
-    standard_error: the standard error of `bits` due to the random noise levels and noise [B].
+    standard_error: the standard error [B] of `bits` due to the random times and the random noise.
   """
 
   bits: Array
@@ -130,17 +132,19 @@ def continuous_bound(
 
     L = KL(q(x_T | x_0) || p(x_T)) - E log p(x_0 | x_tmin) + 1/2 int E |eps - eps_hat(x_t)|^2 dl
 
-  for images on 256 levels. Here l is the log-SNR. It ranges from its value at t_max to its value at t_min. In terms of
-  the data, |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this bound (equation 8,
-  with the weight g^2). The bound depends on the process only through the two ends of l. The decoder is from Kingma et
-  al.: the probability of each of the 256 values is proportional to q(x_tmin | value).
+  for images on 256 levels. Here l is the log-SNR, and the integral runs from the log-SNR at t_max to the log-SNR at
+  t_min. In terms of the data, |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this
+  bound (equation 8, with the weight g^2). The bound depends on the process only through the limits of the integral. The
+  decoder p(x_0 | x_tmin) is from Kingma et al.: the probability of each of the 256 values is proportional to
+  q(x_tmin | value).
 
   The estimate samples l uniformly, twice in each of `num_evaluations` / 2 equal intervals. The two samples of an
   interval give the standard error.
 
   At the smallest times, the noise is smaller than the distance between neighboring pixel values. If a model cannot tell
-  these values apart, the bound increases there by at most half a nat per dimension and unit of l. With a larger t_min,
-  the decoder covers these times instead, and the bound can be smaller.
+  these values apart, the integral over these times increases the bound. The increase is at most half a nat per
+  dimension for each unit of l. With a larger t_min, the decoder covers these times instead, and the bound can be
+  smaller.
 
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
@@ -148,13 +152,14 @@ def continuous_bound(
     denoise: `denoise(x_t, t) -> x_0 estimate`, called with t of shape [B].
     x_0: data [B, ...] on 256 levels in [-1, 1], as from `storage.images.from_uint8`.
     num_evaluations: the number of network calls per image, an even number of at least 2.
-    t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the later of the
-      time with log-SNR 13.3, as in Kingma et al., and the smallest training time. The smallest training time is 1e-5
-      t_max, or `process.t_min` for discrete processes and for processes with t_max above 1, such as `processes.edm`.
+    t_min: the time of the decoder, in (0, t_max). The bound is valid for any value. Default: the later of two
+      times, the time with log-SNR 13.3 (as in Kingma et al.) and the smallest training time. The smallest training time
+      is 1e-5 t_max, or `process.t_min` for discrete processes and for processes with t_max above 1, such as
+      `processes.edm`.
 
   Raises:
-    ValueError: if concrete data are not on 256 levels, the number of keys is wrong, or `num_evaluations` or `t_min` is
-      out of range.
+    ValueError: if the data are not on 256 levels (traced data are not checked), the number of keys is wrong, or
+      `num_evaluations` or `t_min` is out of range.
   """
   check_data(key, x_0, on_levels=True)
   if num_evaluations != int(num_evaluations) or num_evaluations < 2 or num_evaluations % 2:

@@ -20,7 +20,7 @@ class Summary(NamedTuple):
 
   Attributes:
     mean: the mean of the values.
-    standard_error: the standard deviation of the values over the square root of their number.
+    standard_error: the standard deviation of the values, divided by the square root of their number.
   """
 
   mean: Array
@@ -28,7 +28,7 @@ class Summary(NamedTuple):
 
 
 def summary(bits, axis: int = 0) -> Summary:
-  """Compute the mean of independent values, such as the bits of images, and its standard error.
+  """Compute the mean of independent values, such as the bits of images, and the standard error of the mean.
 
   Every image has its own random noise, times and probes, so the standard error includes the variance from these random
   numbers.

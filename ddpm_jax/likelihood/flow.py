@@ -34,7 +34,7 @@ class OdeBits(NamedTuple):
       evaluations.
     by_probe: -log2 p(x_0) per dimension from each probe [B, probes], or [B, 1] for an exact trace. With at least 2
       probes, `summary(by_probe, axis=1)` gives the standard error of `bits` due to the probes.
-    nfe: the number of evaluations of the right-hand side for each image [B].
+    nfe: the number of evaluations of the ODE's right-hand side for each image [B].
   """
 
   bits: Array
@@ -63,15 +63,15 @@ def ode_bits(
 
     log p(x_tmin) = log N(x_tmax; 0, sigma_tmax^2) + int div f(x_t, t) dt,   div f = E v^T (df/dx) v
 
-  The flow is dx/dt = f(x, t). The solver integrates x and the divergences of all probes v together, with separate steps
-  for each image (`sampling.rk45` with `per_sample`). Each image keeps its probes for the entire flow (Grathwohl et al.
-  2019), so only the solver's error biases the estimate of the integral.
+  The flow is dx/dt = f(x, t). The solver integrates x together with the estimates of the divergence from all probes v.
+  It chooses separate steps for each image (`sampling.rk45` with `per_sample`). Each image keeps its probes for the
+  entire flow (Grathwohl et al. 2019), so only the solver's error biases the estimate of the integral.
 
-  The result is the model's density of x_tmin, evaluated at x_0. It neglects the noise between 0 and t_min, and the
-  difference between the true distribution of x_tmax and the prior.
+  The result uses the model's density of x_tmin, evaluated at x_0, in place of p(x_0). It neglects the noise between 0
+  and t_min, and the difference between the true distribution of x_tmax and the normal distribution in the formula.
 
-  Dequantization replaces a value k of 0..255 by y = 2 (k + u) / 256 - 1 with u uniform in [0, 1). The probability of a
-  level is the integral of the density over an interval of width 2/256. By Jensen's inequality,
+  Dequantization replaces each pixel value k from 0 to 255 by y = 2 (k + u) / 256 - 1 with u uniform in [0, 1). The
+  probability P(k) is the integral of the density p over an interval of width 2/256. By Jensen's inequality,
   -log2 P(k) <= E[-log2 p(y)] + 7 per dimension. The result includes the constant 7 = log2(256 / 2), so its mean over u
   is an upper bound. Without dequantization, the result is -log2 of a density and may be negative.
 
@@ -82,8 +82,8 @@ def ode_bits(
   Args:
     key: one key, or one key per sample [B]. With one key per sample, `bits[i]` depends only on `x_0[i]` and `key[i]`.
     process: the forward process. A discrete process is evaluated between its steps.
-    denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. A clipped estimate
-      defines another flow.
+    denoise: `denoise(x_t, t) -> x_0 estimate`, differentiable in x_t, called with t of shape [B]. Clipping the
+      estimates changes the flow.
     x_0: data [B, ...] in [-1, 1]. D is the total number of dimensions of a sample. For dequantization the data must be
       on 256 levels, as from `storage.images.from_uint8`.
     probes: the number of probes v per image.
@@ -93,17 +93,17 @@ def ode_bits(
       no effect.
     reverse_mode: whether to use reverse-mode derivatives (`jax.vjp`). Some networks, such as a `UNet` with
       kernels="loop", support only reverse mode. Forward mode needs less memory.
-    dequantize: whether x_0 holds levels rather than continuous data.
+    dequantize: whether to dequantize x_0. The data must then be on 256 levels. Set it to False for continuous data.
     t_min: the start of the flow, in (0, t_max). Default: 1e-5 t_max, as in Song et al., or `process.t_min` for discrete
       processes and for processes with t_max above 1, such as `processes.edm`.
     rtol: the relative tolerance for the root mean square error of an image's x and integrals.
-    atol: the absolute tolerance.
+    atol: the absolute tolerance for the same error.
     max_nfe: the maximum number of evaluations of the right-hand side.
 
   Raises:
-    ValueError: if the data are not floats, concrete data for dequantization are not on 256 levels, the number of keys
-      is wrong, `probes` is below 1, `probe_noise` has another value, there are too many dimensions for an exact trace,
-      or `t_min` or a tolerance is out of range.
+    ValueError: if the data are not floats, data for dequantization are not on 256 levels (traced data are not checked),
+      the number of keys is wrong, `probes` is below 1, `probe_noise` is unknown, there are too many dimensions for an
+      exact trace, or `t_min` or a tolerance is out of range.
   """
   check_data(key, x_0, on_levels=dequantize)
   shape, dimensions = x_0.shape, math.prod(x_0.shape[1:])
@@ -162,8 +162,8 @@ def _with_divergence(
   """Compute velocity(x) and its divergence, the trace of the Jacobian J of the velocity.
 
   Returns:
-    velocity(x) [B, ...], and the divergence: its estimates v^T J v [B, P] for the vectors [P, B, ...], or its exact
-    value [B, 1] without vectors.
+    The velocity [B, ...] and the divergence. With vectors v [P, B, ...], the divergence has the shape [B, P] and
+    contains the estimate v^T J v from each vector. Without vectors, it is exact and has the shape [B, 1].
   """
   axes = tuple(range(1, x.ndim))
 

@@ -18,7 +18,8 @@ class Adversarial(NamedTuple):
   """Hold the adversarial losses of a batch with their gradients.
 
   Attributes:
-    generator: the loss of the reconstructions for each sample [B]: the negative output of the discriminator.
+    generator: the generator's loss for each sample [B], which is the negative mean of the discriminator's outputs for
+      the reconstruction.
     discriminator: the hinge loss of the discriminator for each sample [B].
     reconstruction_gradient: the gradient of the mean of `generator` with respect to the reconstructions [B, ...].
     params_gradient: the gradient of the mean of `discriminator` with respect to the discriminator's parameters.
@@ -34,14 +35,14 @@ def hinge_loss(real: Array, fake: Array) -> Array:
   """Compute the hinge loss of a discriminator for each sample [B] (Lim and Ye 2017, equation 3).
 
   Args:
-    real: the outputs for data [B, ...], one for each patch.
-    fake: the outputs for reconstructions [B, ...].
+    real: the discriminator's outputs for data [B, ...], one for each patch.
+    fake: the discriminator's outputs for reconstructions [B, ...], one for each patch.
   """
   return 0.5 * (_mean(jax.nn.relu(1 - real)) + _mean(jax.nn.relu(1 + fake)))
 
 
 def adversarial(discriminator: Network, params: PyTree, x: Array, y: Array) -> Adversarial:
-  """Compute the losses of a generator and its discriminator, and both gradients.
+  """Compute the losses of a generator and its discriminator, and the gradients of both losses.
 
   Args:
     discriminator: the discriminator. It maps data [B, ...] to one output per patch [B, ...].
@@ -68,10 +69,10 @@ def adversarial(discriminator: Network, params: PyTree, x: Array, y: Array) -> A
 
 
 def adaptive_weight(reconstruction: Array, generator: Array) -> Array:
-  """Compute the weight that makes two gradients equally large (Esser et al. 2021, equation 7).
+  """Compute the adaptive weight of the adversarial loss (Esser et al. 2021, equation 7).
 
-  The weight is the norm of the first gradient divided by the norm of the second gradient. It is at most 10,000, and 0
-  if the second gradient is 0.
+  The weight is the norm of `reconstruction` divided by the norm of `generator`. Multiplied by the weight, the gradient
+  `generator` has the same norm as `reconstruction`. The weight is at most 10,000, and it is 0 if `generator` is 0.
 
   Args:
     reconstruction: the gradient of the reconstruction loss at the last layer of the decoder.

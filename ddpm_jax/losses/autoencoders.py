@@ -51,24 +51,26 @@ def autoencoding(
 
   - Without a codebook: `kl_weight` times the KL divergence between the posterior and a standard normal distribution,
     summed over the latents and divided by the number of data values. Rombach et al. sum both the reconstruction
-    error and the KL divergence over all values, so the ratio of the two terms is the same.
+    error and the KL divergence over all values, so the ratio of the two terms is the same as here.
   - With a codebook: `commitment_weight` times the mean squared distance between the encoder's vectors and their codes
     (van den Oord et al. 2017, equation 3). Each vector of the codebook is an average of the encoder's vectors
-    (`update_codebook`). The memory holds the codebook, and `project` copies it into the parameters. The EMA of the
-    parameters also averages the codebook, but one step late.
+    (`update_codebook`). The objective's memory contains the codebook, and `project` copies the codebook into the
+    parameters. The EMA of the parameters also averages the codebook, but one step late.
 
   With a discriminator, the loss has two more terms: `adversarial_weight` times the adaptive weight times the
   generator's loss, and the discriminator's hinge loss. The adaptive weight is computed from two gradients at the kernel
   of the decoder's last layer: it is the norm of the gradient of the reconstruction and perceptual terms, divided by the
-  norm of the gradient of the generator's loss (Esser et al. 2021, equation 7). The weight itself receives no gradient.
-  It comes from the gradients of the entire batch in the step before, so it does not depend on how a batch is split.
+  norm of the gradient of the generator's loss (Esser et al. 2021, equation 7). The adaptive weight itself receives no
+  gradient. Each step uses the adaptive weight that the previous step computed from the gradients of its entire batch,
+  so the weight does not depend on how a batch is split.
 
   Before `adversarial_start` all adversarial terms, and all gradients of the discriminator, are exactly 0. The
   discriminator is computed nevertheless, so these steps take as long as later steps. Any weight decay acts on the
   discriminator from the first step. In step `adversarial_start` the adaptive weight is still 0, so the generator's loss
   starts one step after the discriminator's loss.
 
-  One step trains the autoencoder and the discriminator. Neither receives gradients of the other's loss.
+  A single step trains both the autoencoder and the discriminator. Neither network receives gradients of the other
+  network's loss.
 
   Args:
     autoencoder: the autoencoder.
@@ -77,14 +79,15 @@ def autoencoding(
     commitment_weight: the weight of the commitment loss.
     codebook_decay: the rate of the averages that form the codebook, in [0, 1).
     codebook_restart: a code is replaced if its count is below this share of the mean count; 0 replaces no codes.
-    perceptual: a frozen network; None for no perceptual loss.
+    perceptual: the frozen network whose features the perceptual loss compares; None for no perceptual loss.
     perceptual_weight: the weight of the perceptual loss.
     discriminator: the discriminator, such as `networks.PatchDiscriminator`; None for no adversarial loss.
     adversarial_weight: the factor on the adaptive weight.
     adversarial_start: the step at which the adversarial loss starts.
 
   Raises:
-    ValueError: if a weight is negative, or a rate is out of its range.
+    ValueError: if a weight or `adversarial_start` is negative, `error` is unknown, or `codebook_decay` or
+      `codebook_restart` is out of range.
   """
   _check_numbers(
     kl_weight=kl_weight,
@@ -125,7 +128,7 @@ def autoencoding(
     return straight_through(latents, vectors), commitment_weight * commitment, details
 
   def errors(frozen: PyTree, x: Array, y: Array) -> tuple[Array, dict[str, Array]]:
-    """Return the loss of reconstructions for each sample, and its terms."""
+    """Return the loss of the reconstructions y for each sample, and the terms of this loss."""
     total = reconstruction_error(x, y, error)
     details = {"reconstruction": total}
     if perceptual is not None:
@@ -196,7 +199,7 @@ def _adversarial_loss(
   weight: Array,
   started: Array,
 ) -> tuple[Array, tuple[Array, PyTree], dict[str, PyTree]]:
-  """Return the loss of reconstructions and of the discriminator, its gradients, and details.
+  """Return the sum of the reconstructions' loss and the discriminator's loss, its gradients, and details.
 
   The gradients are computed here once, for the loss and for the adaptive weight.
 
@@ -210,7 +213,7 @@ def _adversarial_loss(
     started: whether the adversarial loss has started.
 
   Returns:
-    The loss, its gradients with respect to the reconstructions and to the discriminator's parameters, and details.
+    The loss; its gradients with respect to the reconstructions and to the discriminator's parameters; and details.
   """
   (model, judge), (x, h, y) = params, arrays
 

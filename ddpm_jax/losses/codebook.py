@@ -1,7 +1,7 @@
 """Train the codebook of a vector-quantized autoencoder by exponential moving averages.
 
-The codebook receives no gradient. Each vector is the average of the encoder's vectors that were closest to it (van den
-Oord et al. 2017, appendix A.1).
+The codebook receives no gradient. Each of its vectors is a moving average of the encoder's vectors that were closest
+to it (van den Oord et al. 2017, appendix A.1).
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ _SMOOTHING = 1e-5
 
 
 class CodebookState(NamedTuple):
-  """Hold the averages that define a codebook of K vectors.
+  """Hold the averages that define a codebook of K vectors with C features.
 
   Attributes:
-    counts: the average number of vectors per batch that are closest to each code [K].
-    sums: the average sum of these vectors [K, C].
+    counts: the average number of the encoder's vectors in a batch to which each code is the closest code [K].
+    sums: the average over batches of the sum of these vectors [K, C].
     vectors: the codebook [K, C].
   """
 
@@ -30,14 +30,14 @@ class CodebookState(NamedTuple):
 
 
 def init_codebook(vectors: Array) -> CodebookState:
-  """Return the state before training for initial vectors [K, C]."""
+  """Return the state before training, from the initial codebook [K, C]."""
   return CodebookState(jnp.zeros(vectors.shape[:1], jnp.float32), jnp.zeros(vectors.shape, jnp.float32), vectors)
 
 
 def update_codebook(
   key: Array, state: CodebookState, z: Array, codes: Array, *, decay: float = 0.99, restart: float = 0.03
 ) -> CodebookState:
-  """Update a codebook from the vectors of a batch.
+  """Update a codebook from the encoder's vectors of a batch.
 
   Counts and sums are averages with the rate `decay`, and a code's vector is its sum divided by its count, with Laplace
   smoothing (van den Oord et al. 2017, equations 6-8). A code whose count is below `restart` times the mean count is
@@ -48,7 +48,7 @@ def update_codebook(
     key: the key that selects the replacements.
     state: the averages so far.
     z: the encoder's vectors [..., C].
-    codes: the codes [...] closest to them.
+    codes: for each of these vectors, the index of the closest code [...].
     decay: the rate of the averages, in [0, 1).
     restart: the share of the mean count below which a code is dead; 0 never replaces codes.
   """

@@ -26,27 +26,28 @@ def classification_loss(
   time_input: Callable[[Array], Array] | None = None,
   input_scale: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-  """Compute the cross-entropy between the classes and a classifier of noisy data.
+  """Compute the cross-entropy between the classes and the output of a classifier of noisy data.
 
-  The loss is the mean over the batch, in nats, with each sample noised to a random time (Dhariwal and Nichol 2021,
-  section 4). Its minimum is the conditional entropy of the class given x_t. The classifier p(class | x_t) attains it.
+  Each sample is noised to a random time (Dhariwal and Nichol 2021, section 4). The loss is the mean over the batch, in
+  nats. A classifier that returns the true p(class | x_t) minimizes the loss. The minimum is the conditional entropy of
+  the class given x_t.
 
   Args:
     key: one key, or one key per sample [B].
-    apply: `apply(x_t, time) -> logits` [B, K], as for `predictions.classifier`.
+    apply: `apply(x_t, time) -> logits` [B, K] for K classes, as for `predictions.classifier`.
     process: the forward process.
     x_0: clean data [B, ...], in [-1, 1] by convention.
     classes: the class of each sample [B], integers in [0, K).
     times: the distribution of times, such as `uniform(process)`.
     time_input: maps time [B] to the network's time input. Default: the time input of the process.
-    input_scale: computes the factor on x_t at the network's input, as for `predictions.classifier`.
+    input_scale: computes the factor by which x_t is multiplied before the network, as for `predictions.classifier`.
 
   Returns:
     The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample without importance
-    weights, and `correct` (1 where the most likely class is the true class, else 0).
+    weights, and `correct` (1 if the class with the largest logit is the true class, else 0).
 
   Raises:
-    ValueError: if there is not one integer class per sample, or the logits are not [B, K].
+    ValueError: if `classes` is not one integer per sample, or the logits do not have the shape [B, K].
   """
   if classes.shape != x_0.shape[:1] or not jnp.issubdtype(classes.dtype, jnp.integer):
     raise ValueError(

@@ -38,7 +38,7 @@ class Apply(Protocol):
       params: the network's parameters.
       x: the scaled noisy data [B, ...].
       time: the network's time input [B].
-      given: conditions by name, arrays [B, ...].
+      given: a dict from the names of the conditions to arrays [B, ...].
       train: whether dropout is active.
       keys: one key per sample [B], for dropout.
     """
@@ -105,21 +105,22 @@ class Objective(NamedTuple):
       `trained` is `{"model": params, "extra": extra}`. One gradient trains both parts. Use `stop_gradient` in terms
       that should train only one of them.
       `context` is a `Context`, and `keys` holds one key per sample [B].
-      `batch` is a dict of arrays [B, ...]: `x` (encoded data), `given` (conditions by name), raw items such as
-      `classes`, and the arrays from `prepare`.
+      `batch` is a dict of arrays [B, ...]: `x` (encoded data), `given` (a dict of conditions), items that the data set
+      contains, such as `classes`, and the arrays from `prepare`.
       The loss is a float32 scalar. It must be a mean over samples because training may split a batch.
       `details` is a pytree of arrays [B, ...].
     init: `init(key, params, frozen) -> (extra, memory)`. Both are pytrees of arrays: `extra` holds trainable parameters
       besides the model's, and `memory` holds state that lasts from step to step. Default: two empty tuples.
     prepare: `prepare(keys, memory) -> leaves`, a dict of arrays [B, ...] to add to the batch. It sees the keys of all
       samples, so it can sample values that depend on each other, such as evenly spread times. Default: an empty dict.
-    update: `update(key, memory, params, details) -> memory`. It runs after every step that is not skipped. `params` are
-      the model's new parameters, and `details` covers the entire batch in order. Default: the memory stays the same.
+    update: `update(key, memory, params, details) -> memory`. It runs after every step except steps that training skips
+      because a gradient is not finite. `params` are the model's new parameters, and `details` covers the entire batch
+      in order. Default: the memory stays the same.
     summarize: `summarize(details) -> metrics`, a dict of scalars or `Mean`s over the entire batch. Default: no metrics.
     load: `load() -> frozen` reads frozen parameters, such as a teacher's. Default: None, no frozen parameters.
     project: `project(params, memory) -> params` changes some of the model's parameters, such as a codebook or weights
-      of a fixed norm, after every step that is not skipped. It sees the memory after `update`. The EMA follows one step
-      behind: it averages the parameters that the optimizer returns. Default: None, no change.
+      of a fixed norm. It runs after `update`, in the same steps, and gets the new memory. The EMA averages the
+      parameters as they were before `project`. Default: None, no change.
   """
 
   loss: Callable[[dict[str, PyTree], Context, Array, dict[str, PyTree]], tuple[Array, PyTree]]
@@ -151,7 +152,8 @@ def denoising(
     process: the forward process.
     prediction: the meaning of the network's output.
     time_input: maps time to the network's time input. Default: the time input of the process.
-    times: the distribution of training times. Default: `uniform(process)`. `importance(process)` adapts to the losses.
+    times: the distribution of training times. Default: `uniform(process)`. `importance(process)` favors times at which
+      recent losses were large.
     weighting: w(log-SNR), the weight of the squared error of eps.
     vlb_weight: the weight of the variational bound in `hybrid_loss` (Nichol and Dhariwal 2021, equation 16). It has no
       effect without a learned variance.
@@ -194,9 +196,10 @@ def classification(
   The loss is `classification_loss`.
 
   Args:
-    apply: the network. Its output is logits [B, K].
+    apply: the network. Its output is logits [B, K] for K classes.
     process: the forward process.
-    prediction: the prediction of the model to guide. The classifier scales its input in the same way.
+    prediction: the prediction of the diffusion model that the classifier will guide. The noisy data are scaled for the
+      classifier as for that model.
     time_input: maps time to the network's time input. Default: the time input of the process.
     times: the distribution of training times. Default: `uniform(process)`.
     target: the key of the classes in the batch, integers [B].
@@ -276,7 +279,8 @@ def _network(apply: Apply, trained: Mapping[str, PyTree], keys: Array, batch: Ma
 def _item(batch: Mapping[str, PyTree], name: str) -> Array:
   if name not in batch:
     raise ValueError(
-      f"Got a batch with the keys {', '.join(sorted(batch)) or '(none)'}; expected {name!r} among them. Add it in `encode`"
-      " of training.train_step. If the classes have another key, set `target` of losses.classification to that key."
+      f"Got a batch with the keys {', '.join(sorted(batch)) or '(none)'}; expected {name!r} among them. Add it in"
+      " `encode` of training.train_step. If the classes have another key, set `target` of losses.classification to that"
+      " key."
     )
   return batch[name]

@@ -1,4 +1,4 @@
-"""Define what the losses of autoencoders are made of: networks as pure functions, and errors of reconstructions."""
+"""Define the parts of autoencoder losses: networks as pure functions, and errors of reconstructions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -47,12 +47,12 @@ class Autoencoder(NamedTuple):
 
 
 class Features(NamedTuple):
-  """Hold a frozen network whose features compare images.
+  """Hold a frozen network for comparing images by their features.
 
   Attributes:
     apply: `apply(frozen, images) -> maps` for images [B, H, W, C] in [-1, 1]. The maps are arrays [B, h, w, D].
     load: `load() -> frozen` reads the network's parameters. If `load` has an attribute `shapes`, `shapes()` returns the
-      shapes of the parameters, and planning a run reads no file.
+      shapes of the parameters, so that the plan of a training run can be made without reading the parameters.
   """
 
   apply: Callable[[PyTree, Array], Sequence[Array]]
@@ -79,7 +79,7 @@ def reconstruction_error(x: Array, y: Array, error: Literal["l1", "l2"] = "l1") 
   Args:
     x: the data [B, ...].
     y: the reconstructions [B, ...].
-    error: the error.
+    error: "l1" or "l2".
 
   Raises:
     ValueError: if the shapes differ, or the error is unknown.
@@ -95,7 +95,7 @@ def reconstruction_error(x: Array, y: Array, error: Literal["l1", "l2"] = "l1") 
 
 
 def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
-  """Compute the distance between two batches of images in the features of a network, for each sample [B].
+  """Compute the distance [B] between corresponding images of two batches from their feature maps.
 
   At each position of each map, the features are divided by their Euclidean norm. The distance is the squared
   difference, summed over channels and averaged over positions and maps. Equation 1 of Zhang et al. (2018) instead sums
@@ -106,7 +106,7 @@ def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
     other: the feature maps of the second images, with the same shapes.
 
   Raises:
-    ValueError: if there are no maps, or the shapes differ.
+    ValueError: if there are no maps, or the shapes of `maps` and `other` differ.
   """
   shapes = [[tuple(one.shape) for one in side] for side in (maps, other)]
   if shapes[0] != shapes[1] or not shapes[0]:
@@ -127,17 +127,17 @@ def _normalize(features: Array) -> Array:
 
 
 def straight_through(z: Array, vectors: Array) -> Array:
-  """Return `vectors` with the gradient of z (van den Oord et al. 2017, section 3.2)."""
+  """Return `vectors`, but pass their gradient to z unchanged (van den Oord et al. 2017, section 3.2)."""
   return z + jax.lax.stop_gradient(vectors - z)
 
 
 def with_gradient(value: Array, inputs: PyTree, gradient: PyTree) -> Array:
-  """Return a scalar whose gradient with respect to `inputs` is a gradient that is already known.
+  """Return `value`, but replace its gradient with respect to `inputs` by `gradient`.
 
   Args:
-    value: the scalar. Its own gradient is ignored.
-    inputs: arrays.
-    gradient: the gradient, with the structure and shapes of `inputs`.
+    value: a scalar.
+    inputs: a pytree of arrays.
+    gradient: the gradient, a pytree with the structure and shapes of `inputs`.
   """
   value, gradient = jax.lax.stop_gradient((value, gradient))
   zeros = jax.tree.map(lambda x, g: jnp.sum((x - jax.lax.stop_gradient(x)) * g), inputs, gradient)

@@ -24,8 +24,8 @@ TimeDistribution = Callable[[Array], tuple[Array, Array]]
 def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Sample times uniformly.
 
-  On a discrete process, the times are n/N for all steps n up to t_max. On a continuous process, they are in
-  [t_min, t_max].
+  On a discrete process with N steps, the times are n/N for n = 1, 2, ... up to t_max. On a continuous process, they
+  are in [t_min, t_max].
 
   Args:
     process: the forward process.
@@ -42,9 +42,9 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
 def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistribution:
   """Sample uniform times that are evenly spaced across the batch.
 
-  Even spacing reduces the variance of the loss (Kingma et al. 2021, appendix I). Sample i of B gets u + i/B (mod 1),
-  with one random u per batch. A sample's time thus depends on its index, the batch size and the key of the first
-  sample.
+  Even spacing reduces the variance of the loss (Kingma et al. 2021, appendix I). Sample i of B gets the number
+  u + i/B (mod 1), with one random u per batch. These numbers in [0, 1) are then mapped to the times of `uniform`. A
+  sample's time thus depends on its index, the batch size and the key of the first sample.
 
   Args:
     process: the forward process.
@@ -64,7 +64,7 @@ def low_discrepancy(process: Process, t_min: float | None = None) -> TimeDistrib
 
 @check_types
 def log_normal(process: Process, mean: float = -1.2, std: float = 1.2) -> TimeDistribution:
-  """Sample times with a normal distribution of log(sigma / alpha) (Karras et al. 2022, table 1).
+  """Sample times such that log(sigma / alpha) is normally distributed (Karras et al. 2022, table 1).
 
   Times are clipped to [t_min, t_max] of the process. On a discrete process they are rounded up to a step.
 
@@ -102,7 +102,7 @@ class LossMoments(NamedTuple):
   """Hold the most recent losses of each step of a discrete process.
 
   Attributes:
-    history: the losses [N, K], oldest first.
+    history: the last K losses of each of N steps [N, K], oldest first.
     counts: the number of recorded losses of each step [N], at most K. Only the last `counts[n]` entries of `history[n]`
       are losses.
   """
@@ -120,7 +120,8 @@ def loss_moments(process: Process, size: int = 10) -> LossMoments:
   """
   if process.num_steps is None:
     raise ValueError(
-      "Got a continuous process for importance sampling; expected a discrete process, because losses are recorded per step."
+      "Got a continuous process for importance sampling; expected a discrete process, because losses are recorded per"
+      " step."
     )
   if size < 1:
     raise ValueError(f"Got size={size}; expected at least 1 loss per step, such as 10.")

@@ -1,6 +1,6 @@
 """Compute the terms of the variational bound of a discrete model, and the hybrid loss that trains a variance.
 
-The bound of -log2 p(x_0) per dimension is `prior_bits` plus the sum of `vlb_bits` over the steps n = 1..N.
+The upper bound on -log2 p(x_0) per dimension is `prior_bits` plus the sum of `vlb_bits` over the steps n = 1..N.
 """
 
 import math
@@ -41,7 +41,7 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
     x_0: data [B, ...] on `levels` equally spaced values from -1 to 1, such as scaled uint8 images.
     mean: the mean of the Gaussian [B, ...].
     log_variance: the log variance of the Gaussian, in a shape that broadcasts to [B, ...].
-    levels: the number of values. The first and last bins extend to infinity.
+    levels: the number of values. Each value is the center of a bin. The first and last bins extend to infinity.
 
   Returns:
     Bits per dimension [B].
@@ -63,13 +63,15 @@ def decoder_bits(x_0: Array, mean: Array, log_variance: Array, levels: int = 256
 def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, variance: str = "small") -> Array:
   """Compute terms of the variational bound at given steps (Ho et al. 2020, equation 5).
 
-  The term of step n = N t is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/N. For n = 1 it is the discretized
-  decoder. The posterior variance is 0 at step 1, so "small" and "large" both use the posterior variance of step 2
-  there, like the code of Ho et al. and guided-diffusion.
+  The term of step n = N t is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s = t - 1/N. Here q is the
+  forward process with N steps, and p is the model. For n = 1 the term is `decoder_bits` instead. The posterior variance
+  is 0 at step 1, so for both "small" and "large", step 1 uses the posterior variance of step 2, as in the code of Ho et
+  al. and in guided-diffusion.
 
   Args:
     process: a discrete process.
-    denoised: the result of `denoise(x_t, t)`. With a "learned" variance it must be a `Denoised`.
+    denoised: the result of `denoise(x_t, t)` (see `predictions.denoiser`). With variance="learned" it must be a
+      `Denoised` with a `fraction`.
     x_0: data [B, ...] in [-1, 1]. At step 1 the values must be on 256 levels.
     x_t: noisy data [B, ...].
     t: the times n/N of steps [B].
@@ -79,8 +81,9 @@ def vlb_bits(process: Process, denoised, x_0: Array, x_t: Array, t: Array, *, va
     Bits per dimension [B].
 
   Raises:
-    ValueError: if the process is continuous or has a single step, concrete `t` are not times of steps, `variance` has
-      another value, or `variance` is "learned" and `denoised` has no variance.
+    ValueError: if the process is continuous or has a single step; if `t` contains a time that is not n/N for a step n
+      (unless `t` is traced by JAX); if `variance` is not one of the three values; or if it is "learned" and `denoised`
+      has no variance.
   """
   n = process.num_steps
   if n is None or n < 2:
@@ -130,8 +133,8 @@ def hybrid_loss(
   """Compute the denoising loss plus a weighted variational bound (Nichol and Dhariwal 2021, equation 16).
 
   The bound is in bits per dimension. It trains only the variance, because its gradient does not flow into the mean.
-  The bound is estimated as N times the term of one random step. With the default `vlb_weight` of 1/1000, the term thus
-  has the weight N / 1000.
+  The bound is estimated as N times the term of one random step, where N is the number of steps. With the default
+  `vlb_weight` of 1/1000, the term of that step thus has the weight N / 1000.
 
   Args:
     key: one key, or one key per sample [B].
@@ -155,8 +158,8 @@ def hybrid_loss(
   num_steps = process.num_steps
   if num_steps is None or not prediction.learned_variance:
     raise ValueError(
-      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected a process from"
-      " processes.discrete(betas) and a prediction such as predictions.learned_range(predictions.EPS)."
+      "Got a continuous process, or a prediction without a learned variance, for the hybrid loss; expected a process"
+      " from processes.discrete(betas) and a prediction such as predictions.learned_range(predictions.EPS)."
     )
   evaluation = evaluate(key, apply, process, prediction, x_0, times=times, time_input=time_input)
   error = squared_error(evaluation, process, prediction, weighting)

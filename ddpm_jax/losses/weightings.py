@@ -28,7 +28,7 @@ def on_x0(weighting: Weighting) -> Weighting:
 
 
 def simple(log_snr: Array) -> Array:
-  """Multiply the error of eps by 1, the simple loss (Ho et al. 2020, equation 14)."""
+  """Multiply the error of eps by 1, as in the simple loss (Ho et al. 2020, equation 14)."""
   return jnp.ones_like(log_snr)
 
 
@@ -43,7 +43,7 @@ def snr(log_snr: Array) -> Array:
 def snr_plus_one(log_snr: Array) -> Array:
   """Multiply the error of x_0 by SNR + 1.
 
-  On variance-preserving processes this is the squared error of v (Salimans and Ho 2022, section 4).
+  On variance-preserving processes the result is the squared error of v (Salimans and Ho 2022, section 4).
   """
   return 1 + jnp.exp(-log_snr)
 
@@ -81,9 +81,10 @@ def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
 def likelihood(process: Process) -> Weighting:
   """Make the loss equal to the diffusion term of the variational bound (Song et al. 2021b, theorem 1).
 
-  The two are equal for uniform times on [0, 1]. `losses.uniform` leaves out only the times below its t_min. The loss is
-  in nats per dimension. The weight is g^2 / 2 on the error of the score, and g^2 / (2 sigma^2) on the error of eps. The
-  latter is half the rate at which the log-SNR decreases with time.
+  The loss equals this term, in nats per dimension, if times are uniform on [0, 1]. `losses.uniform` leaves out only the
+  times below its t_min. The theorem multiplies the squared error of the score by g^2 / 2, where g is the diffusion
+  coefficient. The squared error of eps thus has the weight g^2 / (2 sigma^2). This weight is half the rate at which the
+  log-SNR decreases with time.
   """
 
   def weighting(log_snr):
@@ -97,7 +98,7 @@ def likelihood(process: Process) -> Weighting:
 def edm(sigma_data: float = 0.5) -> Weighting:
   """Multiply the error of x_0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
 
-  Here sigma is the ratio sigma / alpha of the process.
+  In this formula, sigma stands for sigma / alpha of the process, because the paper's processes have alpha = 1.
 
   Raises:
     ValueError: if sigma_data is not positive.
@@ -111,7 +112,8 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 def sigmoid(bias: float = 2.0) -> Weighting:
   """Multiply the error of eps by 1 / (1 + exp(log-SNR - bias)).
 
-  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers multiply the variational bound by this
-  weight. With uniform times, the papers' weighting is `lambda l: sigmoid(2.0)(l) * likelihood(process)(l)`.
+  Source: Kingma and Gao 2023, section 4; Hoogeboom et al. 2024. The papers multiply the terms of the variational
+  bound, not the error of eps, by this weight. To get the papers' loss with uniform times, use the weighting
+  `lambda log_snr: sigmoid(2.0)(log_snr) * likelihood(process)(log_snr)`.
   """
   return lambda log_snr: jax.nn.sigmoid(bias - log_snr)

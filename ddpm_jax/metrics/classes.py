@@ -12,7 +12,7 @@ _SEED = 2020
 class ClassStatistics(NamedTuple):
   """Store sums over the samples of each split.
 
-  The sums of several batches or processes can be added (see `merge_classes`).
+  A split is a random part of all samples. The sums of several batches or processes can be added (see `merge_classes`).
 
   Attributes:
     count: [S] number of samples in each of S splits.
@@ -29,15 +29,15 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
   """Compute the statistics of a batch.
 
   Args:
-    log_probs: log-probabilities [B, K] of samples `first`, `first + 1`, ...
+    log_probs: log-probabilities [B, K] of K classes for the samples `first`, `first + 1`, ...
     first: index of the first sample of the batch.
     total: number of samples in all batches.
-    splits: number of splits. Samples are assigned to splits at random, because they are often sorted by class.
+    splits: number of splits. Samples are assigned to splits at random, because samples are often sorted by class.
       torch-fidelity makes the same splits from its default seed.
 
   Raises:
-    ValueError: if `log_probs` is not finite or not [B, K], the batch extends past `total`, or there are more splits
-      than samples.
+    ValueError: if `log_probs` is not finite or does not have the shape [B, K], the batch extends past `total`, or
+      there are more splits than samples.
   """
   log_p = np.asarray(log_probs, np.float64)
   if log_p.ndim != 2 or not log_p.shape[1]:
@@ -60,7 +60,7 @@ def class_statistics(log_probs: np.ndarray, first: int, total: int, splits: int 
 
 @functools.lru_cache(maxsize=4)
 def _assign_splits(total: int, splits: int) -> np.ndarray:
-  """Return the number of the split of each sample, int32 [total]."""
+  """Return the index of each sample's split, int32 [total]."""
   assigned = np.empty(total, np.int32)
   edges = np.array([i * total // splits for i in range(1, splits)])
   assigned[np.random.RandomState(_SEED).permutation(total)] = np.searchsorted(edges, np.arange(total), side="right")

@@ -1,7 +1,7 @@
 """Define feature spaces for data that published networks were not trained on: a small classifier, and pixels.
 
-The classifier is trained on the real images. Distances in its features are not FID. They are comparable only with
-distances from the same classifier.
+The classifier is trained on the real images. Frechet distances between its features are not FID. Compare them only
+with distances between features of the same classifier.
 """
 
 from collections.abc import Iterator
@@ -42,12 +42,12 @@ def train_classifier(
     classes: [N] integers in [0, num_classes).
     num_classes: number of classes.
     steps: steps of Adam with batches of 64 images.
-    seed: seed of the parameters and the order of images.
+    seed: seed of the initial parameters and the order of images.
     quiet: whether to hide the progress bar.
 
   Raises:
-    ValueError: if there are no images, the classes are not integers or do not match the images, there are fewer than
-      two classes, or `steps` is less than 1.
+    ValueError: if the images are not uint8 [N, H, W, C] or there are none, `classes` is not one integer in
+      [0, num_classes) for each image, `num_classes` is less than 2, or `steps` is less than 1.
   """
   classes = np.asarray(classes)
   if images.ndim != 4 or images.dtype != np.uint8 or not images.size or classes.shape != (len(images),):
@@ -115,8 +115,8 @@ def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any
   """Return the feature space of a trained classifier.
 
   The features [B, 64] are the values of the hidden layer before the activation function, centered and scaled. The space
-  also has log-probabilities [B, K]. Its `prepare` raises a ValueError if the images and the training images differ in
-  the number of channels.
+  also has log-probabilities [B, K]. The function `prepare` of the space raises a ValueError if its images do not have
+  as many channels as the training images.
 
   Args:
     params: parameters from `train_classifier`.
@@ -166,7 +166,7 @@ def cached_classifier(
   The file is used only if its classifier was trained with the same images, classes, `num_classes` and `steps`.
 
   Args:
-    path: the file. A damaged file is moved into a folder `damaged` in the folder of the file.
+    path: the file. If the file is damaged, it is moved into a folder `damaged` beside it.
     images: images for `train_classifier`.
     classes: classes for `train_classifier`.
     num_classes: number of classes for `train_classifier`.

@@ -1,4 +1,4 @@
-"""Score generated images against real ones, and format the scores of models and classifiers as tables."""
+"""Score generated images against real images, and format the scores of models and classifiers as tables."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -22,12 +22,12 @@ class Settings(NamedTuple):
   Attributes:
     scores: names from `SCORES`.
     k: which nearest neighbor sets the radius of a ball (see `metrics.neighborhoods`).
-    pairwise_samples: the maximum number of feature vectors to store for each set of images, for pairwise scores. In a
-      larger set, the stored vectors are chosen at random.
+    pairwise_samples: the maximum number of feature vectors to store for each set of images, for the scores in
+      `PAIRWISE`. In a larger set, the stored vectors are chosen at random.
     kernel_subsets: number of random subsets for the kernel distance.
     kernel_size: number of feature vectors in each subset; 0 for the default of the function `kernel_size`.
-    splits: number of splits for the class score.
-    allow_singular: whether to compute a Frechet distance from too few samples for a covariance of full rank.
+    splits: number of splits for the class score (see `metrics.inception_score`).
+    allow_singular: whether to compute a Frechet distance even if the samples are too few for a covariance of full rank.
   """
 
   scores: tuple[str, ...]
@@ -40,9 +40,10 @@ class Settings(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """Store statistics of a set of images, enough to compute its scores.
+  """Store the statistics of a set of images from which scores are computed.
 
-  Its size does not grow with the number of images, except that it stores up to `pairwise_samples` feature vectors.
+  The size of a summary does not grow with the number of images, except that a summary stores up to
+  `pairwise_samples` feature vectors.
 
   Attributes:
     count: number of images; 0 if it is unknown.
@@ -106,17 +107,17 @@ def _sample_mask(total: int, max_samples: int) -> np.ndarray:
 
 
 def statistics_summary(statistics: metrics.Statistics) -> Summary:
-  """Return the summary of a reference without images, from its statistics."""
+  """Return the summary of a reference set that consists of statistics, without images."""
   return Summary(statistics.features.count or 0, statistics.features, statistics.spatial)
 
 
 def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str, ...]:
-  """Return the scores that a feature space and a reference allow.
+  """Return the scores that a feature space and a reference set allow.
 
   Args:
-    spatial: whether the space and the reference both have spatial features.
+    spatial: whether the space and the reference set both have spatial features.
     classes: whether the space has classes.
-    pairs: whether the reference has images, for pairwise scores.
+    pairs: whether the reference set has images, which the scores in `PAIRWISE` need.
   """
   allowed = {"spatial_frechet": spatial, "class_score": classes} | dict.fromkeys(PAIRWISE, pairs)
   return tuple(name for name in SCORES if allowed.get(name, True))
@@ -125,7 +126,7 @@ def available_scores(*, spatial: bool, classes: bool, pairs: bool) -> tuple[str,
 def check_counts(settings: Settings, generated: int, real: int | None) -> int:
   """Check the numbers of images, and return the number of feature vectors to store for pairwise scores.
 
-  The number is 0 if there are no pairwise scores.
+  The pairwise scores are the scores in `PAIRWISE`. If `settings` has none of them, the result is 0.
 
   Args:
     settings: the scores and their settings.
@@ -154,7 +155,7 @@ def check_counts(settings: Settings, generated: int, real: int | None) -> int:
 
 
 def score(generated: Summary, reference: Summary, settings: Settings, names: dict[str, str] | None = None) -> Scores:
-  """Score a set of images against a reference in the same feature space.
+  """Score a set of images against a reference set in the same feature space.
 
   Args:
     generated: summary of the images to score.
@@ -173,8 +174,8 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
   if "frechet" in settings.scores:
     if generated.features is None or reference.features is None:
       raise ValueError(
-        "Got a summary without the mean and covariance that the score 'frechet' needs; expected both. Call `summarize` with"
-        " 'frechet' in settings.scores."
+        "Got a summary without the mean and covariance that the score 'frechet' needs; expected both. Call `summarize`"
+        " with 'frechet' in settings.scores."
       )
     scores[names["frechet"]] = metrics.frechet_distance(
       generated.features, reference.features, allow_singular=settings.allow_singular
@@ -222,7 +223,11 @@ def _sample(features: np.ndarray, size: int) -> np.ndarray:
 def kernel_size(generated: int, reference: int) -> int:
   """Return the default size of a subset for the kernel distance.
 
-  It is 1,000 or half of the smaller set, whichever is smaller, but at least 2.
+  The size is 1,000 or half of the smaller of the two numbers, whichever is less, but at least 2.
+
+  Args:
+    generated: number of feature vectors of generated images.
+    reference: number of feature vectors of reference images.
   """
   return min(_KERNEL_SIZE, max(2, min(generated, reference) // 2))
 
@@ -232,9 +237,9 @@ def _missing_data(name: str, needed: str) -> ValueError:
 
 
 def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
-  """Return a dict from the names in `SCORES` to the names of these scores in a feature space.
+  """Return a dict from names in `SCORES` to the names that these scores get in a feature space.
 
-  Only scores of features of the published Inception network are called FID, sFID, KID and Inception Score.
+  Scores are called FID, sFID, KID and Inception Score only if the features come from the published Inception network.
   """
   if space.name == "inception" and space.provenance.get("published"):
     names = {"frechet": "fid", "spatial_frechet": "sfid", "kernel": "kid", "class_score": "inception_score"}
@@ -297,7 +302,7 @@ def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
 def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
   """Compute the accuracy and cross-entropy of a classifier that ignores its input.
 
-  It always predicts the frequencies of `classes` [N].
+  For every input, this classifier predicts the frequency of each class in `classes` [N].
   """
   frequencies = np.bincount(classes, minlength=num_classes) / len(classes)
   present = frequencies[frequencies > 0]

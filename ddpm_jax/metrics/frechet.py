@@ -8,21 +8,22 @@ Features = np.ndarray | Moments | Gaussian
 
 
 def frechet_distance(a: Features, b: Features, *, allow_singular: bool = False) -> float:
-  """Compute the Frechet distance between two sets of features in float64.
+  """Compute the Frechet distance between two sets of features.
 
-  The distance is |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017; Dowson and Landau 1982).
-  With features of the 2015 Inception network it is called FID. Its upward bias is proportional to 1/N, so compare only
-  distances from equal numbers of samples. Covariances may be singular, and nothing is added to their diagonals. The
-  distance is never negative. From a set to itself it is 0 up to rounding.
+  The distance is |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), for means mu and covariances C (Heusel et al.
+  2017; Dowson and Landau 1982). The computation uses float64. With features of the 2015 Inception network, the distance
+  is called FID. A distance from N samples has an upward bias proportional to 1/N, so compare only distances from equal
+  numbers of samples. Covariances may be singular, and nothing is added to their diagonals. The distance is never
+  negative. The distance between a set and itself is 0 up to rounding.
 
   Args:
     a: features [N, D], or their `Moments` or `Gaussian`.
     b: features [M, D], or their `Moments` or `Gaussian`.
-    allow_singular: whether to allow sets of D or fewer vectors. Their covariances cannot have full rank.
+    allow_singular: whether to allow sets of D or fewer vectors. The covariance of such a set cannot have full rank.
 
   Raises:
     ValueError: if the dimensions differ, values are not finite, a set has fewer than two vectors, or a set has D or
-      fewer vectors and `allow_singular` is not set.
+      fewer vectors and `allow_singular` is False.
   """
   first, second = (_fit(x) for x in (a, b))
   if first.mean.shape != second.mean.shape:
@@ -52,7 +53,7 @@ def _fit(x: Features) -> Gaussian:
 def check_rank(count: int | None, dimensions: int) -> None:
   """Raise a ValueError if `count` samples are too few for a covariance of full rank.
 
-  An unknown count (None) is accepted.
+  If the count is unknown (None), the function does nothing.
   """
   if count is not None and count <= dimensions:
     raise ValueError(
@@ -75,9 +76,10 @@ def _trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _factor(covariance: np.ndarray) -> tuple[np.ndarray, bool]:
-  """Return L [D, R] with L L' = C, and whether C is far from singular.
+  """Return L [D, R] with L L' = C for a covariance C, and whether C is far from singular.
 
-  Far from singular means that in products with C, even the smallest eigenvalues stand out from rounding errors.
+  L' is the transpose of L. C is far from singular if, in products of C with another matrix, even the smallest
+  eigenvalues stand out from rounding errors.
   """
   size, precision = len(covariance), float(np.finfo(np.float64).eps)
   try:

@@ -25,8 +25,8 @@ def inception_space(params: PyTree, *, resize: str = "tf1", sha256: str = "", pu
   Args:
     params: parameters of `networks.inception.Inception`, from `interop.inception.load`.
     resize: how to resize images to 299x299: "tf1" like the reference implementation, or "clean" like clean-fid.
-    sha256: hash of the file of weights.
-    published: whether `params` are the published weights. Only then is the distance called FID.
+    sha256: SHA-256 hash of the file that contains the weights.
+    published: whether `params` are the published weights. Only then is the Frechet distance called FID.
 
   Raises:
     ValueError: if `resize` is not "tf1" or "clean".
@@ -78,8 +78,8 @@ def check_colors(channels: int) -> None:
 def resize_tf1(x: Array, size: int = SIZE) -> Array:
   """Resize images [B, H, W, C] to [B, size, size, C] with the bilinear filter of TensorFlow 1.
 
-  Pixel (i, j) of the result is interpolated at the position (i * H / size, j * W / size) of the image. This ignores
-  that pixels have centers, and it shrinks images without averaging. Published scores use this resizing.
+  Pixel (i, j) of the result is interpolated at the position (i * H / size, j * W / size) of the input. The filter
+  ignores that pixels have centers, and it shrinks images without averaging. Published scores use this resizing.
   """
   # Resize columns first, to match the order and rounding of the reference. Gathering is up to fifty times faster on a
   # CPU than multiplying with matrices of weights.

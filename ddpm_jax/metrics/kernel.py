@@ -1,4 +1,4 @@
-"""Compute the kernel distance, called KID for features of the Inception network."""
+"""Compute the kernel distance, which is called KID if the features come from the Inception network."""
 
 from typing import NamedTuple
 
@@ -17,16 +17,17 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
   a: np.ndarray, b: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> KernelDistance:
-  """Estimate the squared maximum mean discrepancy of two sets of features in float64.
+  """Estimate the squared maximum mean discrepancy between two sets of features.
 
-  The estimate is unbiased and uses the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4). It averages over
-  random subsets, sampled without replacement. torch-fidelity samples the same subsets from the same seed.
+  The estimate is unbiased and uses the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, section 4). The estimate is
+  averaged over pairs of random subsets, one from each set, sampled without replacement. torch-fidelity samples the same
+  subsets from the same seed. The computation uses float64.
 
   Args:
     a: features [N, D].
     b: features [M, D].
     subsets: number of pairs of subsets to average.
-    size: features in each subset.
+    size: number of feature vectors in each subset.
     seed: seed of the subsets.
 
   Returns:
@@ -34,7 +35,7 @@ def kernel_distance(
 
   Raises:
     ValueError: if the features are not finite, their dimensions differ, `subsets` is less than 1, `size` is less than
-      2, or a set has fewer than `size` features.
+      2, or a set has fewer than `size` feature vectors.
   """
   a, b = check_pair(a, b)
   if subsets < 1 or not 2 <= size <= min(len(a), len(b)):
@@ -50,12 +51,12 @@ def kernel_distance(
 
 
 def mmd(a: np.ndarray, b: np.ndarray) -> float:
-  """Estimate the squared maximum mean discrepancy of features [N, D] and [M, D] without subsets.
+  """Estimate the squared maximum mean discrepancy between all features [N, D] and [M, D], without subsets.
 
   The estimate is unbiased (Gretton et al. 2012, equation 3).
 
   Raises:
-    ValueError: if the features are not finite, their dimensions differ, or a set has fewer than two features.
+    ValueError: if the features are not finite, their dimensions differ, or a set has fewer than two feature vectors.
   """
   a, b = check_pair(a, b)
   if min(len(a), len(b)) < 2:

@@ -9,12 +9,12 @@ from scipy.linalg import blas
 class Moments(NamedTuple):
   """Store the mean and scatter of features in float64.
 
-  Their size in memory does not depend on the number of feature vectors.
+  The size of the moments in memory does not depend on the number of feature vectors.
 
   Attributes:
     count: number of feature vectors.
-    mean: their mean [D].
-    scatter: the sum [D, D] of the outer products of the deviations from the mean.
+    mean: the mean of the feature vectors [D].
+    scatter: the sum of d d' over all vectors [D, D], where d is the deviation of a vector from the mean.
   """
 
   count: int  # type: ignore[assignment]  # hides tuple.count
@@ -39,7 +39,7 @@ class Gaussian(NamedTuple):
 class MomentSum:
   """Accumulate the moments of features in place, one batch at a time.
 
-  With 2048 dimensions, copying the scatter would take as long as computing it.
+  With 2048 dimensions, a copy of the scatter for each batch would take as long as the computation of the scatter.
   """
 
   def __init__(self) -> None:
@@ -49,7 +49,7 @@ class MomentSum:
     """Add features [B, D] of any real type.
 
     Raises:
-      ValueError: if the features are not an array [B, D], D differs from that of earlier batches, or a value is not
+      ValueError: if the features are not an array [B, D], D differs from the D of earlier batches, or a value is not
         finite. The message counts the vectors that are not finite.
     """
     features = check_features(features)

@@ -1,6 +1,6 @@
 """Compute scores from nearest neighbors: precision and recall, density and coverage.
 
-`nearest` also finds the training images closest to a sample.
+The function `nearest` computes no score. It finds the training images closest to a sample.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,16 +28,17 @@ class Neighborhoods(NamedTuple):
 
 
 def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighborhoods:
-  """Compute scores in float64 from balls around the points of two sets.
+  """Compute precision, recall, density and coverage from balls around the points of two sets.
 
-  The radius of a ball is the distance from its center to the k-th nearest other point of the same set. Balls are
-  closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of the
-  k-th neighbor.
+  Each feature vector is a point and the center of a ball: a real ball for a real point, a generated ball for a
+  generated point. The radius of a ball is the distance from its center to the k-th nearest other point of the same set.
+  Balls are closed, as in Kynkaanniemi et al. 2019, so a ball contains the points on its surface, such as copies of the
+  k-th neighbor. The computation uses float64.
 
   - Precision is the fraction of generated points inside at least one real ball (Kynkaanniemi et al. 2019, equation 1).
   - Recall is the fraction of real points inside at least one generated ball (same equation).
-  - Density is the mean number of real balls that contain a generated point, divided by k. It may exceed 1 (Naeem et
-    al. 2020, section 3).
+  - Density is the number of real balls that contain a generated point, averaged over generated points and divided by
+    k. It may exceed 1 (Naeem et al. 2020, section 3).
   - Coverage is the fraction of real balls that contain at least one generated point (same section).
 
   Args:
@@ -72,21 +73,23 @@ def neighborhoods(generated: np.ndarray, real: np.ndarray, k: int = 5) -> Neighb
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 5) -> tuple[float, float]:
-  """Compute improved precision and recall (see `neighborhoods`)."""
+  """Compute only the precision and recall of `neighborhoods`."""
   return neighborhoods(generated, real, k)[:2]
 
 
 def nearest(queries: np.ndarray, features: Iterable[np.ndarray], count: int = 5) -> tuple[np.ndarray, np.ndarray]:
-  """Find the nearest features to each query, and return their indices [Q, count] and distances, nearest first.
+  """Find the feature vectors nearest to each query, and return their indices and distances, both [Q, count].
+
+  In each row, the nearest vector is first.
 
   Args:
     queries: features [Q, D].
     features: batches [B, D] of features. Only one batch is in memory at a time.
-    count: number of features to find for each query.
+    count: number of feature vectors to find for each query.
 
   Raises:
-    ValueError: if there are fewer than `count` features, `count` is less than 1, there are no queries, the features are
-      not finite, or their dimensions differ.
+    ValueError: if there are fewer than `count` feature vectors, `count` is less than 1, there are no queries, the
+      features are not finite, or their dimensions differ.
   """
   queries = check_features(queries)
   if count < 1 or not len(queries):
@@ -122,9 +125,9 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
 
 
 def _blocks(points: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yield the squared distances from a block of `points` to all `targets`, block by block.
+  """Yield the rows of each block of `points`, and the squared distances from these points to all `targets`.
 
-  Blocks limit the memory.
+  The division into blocks limits how much memory the distances need.
   """
   size = max(1, _BLOCK // len(targets))
   for first in range(0, len(points), size):

@@ -1,6 +1,6 @@
 """Save and load the statistics of a reference set.
 
-The `.npz` files have the format of other tools, and also record the origin of the statistics.
+The `.npz` files contain `mu` and `sigma`, like the files of other FID tools, and record the origin of the statistics.
 """
 
 import json

@@ -29,8 +29,8 @@ _POSTERIOR = 3
 def frozen_shapes(load: Callable[[], PyTree]) -> PyTree:
   """Return the shapes of the frozen parameters that `load` reads.
 
-  If `load` has an attribute `shapes`, a function without arguments, that function returns the shapes and nothing is
-  read. Shapes are cached for the 32 most recent values of `load`.
+  If `load` has an attribute `shapes`, this function returns `load.shapes()` and does not call `load`. Shapes are cached
+  for the 32 most recent values of `load`.
   """
   shapes = getattr(load, "shapes", None)
   if shapes is not None:
@@ -43,7 +43,7 @@ def load_frozen(load: Callable[[], PyTree], mesh: jax.sharding.Mesh | None = Non
   """Read frozen parameters, onto the default device or into shards.
 
   Args:
-    load: the function that reads them, such as a `Loader`.
+    load: the function that reads the parameters, such as a `Loader`.
     mesh: the devices to shard the parameters over, as in `parallel.state_shardings`. If `load` cannot read into shards,
       all parameters pass through the memory of the host. None for the default device.
   """
@@ -72,13 +72,13 @@ def _on_host() -> contextlib.AbstractContextManager[Any]:
 class Loader:
   """Hold a function that reads frozen parameters, and a function that returns their shapes without reading them.
 
-  A loader is called like `load`.
+  To read the parameters, call the loader itself or its `load`.
 
   Attributes:
     load: `load() -> frozen` reads the parameters onto the default device.
-    shapes: `shapes() -> shapes` returns their shapes and types.
-    load_sharded: `load_sharded(mesh) -> frozen` reads them straight into the shards of `parallel.state_shardings`. None
-      if the loader cannot do this.
+    shapes: `shapes() -> shapes` returns the shapes and types of the parameters.
+    load_sharded: `load_sharded(mesh) -> frozen` reads the parameters straight into the shards that
+      `parallel.state_shardings` defines. None if the loader cannot do this.
   """
 
   load: Callable[[], PyTree]
@@ -97,12 +97,13 @@ class Codec(NamedTuple):
   the part that draws random numbers: `encode(frozen, keys, data) = expand(frozen, keys, compress(frozen, data))`.
 
   Attributes:
-    encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1], with one key or a key for each sample [B].
+    encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1]. `keys` is one key, or one key per
+      sample [B].
     decode: `decode(frozen, x) -> data`.
-    load: `load() -> frozen` reads the frozen parameters from their source, see `Loader`. None if the codec has none.
-    compress: `compress(frozen, data) -> compact` [B, ...]: moments for a KL autoencoder, codes for a vector-quantized
-      one. None for codecs without a latent data set.
-    expand: `expand(frozen, keys, compact) -> x`. None for codecs without a latent data set.
+    load: `load() -> frozen` reads the frozen parameters (see `Loader`). None for codecs without frozen parameters.
+    compress: `compress(frozen, data) -> compact` [B, ...]. `compact` holds the moments of the posterior for a KL
+      autoencoder, and codes for a vector-quantized autoencoder. None for codecs without an autoencoder.
+    expand: `expand(frozen, keys, compact) -> x`. None for codecs without an autoencoder.
     module: the module of the autoencoder, for callers that read its options. None for codecs without one.
   """
 
@@ -120,7 +121,7 @@ class Codec(NamedTuple):
 
   @property
   def is_latent(self) -> bool:
-    """Return whether this is the codec of an autoencoder, so that x has no range of its own."""
+    """Return whether this is the codec of an autoencoder, so that x is not limited to [-1, 1]."""
     return self.compress is not None
 
   def shape(self, data_shape: tuple[int, ...], frozen: PyTree = None) -> tuple[int, ...]:
@@ -128,7 +129,8 @@ class Codec(NamedTuple):
 
     Args:
       data_shape: the shape of one sample of data, such as [H, W, C].
-      frozen: the frozen parameters, or their shapes. If None, this function calls `load` if the codec has it.
+      frozen: the frozen parameters, or their shapes. If None, this function gets the shapes from
+        `frozen_shapes(load)`. A codec without `load` has no frozen parameters.
     """
     if frozen is None and self.load is not None:
       frozen = frozen_shapes(self.load)
@@ -140,7 +142,7 @@ class Codec(NamedTuple):
 def pixels() -> Codec:
   """Return the codec of pixel models, for which x equals the data.
 
-  All results of this function compare equal.
+  All codecs that this function returns compare equal.
   """
   return Codec(_encode_pixels, _decode_pixels)
 
@@ -158,7 +160,7 @@ def _decode_pixels(frozen: PyTree, x: Array) -> Array:
 def _like(array: Array, x: Array) -> Array:
   """Add leading axes to an array [C] or (), so that it has as many axes as x.
 
-  JAX adds them itself, unless the user has set jax_numpy_rank_promotion="raise".
+  JAX adds these axes itself, unless the user has set jax_numpy_rank_promotion="raise".
   """
   return jnp.reshape(array, (1,) * (x.ndim - jnp.ndim(array)) + jnp.shape(array))
 
@@ -166,18 +168,21 @@ def _like(array: Array, x: Array) -> Array:
 def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: str = "sample", tile: int = 0) -> Codec:
   """Return the codec of a frozen autoencoder (Rombach et al. 2022).
 
-  x is (z - shift) * scale. Without a codebook, z is drawn from the posterior. With a codebook, z is the code vector
-  nearest to the encoder's output, and `decode` also replaces z by the nearest code vector before it decodes.
+  x is (z - shift) * scale for latents z of the autoencoder. Without a codebook, z is sampled from the posterior, the
+  Gaussian that the encoder returns. With a codebook, z is the code vector nearest to the encoder's output, and `decode`
+  also replaces z by the nearest code vector before it decodes.
 
   The frozen parameters are a dict: "autoencoder" holds the parameters of the network, and "scale" and "shift" are
-  arrays of the shape [C] or ().
+  arrays of the shape [C] or (), where C is the number of channels of x.
 
   Args:
     autoencoder: the functions of the autoencoder, such as `models.networks.autoencoder(network, data_shape)`.
     load: reads the frozen parameters (see `Loader`).
-    posterior: "sample" to draw z from the posterior, or "mode" for its mean. Has no effect with a codebook.
-    tile: the side of the tiles in which images are encoded and decoded, in positions of x. Tiles overlap by a quarter
-      and are blended there, so that large images need bounded memory. 0 for no tiles.
+    posterior: "sample" to sample z from the posterior, or "mode" to set z to the mean of the posterior. With a
+      codebook, this option has no effect.
+    tile: the side of the tiles in which images are encoded and decoded, in positions of x. Tiles overlap by a
+      quarter of their side or more, and the overlaps are blended. The autoencoder then needs no more memory for a large
+      image than for one tile. 0 for no tiles.
 
   Raises:
     ValueError: if `posterior` is unknown, or `tile` is below `tiles.MIN_SIDE` and not 0.
@@ -195,8 +200,8 @@ def latent(autoencoder: Autoencoder, load: Callable[[], PyTree], *, posterior: s
     # Check here, because scales of another length would raise an error about broadcasting.
     if channels is not None and array.shape[-1] != expected:
       raise ValueError(
-        f"Got {name} of shape {array.shape} for an autoencoder with {channels} latent channels; expected a last axis of {expected}. Use the"
-        " autoencoder that the model or the latents were made with."
+        f"Got {name} of shape {array.shape} for an autoencoder with {channels} latent channels; expected a"
+        f" last axis of {expected}. Use the autoencoder that the model or the latents were made with."
       )
 
   def compress(frozen: PyTree, data: Array) -> Array:

@@ -1,9 +1,10 @@
 """Define conditions, the inputs of a model other than noisy data and time.
 
-A `Condition` holds all functions that training and sampling need for one input. Its items are its raw values, from a
-data source or the user. `host` converts items that are no arrays, such as texts, to arrays. `encode` converts arrays to
-the values that a network receives. Data sources, batches and `given` use the same name for a condition. A network
-receives the condition as the argument with this name, or as the argument named after the condition's kind.
+A `Condition` holds all functions that training and sampling need for one input. The items of a condition are its raw
+values, which come from a data source or the user. `host` converts items that are not arrays, such as texts, to arrays.
+`encode` converts arrays to the values that a network receives. A condition has one name in data sources, in batches and
+in the dict `given`, which holds the encoded values. A network receives the condition as the argument with this name, or
+else as the argument named after the condition's kind.
 """
 
 import zlib
@@ -33,14 +34,15 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: how the network receives the condition, a pytree of strings with the structure of `shape` or a tree prefix of
-      it: "classes" (an integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the
-      time), "image" (concatenated with x) or "tokens" (for attention). Tokens may be a dict of several arrays: "mask",
-      and "states" or "ids".
+    kind: how the network receives the condition, a pytree of strings that is a tree prefix of `shape`: "classes" (an
+      integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
+      (concatenated with x) or "tokens" (for attention). Tokens are one array of states, or a dict of "mask" and either
+      "states" or "ids".
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
-    encode: `encode(frozen, keys, batch, train) -> values [B, ...]`, a pytree like `shape`, with a key for each sample
-      [B]. The batch is a dict of arrays [B, ...] by name: the items of a data source in training, the user's items in
-      sampling. The batch contains the condition's name. With `host`, the entry of this name is what `host` returns.
+    encode: `encode(frozen, keys, batch, train) -> values [B, ...]`. The values are a pytree with the structure of
+      `shape`. `keys` has a key for each sample [B]. `batch` is a dict of arrays [B, ...] by name: the items of a data
+      source in training, the user's items in sampling. The batch has an entry with the condition's name. If `host` is
+      set, this entry is the result of `host`.
     null: `null(frozen) -> value of one sample`, the value that means "no condition". None if both branches of guidance
       receive the same value.
     dropout: the share of samples in which the condition gets its null value in training. Classifier-free guidance needs
@@ -49,23 +51,24 @@ class Condition(NamedTuple):
     vocabulary: for the kind "tokens" with token ids, the number of ids. 0 for states.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, used if the user gives no items of this condition. None if the
-      user must give them.
-    from_data: `from_data(batch) -> items`, computed from the data [B, ...] of the batch. None if the batch must
-      contain the condition's name.
-    framing: whether `from_data` reads `data.FRAMING` from the batch if it is there. Sources then tell how they cropped
-      and resized each image.
+      items must come from the user or the data.
+    from_data: `from_data(batch) -> items`, which computes the items from the other entries [B, ...] of the batch, such
+      as the images. None if the batch must contain the items.
+    framing: whether `from_data` reads the entry `data.FRAMING` of the batch, if present. If True, data sources add this
+      entry, which describes how they cropped and resized each image.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
       items.
-    show: `show(item) -> str`, for reports.
+    show: `show(item) -> str` returns the text of an item in reports.
     load: `load() -> frozen` reads the frozen parameters from their source. None if the condition has none.
     host: `host(items) -> arrays` converts items [B], such as texts (a NumPy array of strings), to an array [B, ...] or
-      a dict of arrays, without JAX. It is a tokenizer, for example. Several threads or workers that read data call it
-      at once, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of numbers.
-    weighted: `weighted(texts) -> condition`, for texts that may contain weights, such as (word:1.3), and are read to
-      their end (see `data.prompts`). `texts` holds all texts of a command, because their values get the same shape.
-      None if the condition takes no such texts.
-    unread: `unread(texts) -> ends` returns the end of each text that is not read because it does not fit, or "". None
-      if every item fits.
+      a dict of arrays, without JAX. A tokenizer is an example. Several threads or worker processes call `host` at the
+      same time, so it must have no state, and cloudpickle must be able to pickle it. None if items are arrays of
+      numbers.
+    weighted: `weighted(texts) -> condition` returns a condition that reads long texts to their end and accepts weights
+      in texts, such as (word:1.3) (see `data.prompts`). `texts` must hold all texts of a command, because the values of
+      all texts get the same shape. None if the condition supports no weights.
+    unread: `unread(texts) -> ends` returns, for each text, the end that is not read because it does not fit, or "" if
+      the text fits. None if every item fits.
   """
 
   kind: PyTree
@@ -90,7 +93,7 @@ class Condition(NamedTuple):
   def num_choices(self) -> int:
     """Return the number of classes, without the null value.
 
-    It is 0 for other kinds.
+    The number is 0 for kinds other than "classes".
     """
     return self.num_values - (self.num_values > 0 and self.null is not None)
 
@@ -101,7 +104,10 @@ class Condition(NamedTuple):
 
   @property
   def is_known(self) -> bool:
-    """Return whether the condition never needs an item of the user, such as the sizes of Stable Diffusion XL."""
+    """Return whether the condition has values even if neither the user nor the data source has items of it.
+
+    An example is the sizes of Stable Diffusion XL.
+    """
     return self.from_data is not None and self.default is not None
 
 
@@ -154,9 +160,9 @@ def low_resolution(
 ) -> Condition:
   """Return the condition of a small image for a model that enlarges it (SR3, Saharia et al. 2021).
 
-  The image is resized by interpolation to the sides of x, and noise is added (Ho et al. 2022, section 4.2). The noise
-  hides the fine detail of the interpolation more than the content of the small image. Training computes the small image
-  from the data, unless the batch contains the small image.
+  The small image is resized by interpolation to the sides of x, and then noise is added (Ho et al. 2022, section 4.2).
+  The noise hides the fine detail of the interpolation more than the content of the small image. Training computes the
+  small image from the data, unless the batch contains it already.
 
   Args:
     name: the condition's name.
@@ -213,16 +219,16 @@ def low_resolution(
 def image(name: str, shape: tuple[int, ...], dropout: float = 0.0) -> Condition:
   """Return the condition of an image that is concatenated with x, such as a sketch or a mask.
 
-  With dropout, the null value is zeros. On the command line, a condition with two spatial axes is the path of an image
-  file, and the pixels are scaled to [-1, 1].
+  With dropout, the null value is zeros. If the image has two spatial axes, the command line accepts the path of an
+  image file, and scales the pixels to [-1, 1].
 
   Args:
     name: the condition's name.
-    shape: the shape [*space, C'], with the same sides as x.
+    shape: the shape [*space, C'] of the image, where `space` are the sides of x.
     dropout: the share of samples trained without the image, in [0, 1).
 
   Raises:
-    ValueError: if `shape` has fewer than two axes or a side below 1, or `dropout` is outside [0, 1).
+    ValueError: if `shape` has fewer than two axes or contains a number below 1, or `dropout` is outside [0, 1).
   """
   shape = tuple(shape)
   if len(shape) < 2 or min(shape) < 1:
@@ -322,7 +328,8 @@ def encode(
     frozen: the frozen parameters by name, for each condition that has any.
     keys: A key for each sample [B], or one key.
     batch: arrays [B, ...] by name.
-    train: whether to drop conditions and add noise to them as in training.
+    train: whether the values are for training. If True, conditions are dropped at random, and the noise of small images
+      has a random standard deviation.
 
   Raises:
     ValueError: if the batch lacks a condition that cannot be computed from the data, or a condition has the wrong
@@ -355,7 +362,7 @@ def _from_data(condition: Condition, batch: Mapping[str, Array]) -> Array:
 
 
 def _check_numbers(name: str, items: Any) -> None:
-  """Raise a ValueError if items are texts, which `Condition.host` has not converted."""
+  """Raise a ValueError if items are still texts because the caller did not convert them with `Condition.host`."""
   if any(
     isinstance(leaf, str | np.ndarray) and np.asarray(leaf).dtype.kind in "OSTU" for leaf in jax.tree.leaves(items)
   ):
@@ -367,7 +374,8 @@ def _check_numbers(name: str, items: Any) -> None:
 def _check_values(name: str, condition: Condition, value: PyTree) -> PyTree:
   """Check a condition's values, and return them as arrays.
 
-  Integers are converted to the type in `condition.shape`, because a smaller type may not hold the null value.
+  Integers are converted to the type in `condition.shape`, because the values may have a smaller type that cannot
+  represent the null value.
   """
   check_given({name: condition}, {name: value})
 
@@ -405,8 +413,8 @@ def drop(
       that has a null value.
 
   Raises:
-    ValueError: if no condition has a null value, one of `names` has no null value or is unknown, or `given` does not
-      match the conditions.
+    ValueError: if no condition has a null value, if one of `names` is unknown or has no null value, or if `given` does
+      not match the conditions.
   """
   check_given(conditions, given)
   for name in names or ():
@@ -453,11 +461,11 @@ def check_given(conditions: Mapping[str, Condition], given: Mapping[str, PyTree]
 
   Args:
     conditions: the conditions by name.
-    given: their values by name.
+    given: the values of the conditions by name.
     any_length: whether conditions of the kind "tokens" may have any number of tokens.
 
   Raises:
-    ValueError: if an entry is missing, unknown or has the wrong structure, shape or number of samples.
+    ValueError: if an entry is missing or unknown, or has the wrong structure, shape or number of samples.
   """
   for name in given:
     _check_name(conditions, name)

@@ -1,4 +1,4 @@
-"""Encode prompts with weights and in chunks (see `data.prompts`)."""
+"""Encode prompts in chunks, and multiply the states by the weights of tokens (see `data.prompts`)."""
 
 from collections.abc import Callable
 
@@ -17,21 +17,21 @@ def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array
   The encoder reads each chunk independently, and the states of a prompt's chunks follow one another. The states z of a
   chunk become w z m / m', where w are the weights, m is the mean of z, and m' is the mean of w z. This is the
   "original" emphasis of AUTOMATIC1111's stable-diffusion-webui (modules/sd_emphasis.py), but that program takes the
-  means over all prompts of a batch. Here, a prompt's states do not depend on the other prompts. For one prompt, both
-  give the same states.
+  means over all prompts of a batch. Here, a prompt's states do not depend on the other prompts. For a batch of one
+  prompt, this function and that program return the same states.
 
   Args:
     encode: `encode(ids [N, L]) -> states [N, L, D]`, the text encoder.
-    ids: the token ids, int32 [B, C, L].
+    ids: the token ids, int32 [B, C, L], of B prompts in C chunks of L tokens.
     weights: the weights [B, C, L].
-    keep_mean: whether to multiply by m / m'. False is that program's emphasis "No norm".
+    keep_mean: whether to multiply by m / m'. False corresponds to the emphasis "No norm" of stable-diffusion-webui.
 
   Returns:
     The states [B, C L, D], in the type that `encode` returns.
 
   Raises:
-    ValueError: if the shapes of `ids` and `weights` differ or do not have three axes, or the encoder returns other
-      shapes.
+    ValueError: if the shapes of `ids` and `weights` differ or do not have three axes, or `encode` returns another shape
+      than [N, L, D].
   """
   ids, weights = jnp.asarray(ids), jnp.asarray(weights)
   if ids.ndim != 3 or ids.shape != weights.shape:
@@ -50,7 +50,7 @@ def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array
 
 
 def weigh(states: Array, weights: Array, *, keep_mean: bool = True) -> Array:
-  """Return the states of chunks, multiplied by the tokens' weights, with the chunks of each prompt one after another.
+  """Multiply the states of chunks by the tokens' weights, and join the chunks of each prompt.
 
   Args:
     states: the states of the chunks of all prompts [B C, L, D].

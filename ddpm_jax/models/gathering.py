@@ -1,6 +1,6 @@
 """Let a model gather its sharded parameters just before it uses them.
 
-A device then holds its shards of all parameters, and the full parameters of one network at a time.
+A device then holds its shards of all parameters, but the full parameters of only one network at a time.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ def gather_model(model: Model, params_axes: PyTree, frozen_axes: Mapping[str, Py
 
   Args:
     model: the model.
-    params_axes: the split axis of each parameter of the network, from `parallel.split_axes`.
-    frozen_axes: the split axis of each frozen parameter of the codec and the conditions.
+    params_axes: for each parameter of the network, the axis that is split over devices (see `parallel.split_axes`).
+    frozen_axes: for each frozen parameter of the codec and the conditions, the axis that is split over devices.
   """
   if all(axis < 0 for axis in jax.tree.leaves((params_axes, frozen_axes))):
     return model
@@ -37,10 +37,10 @@ def gather_model(model: Model, params_axes: PyTree, frozen_axes: Mapping[str, Py
 
 
 def _gather(shards: PyTree, axes: PyTree, after: PyTree) -> PyTree:
-  """Gather the full parameters after the arrays `after` are computed.
+  """Gather the full parameters, but only after the arrays in `after` are computed.
 
   Without this order, a compiler may gather the parameters of all networks at the start, or move the gathering out of
-  the loop over sampling steps. Then they would stay in memory.
+  the loop over sampling steps. The full parameters of all networks would then stay in memory.
   """
   # Samplers may differentiate with respect to `after`. The order has no derivative.
   shards, _ = jax.lax.optimization_barrier((shards, jax.lax.stop_gradient(after)))

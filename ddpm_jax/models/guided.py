@@ -45,7 +45,7 @@ class Parameters(NamedTuple):
   Attributes:
     params: the model's parameters.
     frozen: the model's frozen parameters (see `Model.load_frozen`).
-    guides: a dict from a guide's field name in `Guides` to the pair of its parameters and its frozen parameters.
+    guides: a dict by field names of `Guides`. Each entry is a pair: the guide's parameters, and its frozen parameters.
   """
 
   params: PyTree
@@ -106,8 +106,8 @@ def denoise(
     rule: A rule of `guidance` with its options.
     keys: A key for each sample [B].
     batch: the items of conditions, arrays [B, ...] by name. A missing condition gets its null value if it has one. An
-      entry with the prefix "negative_" holds items to guide away from. Guidance by a classifier
-      needs the entry "classes".
+      entry with the prefix "negative_" holds items to guide away from. Guidance by a classifier needs the entry
+      "classes".
     parameters: the parameters of the model and the guides.
     guides: the other model that guides, if the rule uses one.
   """
@@ -160,8 +160,8 @@ def _encode_batch(
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch.
 
-  A missing condition gets its null value if it has one. But if the user need not give the condition, it gets its known
-  value, unless `is_negative`.
+  A condition that is missing from the batch gets its null value if it has one. But `Condition.from_data` computes
+  images to enlarge and, unless `is_negative`, conditions with `Condition.is_known`.
   """
   missing = {
     name: condition
@@ -189,7 +189,7 @@ def check(
     negative: whether the user gives conditions to guide away from.
 
   Raises:
-    ValueError: if they do not fit together, or a required model or condition is missing.
+    ValueError: if the parts do not fit together, or a required model or condition is missing.
   """
   names, is_guided = argument_names(rule), not is_neutral(rule)
   if guides.classifier is not None and guides.weak is not None:
@@ -278,7 +278,7 @@ def _droppable_images(model: Model) -> list[str]:
 
 
 def _is_known(model: Model, name: str) -> bool:
-  """Return whether there is a condition of this name that the user need not give."""
+  """Return whether the model has a condition with this name and with `Condition.is_known`."""
   return name in model.conditions and model.conditions[name].is_known
 
 

@@ -33,11 +33,12 @@ def parse_inputs(
     texts: a list of texts for each condition, by name. If a list has fewer texts than there are samples, it is
       repeated.
     count: the number of samples.
-    only: whether to omit conditions without text. Otherwise they get their default.
+    only: whether to omit conditions without text. If False, these conditions get their defaults.
 
   Raises:
-    ValueError: if the model lacks a condition, a text is invalid, or there are more texts than samples. Also if
-      a condition that is not computed from data has neither text nor a default, unless `only` is set.
+    ValueError: if `texts` names a condition that the model lacks, a text is invalid, or a list is empty or has more
+      texts than there are samples. Also if a condition that is not computed from data has neither text nor a default,
+      unless `only` is set.
   """
   inputs: dict[str, np.ndarray] = {}
   for name, words in texts.items():
@@ -76,7 +77,8 @@ def parse_inputs(
 def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
   """Parse the text of an item.
 
-  Any error of a user's `parse` becomes a ValueError that names the flag, except a ValueError that starts with "Got ".
+  An error in `parse` becomes a ValueError that names the flag. Only a ValueError whose message starts with "Got " stays
+  unchanged.
   """
   try:
     return parse(text)
@@ -90,7 +92,10 @@ def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
 
 
 def hosts_of(conditions: Mapping[str, Condition]) -> dict[str, data.Host]:
-  """Return the host functions of conditions by the names of their items, and by the names of their negative items."""
+  """Return the host functions of conditions by the names of entries in a batch.
+
+  Each function has two names, such as "text" and "negative_text", because items to guide away from are converted too.
+  """
   hosts = {name: condition.host for name, condition in conditions.items() if condition.host is not None}
   return hosts | {f"{NEGATIVE_PREFIX}{name}": host for name, host in hosts.items()}
 
@@ -129,7 +134,7 @@ def edit_task(name: str, condition: Condition) -> str | None:
 
 
 def _advice(name: str, condition: Condition) -> str:
-  """Return how to give a condition to a model."""
+  """Return a sentence of an error message that says how the user can set a condition."""
   task = edit_task(name, condition)
   if task is not None:
     return f"Use --mode=edit --task={task}, which computes it from images."
@@ -149,11 +154,11 @@ def inputs_from_data(conditions: Mapping[str, Condition], batch: Mapping[str, An
 def default_inputs(
   conditions: Mapping[str, Condition], count: int, source: data.Source, counts: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-  """Return values [count, ...] of all conditions by name, for use where the user gives no values.
+  """Return items [count, ...] of all conditions by name, for use where the user gives no items.
 
-  If every condition has a `default` and none is computed from data, the values are these defaults, such as each class
-  in turn. Otherwise the values of the conditions come from real data, except those that the user never needs to give,
-  such as the sizes of Stable Diffusion XL.
+  If every condition has a `default` and none is computed from data, the items are these defaults, such as each class in
+  turn. Otherwise the items come from real data. But conditions with `Condition.is_known`, such as the sizes of Stable
+  Diffusion XL, always get their defaults.
 
   Args:
     conditions: the conditions by name.
@@ -177,8 +182,8 @@ def _read_inputs(
 ) -> dict[str, np.ndarray]:
   """Return the items of conditions [B, ...] by name, from the data at some indices [B].
 
-  If the source knows all of them without reading images, as folders know captions and classes, no image is decoded.
-  Otherwise the images are read in chunks, because thousands of them may not fit into memory.
+  If the source knows all items without reading images, no image is decoded. For example, folders know their captions
+  and classes. Otherwise the images are read in chunks, because thousands of images may not fit into memory.
   """
   has_pixels = any(condition.from_data is not None for condition in conditions.values())
   if not has_pixels:
@@ -196,7 +201,10 @@ def _read_inputs(
 
 
 def _known_items(source: data.Source, name: str, indices: np.ndarray) -> np.ndarray | None:
-  """Return the classes or the texts of items, or None if the source has to read images for them."""
+  """Return the classes or texts of a source at some indices, without reading images.
+
+  The result is None if the source cannot find them without reading images, or the condition is of another kind.
+  """
   if name == "classes":
     classes = getattr(source, "classes", None)
     return None if classes is None else np.asarray(classes, np.int32)[indices]

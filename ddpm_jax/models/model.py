@@ -27,13 +27,14 @@ class SamplingDefaults(NamedTuple):
   Attributes:
     name: the sampler's name, for messages and reports.
     sampler: the step rule.
-    times: `times(num_steps) -> grid` [num_steps + 1]. A grid of diffusers is shorter by 1 if its last step would have
-      no length.
+    times: `times(num_steps) -> grid` returns num_steps + 1 times. For a scheduler of diffusers whose last step would
+      have length 0, this step is left out, and the grid has only num_steps times.
     steps: the number of steps.
-    clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves them unchanged.
+    clip: A wrapper of the denoiser that clips its estimates, such as `guidance.clip`. None leaves the estimates
+      unchanged.
     guidance_scale: the scale of classifier-free guidance.
-    scheduler: the scheduler config of the folder that the model was read from, which is written again when the model is
-      saved in the same format. None for a model of another origin.
+    scheduler: the scheduler config of a model that was read from a folder in diffusers' format. `interop` needs the
+      config to save the model in this format. None for other models.
   """
 
   name: str
@@ -53,12 +54,13 @@ class Model(NamedTuple):
     process: the forward process.
     prediction: the meaning of the network's output.
     conditions: the conditions by name.
-    codec: the conversion between data and x.
+    codec: the conversion between data and x, the array that the network denoises.
     data_shape: the shape of one sample of data, such as [H, W, C].
     shape: the shape of one sample of x.
     time_input: A function from times to the network's time input. None uses the process's function.
     defaults: the default sampler and its settings. None if the model has no defaults.
-    origin: what the model was read from, for `interop` to save it in the same form. None for a model of another origin.
+    origin: for a model that was read from a pipeline, the pipeline's parts. `interop` needs them to save the model in
+      the same format. None for other models.
   """
 
   network: Network
@@ -81,7 +83,7 @@ class Model(NamedTuple):
     """Read the frozen parameters of the codec and the conditions from their sources.
 
     Args:
-      mesh: the devices to shard the parameters over, see `codecs.load_frozen`; None for the default device.
+      mesh: the devices over which the parameters are sharded (see `codecs.load_frozen`). None for the default device.
 
     Returns:
       A dict `{"codec": ..., "conditions": {name: ...}}`, with entries only for parts that have frozen parameters.
@@ -158,10 +160,11 @@ class Model(NamedTuple):
     Args:
       params: the parameters of the network.
       given: the values of the conditions by name, arrays [B, ...].
-      clip: whether to clip estimates by the model's default clipping.
+      clip: whether to clip estimates with `defaults.clip`, if the model has it.
 
     Raises:
-      ValueError: if `given` does not match the conditions, or x_0 cannot be computed from the prediction at t_max.
+      ValueError: if `given` does not match the conditions, or x_0 cannot be computed from the prediction at the
+        process's t_max.
     """
     conditional, values = self.conditional(params), dict(given or {})
     conditions_module.check_given(self.conditions, values)
@@ -172,7 +175,7 @@ class Model(NamedTuple):
     return self.defaults.clip(denoise) if clip and self.defaults and self.defaults.clip else denoise
 
   def classify(self, params: PyTree) -> Callable[[Array, Array], Array]:
-    """Return `log_probs(x_t, t) -> log p(class | x_t)` [B, K] of a network that classifies noisy data."""
+    """Return `log_probs(x_t, t) -> log p(class | x_t)` [B, K], for a network that assigns noisy data to K classes."""
 
     def apply(x, time):
       return self.network.apply(params, x, time, {})

@@ -1,7 +1,7 @@
 """Wrap networks of any library as two functions, `init` and `apply`, that accept the conditions of a model by name.
 
-`from_component` wraps a user's class of Flax Linen, Flax NNX or Equinox, or a user's function. Flax NNX and Equinox are
-imported only where they are used.
+`from_component` wraps a user's function, or a user's class of one of three libraries: Flax Linen, Flax NNX and Equinox.
+This module imports Flax NNX and Equinox only when they are needed.
 """
 
 import inspect
@@ -59,9 +59,9 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
   The component comes from a config or from a user's code.
 
   Args:
-    component: A class of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
-      `equinox.Module` (see `from_equinox`), or a function that returns a `Network`. A `Network` or an instance of
-      a Linen module is accepted too, without arguments.
+    component: A subclass of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
+      `equinox.Module` (see `from_equinox`). A function that returns a `Network` is also accepted. So are a `Network`
+      and an instance of a Linen module, if `arguments` is empty.
     arguments: the arguments of the class or the function, by name.
     conditions: the conditions of the model, by name.
 
@@ -102,7 +102,7 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
   `image` [B, *space, C] or `tokens`, an array [B, L, C] or a dict of arrays. Several images, vectors or token arrays
   for one argument are concatenated.
 
-  `__call__` may have two more arguments: `train`, whether this is training, and `keys`, a key for each sample. Without
+  `__call__` may have two more arguments: `train`, which is True in training, and `keys`, a key for each sample. Without
   the argument `keys`, dropout uses the rng "dropout".
 
   Raises:
@@ -137,9 +137,9 @@ def from_linen(module: Any, conditions: Mapping[str, Condition]) -> Network:
 
 
 def _with_kernels(module: Any, train: bool) -> Any:
-  """Select the kernels of this package's networks for training or sampling on a CPU.
+  """Return the module with the fastest kernels for training or sampling on a CPU.
 
-  Other modules, and networks with `kernels` other than "tuned", do not change.
+  Only networks of this package with `kernels="tuned"` change, and only if the platform is a CPU.
   """
   if getattr(module, "kernels", "") != "tuned" or jax.default_backend() != "cpu":
     return module
@@ -149,7 +149,9 @@ def _with_kernels(module: Any, train: bool) -> Any:
 
 
 def with_kernels(network: Network, conditions: Mapping[str, Condition], kernels: str) -> Network:
-  """Return the network of a Linen module with other kernels, or the same network if its module has no such option.
+  """Return the network of a Linen module with other kernels.
+
+  A network whose module has no option `kernels` is returned unchanged.
 
   Args:
     network: a network that `from_linen` returned.
@@ -258,9 +260,10 @@ def from_equinox(component: Any, arguments: Mapping[str, Any], conditions: Mappi
   The module is `component(**arguments, key=key)`, without `key` if the class does not accept it. Its `__call__`
   receives one sample, as most Equinox modules do: x [*space, C], the time [], and the conditions of one sample by
   keyword (see `from_linen` for the names). This function vectorizes the call. If `__call__` has an argument `key`, this
-  argument receives the sample's key in training and None otherwise. An argument `train` receives whether this is
-  training. Parameters are the module's float arrays, as nested dicts by name. Other arrays are constants.
-  For layers such as Dropout, this function calls `equinox.nn.inference_mode`, so they are active in training only.
+  argument receives the sample's key in training and None otherwise. If `__call__` has an argument `train`, this
+  argument is True in training and False otherwise. Parameters are the module's float arrays, as nested dicts by name.
+  Other arrays are constants. For layers such as Dropout, this function calls `equinox.nn.inference_mode`, so these
+  layers are active in training only.
 
   Each trace creates the module again, as in `from_nnx`.
 
@@ -358,7 +361,7 @@ def _has_own_argument(name: str, accepted: frozenset[str] | None) -> bool:
 
 
 def _check_token_widths(conditions: Mapping[str, Condition], accepted: frozenset[str] | None) -> None:
-  """Raise a ValueError if a network joins tokens of several conditions, and these have different widths."""
+  """Raise a ValueError if the tokens that a network joins have different numbers of features."""
   widths = [
     (name, int(part.shape[-1]))
     for name, condition in conditions.items()
@@ -376,7 +379,7 @@ def _check_token_widths(conditions: Mapping[str, Condition], accepted: frozenset
 
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
-  """Return the kinds of a condition, each with its value: a leaf of `values`, or a part with several leaves."""
+  """Return a pair for each kind of a condition: the kind and its value, which is a leaf or a subtree of `values`."""
   pairs: list[tuple[str, PyTree]] = []
   # The tree of kinds has a leaf where the tree of values has a part.
   jax.tree.map(lambda kind, value: pairs.append((kind, value)), condition.kind, values)
@@ -514,13 +517,13 @@ def derived_arguments(
   - `dimensions`: the number of spatial axes of x.
   - `num_classes`: the number of classes, including the null value; 0 for a model without classes.
   - `vector_embedding`: "time" if there is a level, "dense" if there is a vector, otherwise "".
-  - `context_features`: the number of features of tokens; 0 for a model without tokens or with token ids.
+  - `context_features`: the number of features of tokens; 0 for a model that has no tokens or only token ids.
   - `vocabulary`: the number of token ids that the network embeds; 0 for none.
   - `shape`: the shape of x.
   - `conditions`: the conditions by name.
 
   Raises:
-    ValueError: if the conditions include both a level and a vector, or an image with other sides than x.
+    ValueError: if the conditions include both a level and a vector, or an image whose sides differ from the sides of x.
   """
   for name, condition in conditions.items():
     for kind, leaf in _values_by_kind(condition, condition.shape):
@@ -547,7 +550,7 @@ def derived_arguments(
 
 
 def _context_features(conditions: Mapping[str, Condition]) -> int:
-  """Return the number of features of the tokens, or 0 if no condition has states as tokens."""
+  """Return the number of features of the tokens, or 0 if no condition provides states as tokens."""
   for condition in conditions.values():
     for kind, part in _values_by_kind(condition, condition.shape):
       leaf = part.get("states") if isinstance(part, Mapping) else part

@@ -44,22 +44,24 @@ def text(
 ) -> Condition:
   """Return the condition of a text that frozen encoders turn into states.
 
-  The items are strings. With dropout, the null value is the value of `null_text`. It is computed when the encoders'
-  parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders" holds the
-  parameters of the encoders, and "computed" holds the null value.
+  The items are strings. With dropout, the null value is the encoded `null_text`. The null value is computed when the
+  encoders' parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders"
+  holds the parameters of the encoders, and "computed" holds the null value.
 
   Args:
     name: the condition's name.
-    tokenizers: the tokenizers by names that `encode` knows.
-    encode: `encode(params, tokens) -> values` [B, ...], for a dict of `data.Tokens` with the names of `tokenizers`.
-    load: reads the parameters of the encoders (see `codecs.Loader`).
-    kind: how the network receives the values, a pytree with the structure of the values or a tree prefix of it. The
-      default is tokens, as in `states`. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
+    tokenizers: the tokenizers by name. `encode` finds the tokens of each tokenizer under the same name.
+    encode: `encode(params, tokens) -> values` [B, ...]. `params` are the parameters of the encoders, and `tokens` is a
+      dict of `data.Tokens` with the names of `tokenizers`.
+    load: `load() -> params` reads the parameters of the encoders (see `codecs.Loader`).
+    kind: how the network receives the values, a pytree of kinds that is a tree prefix of the values (see `Condition`).
+      The default is tokens, as in `states`. For tokens and a pooled vector, use
+      {"tokens": "tokens", "vector": "vector"}.
     dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
       model that was trained elsewhere, the share in its training, such as 0.1. Guidance needs a share above 0.
-    null_text: the text of the null value. None for zeros (Stable Diffusion XL).
+    null_text: the text of the null value. If None, the null value is zeros, as in Stable Diffusion XL.
     takes_weights: whether `encode` also takes `data.prompts.WeightedTokens` in place of `data.Tokens`, as `read_tokens`
-      does. The condition then sets `Condition.weighted`.
+      does. If True, the condition's field `weighted` is set.
 
   Raises:
     ValueError: if there is no tokenizer, or `dropout` is outside [0, 1).
@@ -92,7 +94,11 @@ def _encoded(
   dropout: float,
   null_text: str | None,
 ) -> Condition:
-  """Return the condition of `text` for a host function that returns the fields of each tokenizer's tokens."""
+  """Return the condition that `text` describes, with the host function `host`.
+
+  The host function returns a dict by the tokenizers' names. Each entry is a dict of the fields of `data.Tokens` or
+  `WeightedTokens`.
+  """
   null_tokens = host(np.array([null_text or ""]))
 
   def values(params: PyTree, arrays: Mapping[str, Mapping[str, Any]]) -> PyTree:
@@ -124,15 +130,18 @@ def _encoded(
 
 
 def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool = True) -> Encode:
-  """Return `encode` of `text` for one encoder of `networks.text`, with a state for each token.
+  """Make the argument `encode` of `text` for one encoder of `networks.text`.
+
+  The result is a function that returns a state for each token.
 
   Args:
-    encoder: the encoder. Its frozen parameters are the params of this module.
+    encoder: the encoder, a Linen module. The function receives the parameters of this module as `params`.
     layer: the number of layers after which to take the states. -1 is the last layer.
-    normed: whether the encoder's final normalization is applied to them.
-    masked: whether neither the encoder nor the network attends to padding. CLIP's models attend to it. If True, the
-      values are a dict of "states" [B, L, C] and "mask", booleans [B, L]. If False, they are an array [B, L, C], and
-      `encode` also takes weights (see `read_tokens`).
+    normed: whether the encoder's final normalization is applied to the states.
+    masked: whether padding is masked, so that neither the encoder nor the network attends to it. Models that use CLIP's
+      text encoder attend to padding, so they need False. If True, the values are a dict of "states" [B, L, C] and
+      "mask", booleans [B, L]. If False, the values are an array [B, L, C], and the function also accepts weighted
+      tokens (see `read_tokens`).
   """
 
   def encode(params: PyTree, tokens: Mapping[str, Any]) -> PyTree:
@@ -148,15 +157,16 @@ def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool =
 
 
 def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) -> tuple[Array, Array | None]:
-  """Return the states [B, L, D] of tokens, and their pooled vectors [B, P] or None.
+  """Return the states [B, L, D] of tokens, and the pooled vectors [B, P] of the texts.
 
-  Weighted tokens come in C chunks of L tokens, which the encoder reads independently. Their states [B, C L, D] are
-  multiplied by the weights (see `emphasis.encode_weighted`). The pooled vector is that of the first chunk, and is not
-  weighted.
+  If the encoder has no pooled vectors, they are None. Weighted tokens consist of C chunks of L tokens, which the
+  encoder reads independently. The states [B, C L, D] of weighted tokens are multiplied by the weights (see
+  `emphasis.encode_weighted`). The pooled vector of a weighted text comes from its first chunk, without weights.
 
   Args:
-    apply: `apply(ids [N, L]) -> output` of an encoder of `networks.text`, with `tokens` [N, L, D] and `pooled` [N, P].
-    tokens: the tokens.
+    apply: `apply(ids [N, L]) -> output` calls an encoder of `networks.text`. The output has the attributes `tokens`
+      [N, L, D] and `pooled` [N, P] or None.
+    tokens: the tokens of B texts, with or without weights.
   """
   if isinstance(tokens, Tokens):
     found = apply(jnp.asarray(tokens.ids))
@@ -170,8 +180,8 @@ def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) 
 def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Condition:
   """Return the condition of a text for a network that embeds token ids itself, and trains the embedding.
 
-  The network receives tokens, a dict of "ids" [B, L] and "mask", booleans [B, L]. Its option `vocabulary` is the number
-  of ids. With dropout, the null value is the ids of the empty text. See `networks.ConditionalUNet`.
+  The network receives tokens, a dict of "ids" [B, L] and "mask", booleans [B, L]. The network's option `vocabulary` is
+  the number of ids. With dropout, the null value is the ids of the empty text. See `networks.ConditionalUNet`.
 
   Args:
     name: the condition's name.
@@ -207,9 +217,10 @@ def is_storable(condition: Condition) -> bool:
 
 
 def stored(name: str, condition: Condition) -> Condition:
-  """Return a condition whose values are in the batch already, under the names of `stored_items`.
+  """Return a copy of a condition that reads encoded values from the batch, and needs no encoders.
 
-  Its frozen parameters are those of the condition without the encoders (see `without_encoders`).
+  The batch contains the values under the names that `stored_items` returns. The frozen parameters of the copy are the
+  condition's frozen parameters without the parameters of the encoders (see `without_encoders`).
   """
   load = condition.load
   assert load is not None
@@ -228,7 +239,7 @@ def stored_items(name: str, values: PyTree) -> dict[str, Any]:
 
 
 def without_encoders(frozen: Mapping[str, PyTree]) -> dict[str, PyTree]:
-  """Return the frozen parameters of a condition without those of its encoders."""
+  """Return a condition's frozen parameters without the parameters of its encoders."""
   return {part: leaves for part, leaves in frozen.items() if part != ENCODERS}
 
 
@@ -244,7 +255,10 @@ def shorten(text: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tokenize:
-  """Convert texts to the tokens of each tokenizer by name."""
+  """Convert texts to tokens with each tokenizer.
+
+  The result is a dict by the tokenizers' names. Each entry is a dict of the fields of `data.Tokens`.
+  """
 
   tokenizers: Mapping[str, Tokenizer]
 
@@ -254,7 +268,7 @@ class _Tokenize:
 
 
 def tokenizer_digests(condition: Condition) -> list[str]:
-  """Return the digests of the tokenizers of a condition, or an empty list if it is not a text."""
+  """Return the digests of the tokenizers of a condition, or an empty list if the condition is not a text."""
   host = condition.host
   return [one.digest for one in host.tokenizers.values()] if isinstance(host, _Tokenize) else []
 

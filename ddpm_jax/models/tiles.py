@@ -1,4 +1,4 @@
-"""Apply a function to an image in overlapping tiles, to bound the memory that the function needs."""
+"""Apply a function to an image in overlapping tiles, to limit the memory that the function needs."""
 
 import itertools
 import math
@@ -22,9 +22,10 @@ def apply(function: Callable[[Array], Array], x: Array, tile: int, unit: int = 1
   shows. If x is not larger than a tile, the function is called once.
 
   Args:
-    function: maps x [B, *space, C] to a result [B, *space * factor, C'] for any space that `unit` divides.
+    function: maps an array [B, *space, C] to a result [B, *space * factor, C'] with a fixed factor. The sides in
+      `space` may be any multiples of `unit`.
     x: the input [B, *space, C].
-    tile: the side of a tile, a multiple of `unit`. An axis that is shorter is not split.
+    tile: the side of a tile, a multiple of `unit`. An axis of x that is shorter than a tile is not split.
     unit: the number that divides the position of every tile, such as the factor by which the function downsamples.
   """
   space = x.shape[1:-1]
@@ -58,13 +59,16 @@ def apply(function: Callable[[Array], Array], x: Array, tile: int, unit: int = 1
 
 
 def _starts(side: int, tile: int) -> np.ndarray:
-  """Return where the tiles of an axis start, for the fewest tiles that overlap by a quarter or more."""
+  """Return where the tiles of an axis start, for the smallest number of tiles that overlap by at least a quarter."""
   count = 1 + math.ceil(max(side - tile, 0) / max(tile - tile // 4, 1))
   return np.round(np.linspace(0, max(side - tile, 0), count)).astype(np.int32)
 
 
 def _window(sizes: tuple[int, ...]) -> np.ndarray:
-  """Return the weights of a tile [*sizes]: 1 in the middle, and linearly less in the outer quarter of each axis."""
+  """Return the weights [*sizes] of a tile.
+
+  A weight is 1 in the middle. In the outer quarter at each end of an axis, the weight falls linearly toward 0.
+  """
   window = np.ones(())
   for size in sizes:
     distance = np.minimum(np.arange(size), np.arange(size)[::-1]) + 0.5

@@ -1,7 +1,7 @@
 """Provide networks in Flax Linen.
 
-The rest of `ddpm_jax` calls a network only through its functions `init` and `apply`. So a network of another library
-can take its place.
+The rest of `ddpm_jax` calls a network only through its functions `init` and `apply`. So networks of other libraries can
+replace these networks.
 """
 
 from ddpm_jax.networks.autoencoder import Autoencoder

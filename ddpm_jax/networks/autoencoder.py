@@ -1,6 +1,6 @@
 """Define the autoencoder of latent diffusion, with a diagonal Gaussian or a codebook between its two halves.
 
-It accepts data with one to three spatial axes.
+The autoencoder accepts data with one to three spatial axes.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class Autoencoder(nn.Module):
   """Compress data to a small array of latents, and reconstruct the data.
 
   This is the autoencoder of latent diffusion (Rombach et al. 2022, appendix G; Esser et al. 2021). The encoder applies
-  residual blocks and halves every axis between its levels. The decoder mirrors the encoder. With the bottleneck "kl"
-  the encoder returns the moments of a diagonal Gaussian (Kingma and Welling 2014). With "vq", the nearest vectors of a
-  codebook replace the encoder's vectors (van den Oord et al. 2017).
+  residual blocks, and halves every spatial axis between its levels. The decoder mirrors the encoder. With the
+  bottleneck "kl" the encoder returns the moments of a diagonal Gaussian (Kingma and Welling 2014). With "vq", the
+  nearest vectors of a codebook replace the encoder's vectors (van den Oord et al. 2017).
 
-  The defaults are Stable Diffusion's. In shapes of arrays, f is `downsampling`.
+  The defaults are Stable Diffusion's. In shapes of arrays, f is the property `downsampling`.
 
   Attributes:
     out_channels: the number of channels of the data.
@@ -44,8 +44,8 @@ class Autoencoder(nn.Module):
     dimensions: the number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
     dtype: the type of the computation. Parameters and outputs are float32.
     remat: which values the backward pass recomputes to save memory. "none": no values. "blocks": the values inside
-      blocks. "everything": all values inside a level. The name of a `jax.checkpoint_policies` entry without arguments:
-      the values inside blocks that this policy does not save.
+      blocks. "everything": all values inside a level. The name of a policy in `jax.checkpoint_policies` that takes no
+      arguments: the values inside blocks that this policy does not save.
     attention: see `networks.UNet`.
     kernels: see `networks.UNet`.
   """
@@ -93,7 +93,7 @@ class Autoencoder(nn.Module):
       )
 
   def setup(self):
-    """Create the two halves, and what lies between them."""
+    """Create the encoder, the decoder, and the layers between them."""
     block_options = layers.BlockOptions(
       groups=self.groups,
       epsilon=self.epsilon,
@@ -118,7 +118,9 @@ class Autoencoder(nn.Module):
     self.codebook = Codebook(self.num_codes, self.latent_channels) if self.bottleneck == "vq" else None
 
   def __call__(self, x: Array, time: Array | None = None) -> Array:
-    """Return the reconstruction [B, *space, C] in float32 from the posterior's mean, or from the nearest codes.
+    """Return the reconstruction [B, *space, C] in float32.
+
+    For "kl", the decoder receives the mean of the Gaussian. For "vq", it receives the vectors of the nearest codes.
 
     Args:
       x: the data [B, *space, C], with every side divisible by `downsampling`.
@@ -136,8 +138,8 @@ class Autoencoder(nn.Module):
     """Map data [B, *space, C] to float32 moments or vectors, with each side divided by `downsampling`.
 
     Returns:
-      For "kl", the mean and then the logarithm of the variance [B, *space / f, 2 latent_channels], not clamped. For
-      "vq", the vectors [B, *space / f, latent_channels] before quantization.
+      For "kl", an array [B, *space / f, 2 latent_channels]: the mean, and then the logarithm of the variance, which is
+      not clamped. For "vq", the vectors [B, *space / f, latent_channels] before quantization.
 
     Raises:
       ValueError: if an option is invalid, or the network does not support the shape.
@@ -152,9 +154,9 @@ class Autoencoder(nn.Module):
     return (self.before_latents(h) if self.before_latents else h).astype(jnp.float32)
 
   def quantize(self, z: Array) -> tuple[Array, Array]:
-    """Return the nearest codes, int32 [B, *space / f], and their vectors [B, *space / f, latent_channels].
+    """Return the int32 codes [B, *space / f] nearest to z, and the codes' vectors [B, *space / f, latent_channels].
 
-    Gradients of the vectors flow into the codebook, and not into z.
+    The gradients of a loss pass through the returned vectors to the codebook, but not to z.
 
     Raises:
       ValueError: if the bottleneck is not "vq".
@@ -177,15 +179,17 @@ class Autoencoder(nn.Module):
   def decode(self, z: Array) -> Array:
     """Map latents [B, *space / f, latent_channels] to data [B, *space, C] in float32.
 
-    For "vq", z are vectors of the codebook.
+    For "vq", the latents z must be vectors of the codebook.
 
     Raises:
-      ValueError: if an option is invalid, or z has another number of axes or channels.
+      ValueError: if an option is invalid, or z has the wrong number of axes or channels.
     """
     return self.decode_output(self.decode_features(z))
 
   def decode_features(self, z: Array) -> Array:
-    """Map latents to the features [B, *space, channels] that the decoder's last convolution receives.
+    """Map latents to the features [B, *space, D] that the decoder's last convolution receives.
+
+    D is the number of features of level 0.
 
     Raises:
       ValueError: see `decode`.
@@ -215,7 +219,7 @@ class Encoder(nn.Module):
     out_channels: the number of channels of the result.
     channels: the features of the first convolution.
     blocks: the number of residual blocks per level.
-    widths: the features of each level.
+    widths: the features of each level, finest level first. `levels` in shapes is the length of this sequence.
     middle_attention: whether the middle has self-attention.
     remat: see `Autoencoder`.
     options: the options of all blocks.
@@ -240,7 +244,7 @@ class Encoder(nn.Module):
     return layers.conv(nn.swish(o.norm("norm_out")(h)), self.out_channels, "conv_out", o.dtype, kernels=o.kernels)
 
   def level(self, h: Array, level: int) -> Array:
-    """Apply the blocks of a level, and halve the result except at the last level."""
+    """Apply the blocks of a level, and halve the sides of the result except at the last level."""
     o = self.options
     for block in range(self.blocks):
       h = _residual(self, h, self.widths[level], f"down_{level}_{block}")
@@ -255,7 +259,7 @@ class Decoder(nn.Module):
   Attributes:
     out_channels: the number of channels of the result.
     blocks: the number of residual blocks per level.
-    widths: the features of each level, finest level first.
+    widths: the features of each level, finest level first. `levels` in shapes is the length of this sequence.
     middle_attention: whether the middle has self-attention.
     remat: see `Autoencoder`.
     options: the options of all blocks.
@@ -279,7 +283,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def features(self, z: Array) -> Array:
-    """Return the input of the last convolution [B, *space, widths[0]]."""
+    """Return the features [B, *space, widths[0]] that the last convolution receives."""
     o = self.options
     h = _middle(self, layers.conv(z, self.widths[-1], "conv_in", o.dtype, kernels=o.kernels))
     for level in reversed(range(len(self.widths))):
@@ -291,7 +295,7 @@ class Decoder(nn.Module):
     return self.conv_out(h)
 
   def level(self, h: Array, level: int) -> Array:
-    """Apply the blocks of a level, and double the result except at level 0."""
+    """Apply the blocks of a level, and double the sides of the result except at level 0."""
     o = self.options
     for block in range(self.blocks):
       h = _residual(self, h, self.widths[level], f"up_{level}_{block}")
@@ -327,7 +331,7 @@ class Codebook(nn.Module):
     self.vectors = layers.parameter(self, "vectors", nn.initializers.normal(1.0), (self.num_codes, self.channels))
 
   def __call__(self, z: Array) -> tuple[Array, Array]:
-    """Return the nearest codes [B, *space] of vectors [B, *space, C], and the codes' vectors [B, *space, C]."""
+    """Return the codes [B, *space] nearest to the vectors z [B, *space, C], and the codes' vectors [B, *space, C]."""
     vectors = jnp.asarray(self.vectors, jnp.float32)
     norms = jnp.sum(vectors**2, axis=-1)
 

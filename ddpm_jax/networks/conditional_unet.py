@@ -22,9 +22,10 @@ class ConditionalUNet(nn.Module):
   """Apply residual blocks and transformers on a downward and an upward path with skip connections.
 
   This is the U-Net of latent diffusion and Stable Diffusion (Rombach et al. 2022), and of Stable Diffusion XL (Podell
-  et al. 2023). It accepts images of any size. Where a level cannot be halved exactly, its size is rounded up.
+  et al. 2023). It accepts images of any size. If a side of a level is odd, the next level's side is half of it, rounded
+  up.
 
-  The defaults are those of Stable Diffusion 1.
+  The defaults are the options of Stable Diffusion 1.
 
   Attributes:
     out_channels: the number of output channels.
@@ -40,10 +41,10 @@ class ConditionalUNet(nn.Module):
       level.
     positions: whether each transformer adds sine-cosine embeddings of the row and the column to its input. Without
       them, as in Stable Diffusion, the network knows positions only from the padding of convolutions.
-    linear_projections: whether the projections around transformer layers are linear layers (Stable Diffusion 2 and
-      XL), not 1x1 convolutions.
+    linear_projections: whether the projections around transformer layers are linear layers, as in Stable Diffusion 2
+      and XL. If False, they are 1x1 convolutions.
     context_features: the number of features of the tokens. 0 accepts any number.
-    vocabulary: the number of token ids that the network embeds, together with their positions. 0 for a network whose
+    vocabulary: the number of token ids, for a network that embeds token ids and their positions. 0 for a network whose
       tokens are states. If `context_features` is 0, the embeddings have `embedding_width` features.
     vocabulary_layers: for a network with a vocabulary, the number of transformer layers over the embedded tokens (as in
       BERT, see `networks.text`). Without these layers a token has no context, so the network cannot tell which words
@@ -57,12 +58,13 @@ class ConditionalUNet(nn.Module):
     frequency_shift: see `UNet`.
     num_classes: the number of classes that the network accepts as a condition. 0 for a network without classes.
     vector_embedding: how a continuous vector conditions the network, as in `UNet`: "", "dense", "time" or "identity".
-    vector_features: the number of features that the first layer of "dense" receives, from the vector and the sizes. 0
-      accepts any number.
-    size_features: the number of features of each embedded size. The sizes are embedded like times (Podell et al. 2023,
-      section 2.2), and follow the vector. Stable Diffusion XL has 256. 0 for a network without sizes.
-    guidance_features: the features of an embedded guidance scale that joins the embedded time (Meng et al. 2023). 0 for
-      none.
+    vector_features: for the vector embedding "dense", the total number of features of the vector and the embedded
+      sizes. 0 accepts any number.
+    size_features: the number of features of each embedded size. Each size is embedded like a time, and the embeddings
+      are appended to the vector (Podell et al. 2023, section 2.2). Stable Diffusion XL uses 256 features. 0 for a
+      network without sizes.
+    guidance_features: the number of features of an embedded guidance scale, which a dense layer adds to the embedded
+      time (Meng et al. 2023). 0 for a network without a guidance scale.
     center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
     dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
       wider.
@@ -144,15 +146,16 @@ class ConditionalUNet(nn.Module):
         "states" are the tokens, and "mask" are booleans [B, L], False where a token must be ignored. For a network with
         a vocabulary, the dict has "ids", integers [B, L], in place of states.
       classes: integers [B] in [0, num_classes), for a network with classes.
-      vector: a continuous condition [B, D], such as a pooled text. [B] if `vector_embedding` is "time".
-      sizes: numbers [B, K] that are embedded beside the vector. For Stable Diffusion XL these are the height and width
-        of the original image, the top and left of the crop, and the height and width of the target. Its refiner has an
-        aesthetic score in place of the last two.
+      vector: a continuous condition [B, D], such as the pooled vector of a text. If `vector_embedding` is "time", the
+        shape is [B].
+      sizes: K numbers for each sample [B, K] that are embedded and appended to the vector. For Stable Diffusion XL,
+        these are the height and width of the original image, the top and left of the crop, and the height and width of
+        the target. For the refiner of Stable Diffusion XL, an aesthetic score replaces the last two numbers.
       guidance: the embedding [B, guidance_features] of a guidance scale w, for example
         `layers.sinusoidal_embedding(1000 * (w - 1), 256)` in latent consistency models (Luo et al. 2023). None adds
         nothing.
-      image: a condition [B, H, W, C''] that is concatenated with x. For inpainting, it is the mask and the masked
-        image. A network initialized with an image requires one in every call.
+      image: a condition [B, H, W, C''] that is concatenated with x. For inpainting, it consists of the mask and the
+        masked image. A network initialized with an image requires one in every call.
       train: whether dropout is on. Dropout needs `keys` or an rng named "dropout".
       keys: a key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
 
@@ -364,7 +367,7 @@ class ConditionalUNet(nn.Module):
   ) -> Array:
     """Apply a level of the upward path to h and this level's skip connections, and resize the result to `size`.
 
-    The result is doubled and then cropped. Level 0 is not resized.
+    To resize the result, its sides are doubled and then cropped. The result of level 0 is not resized.
     """
     for block, skip in enumerate(skips):
       h = self._residual([h, skip], embedding, self.num_features(level), keys, f"up_{level}_{block}")
@@ -374,7 +377,10 @@ class ConditionalUNet(nn.Module):
 
 
 def _split_tokens(tokens: Tokens | None) -> tuple[Any, Array | None]:
-  """Return the states and the mask of tokens. The mask is None for tokens without a mask."""
+  """Return the states and the mask of tokens.
+
+  The mask is None for tokens without a mask.
+  """
   if not isinstance(tokens, Mapping):
     return tokens, None
   if set(tokens) != {"states", "mask"}:

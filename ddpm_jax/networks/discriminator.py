@@ -17,7 +17,8 @@ _SLOPE = 0.2
 class PatchDiscriminator(nn.Module):
   """Judge overlapping patches of data by strided convolutions (Isola et al. 2017, appendix 6.1.2).
 
-  Group normalization replaces batch normalization, because a loss must be a mean over samples.
+  Group normalization replaces the paper's batch normalization, with which the loss of a sample would depend on the
+  other samples of the batch.
 
   Attributes:
     channels: the features of the first convolution. Each further convolution doubles them, up to `8 * channels`.
@@ -40,13 +41,13 @@ class PatchDiscriminator(nn.Module):
     """Raise a ValueError if an option is invalid, or data of `shape` [..., *space, C] are too small."""
     if self.channels < 1 or self.levels < 1 or self.groups < 0:
       raise ValueError(
-        f"Got channels={self.channels}, levels={self.levels} and groups={self.groups}; expected channels and levels of 1 or"
-        " more, and groups of 0 or more."
+        f"Got channels={self.channels}, levels={self.levels} and groups={self.groups}; expected channels and levels of"
+        " 1 or more, and groups of 0 or more."
       )
     if len(shape) < self.dimensions + 1 or min(shape[-self.dimensions - 1 : -1]) < 2**self.levels:
       raise ValueError(
-        f"Got data of shape {tuple(shape)} for a discriminator with levels={self.levels}; expected {self.dimensions} spatial"
-        f" axes of at least {2**self.levels} each. Set fewer levels."
+        f"Got data of shape {tuple(shape)} for a discriminator with levels={self.levels}; expected {self.dimensions}"
+        f" spatial axes of at least {2**self.levels} each. Set fewer levels."
       )
     for level in range(1, self.levels + 1):
       features = self.channels * min(2**level, 8)
@@ -58,9 +59,9 @@ class PatchDiscriminator(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, time: Array | None = None) -> Array:
-    """Return one number for each patch of data [B, *space, C], float32 [B, *space / 2^levels, 1].
+    """Return one number for each patch, in a float32 array [B, *space / 2^levels, 1].
 
-    Large numbers mean that the patch looks real.
+    The larger the number, the more the patch looks like real data. Odd sides are rounded down when they are halved.
 
     Args:
       x: the data [B, *space, C].

@@ -1,9 +1,9 @@
 """Define the Inception network of FID, for inference only.
 
-FID (Heusel et al. 2017) compares the features of an Inception network (Szegedy et al. 2016): the graph in TensorFlow's
-file of 2015-12-05. This graph differs from later versions. Its average pooling excludes the padding, its last block has
-max pooling in place of average pooling, and it has 1008 classes. Batch normalization is folded into the weights of the
-convolutions.
+FID (Heusel et al. 2017) compares features of an Inception network (Szegedy et al. 2016). The network here is the
+version in the file that TensorFlow published on 2015-12-05. It differs from later versions: average pooling excludes
+the padding, the last block has max pooling in place of average pooling, and there are 1008 classes. Batch normalization
+is folded into the weights of the convolutions.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,25 +43,25 @@ class Inception(nn.Module):
   """Map images to Inception features.
 
   Attributes:
-    taps: the names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are means over positions of
-      the layers with these numbers of channels. "spatial" is the first channels of a layer at all positions. "logits"
-      and "logits_unbiased" are the classifier's logits with and without its bias. The network skips the stages that
-      these features do not need.
+    taps: the names of the features to return, from `TAPS`. "64", "192", "768" and "2048" are the outputs of the layers
+      with these numbers of channels, averaged over positions. "spatial" contains the first 7 channels of one layer at
+      all positions, in one vector. "logits" are the logits of the 1008 classes. "logits_unbiased" are the same logits
+      before the last layer's bias is added. The network skips the stages that these features do not need.
   """
 
   taps: Sequence[str] = ("2048",)
 
   @nn.compact
   def __call__(self, x: Array, maps: int = 0) -> dict[str, Array] | list[Array]:
-    """Return the features of images as a dict of arrays [B, D] by tap, or as a list of `maps` arrays [B, h, w, D].
+    """Return a dict with an array of features [B, D] for each tap, or a list of arrays [B, h, w, D] if `maps` is set.
 
     Args:
       x: the images [B, 299, 299, 3], already scaled by the caller: (value - 128) / 128 for values in [0, 255].
-      maps: if above 0, return a list of the features of the first `maps` stages (64, 192, 768 and 2048 channels) at all
-        positions, arrays [B, h, w, D]. The images may then have other sides.
+      maps: the number of stages whose features at all positions are returned in a list, from 1 to 4. The stages have
+        64, 192, 768 and 2048 channels. The sides of the images may then differ from 299. 0 returns the taps.
 
     Raises:
-      ValueError: if a tap is unknown, there are no taps, or the images have another shape.
+      ValueError: if a tap is unknown, there are no taps, or the images have the wrong shape.
     """
     stages = ((self._first, "64"), (self._second, "192"), (self._sixth, "768"), (self._seventh, "2048"))
     if maps:
@@ -69,8 +69,8 @@ class Inception(nn.Module):
     unknown = set(self.taps) - set(TAPS)
     if unknown or not self.taps or x.shape[1:] != (SIZE, SIZE, 3):
       raise ValueError(
-        f"Got the taps {', '.join(self.taps) or '(none)'} and images of shape {x.shape}; expected some of {', '.join(TAPS)}, and images"
-        f" of shape [B, {SIZE}, {SIZE}, 3]."
+        f"Got the taps {', '.join(self.taps) or '(none)'} and images of shape {x.shape}; expected some of"
+        f" {', '.join(TAPS)}, and images of shape [B, {SIZE}, {SIZE}, 3]."
       )
     outputs: dict[str, Array] = {}
     last = max(TAPS.index(tap) for tap in self.taps)
@@ -92,8 +92,8 @@ class Inception(nn.Module):
     smallest = (11, 27, 43, 75)[len(stages) - 1]
     if x.ndim != 4 or x.shape[-1] != 3 or min(x.shape[1:3]) < smallest:
       raise ValueError(
-        f"Got images of shape {x.shape} for the first {len(stages)} stages of the Inception network; expected [B, H, W, 3]"
-        f" with sides of at least {smallest}. Use fewer stages."
+        f"Got images of shape {x.shape} for the first {len(stages)} stages of the Inception network; expected [B, H, W,"
+        f" 3] with sides of at least {smallest}. Use fewer stages."
       )
     features = []
     for stage in stages:
@@ -178,7 +178,7 @@ class _BlockE(nn.Module):
 def _shared(x: Array, block: str | None) -> list[Array]:
   """Apply all 1x1 convolutions of a block to its input, and return their outputs.
 
-  The output for the average-pooled branch comes last. A block without average pooling has none.
+  If the block has a branch with average pooling, the output for this branch comes last.
   """
   widths = SHARED[block or ""]
   outputs = _dense(x, sum(widths.values()), "shared")

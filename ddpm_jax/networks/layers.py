@@ -98,7 +98,8 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
   """
   if name not in CONSTANTS:
     raise ValueError(
-      f"Got a constant {name!r}; expected one of {', '.join(CONSTANTS)}. If you add a new constant, add its name to layers.CONSTANTS first."
+      f"Got a constant {name!r}; expected one of {', '.join(CONSTANTS)}. If you add a new constant, add its name to"
+      " layers.CONSTANTS first."
     )
   return jax.lax.stop_gradient(parameter(module, name, init, shape))
 
@@ -106,8 +107,8 @@ def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> A
 def trainable_mask(params: Any) -> Any:
   """Return a tree of booleans that are True for trained parameters.
 
-  `params` are parameters or their updates, and the result has their structure. For an optax optimizer,
-  `mask=networks.trainable_mask` excludes the constants from weight decay.
+  `params` contains parameters or their updates, and the result has the structure of `params`. To exclude constants (see
+  `constant`) from weight decay, pass `mask=networks.trainable_mask` to an optax optimizer.
   """
 
   def is_trained(path, leaf):
@@ -136,7 +137,7 @@ def sinusoidal_embedding(time: Array, features: int, *, cos_first: bool = False,
 
 
 def fourier_embedding(time: Array, frequencies: Array) -> Array:
-  """Return sines, then cosines [B, 2F] of times [B] at random frequencies [F] (Song et al. 2021)."""
+  """Return an array [B, 2F] with the sines, then the cosines of times [B] at frequencies [F] (Song et al. 2021)."""
   angles = 2 * math.pi * time.astype(jnp.float32)[:, None] * frequencies[None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -147,12 +148,12 @@ Data = Array | Sequence[Array]
 
 
 def count_features(x: Data) -> int:
-  """Return the number of channels in one array or several."""
+  """Return the number of channels of one array, or the sum of these numbers for several arrays."""
   return sum(part.shape[-1] for part in jax.tree.leaves(x))
 
 
 def split_features(value: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
-  """Split an array along its channel axis into pieces with as many channels as the arrays in `parts`."""
+  """Split an array along its channel axis `axis`, so that each piece has as many channels as one array of `parts`."""
   return jnp.split(value, np.cumsum([part.shape[-1] for part in parts])[:-1], axis)
 
 
@@ -178,17 +179,17 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
     """Normalize x [B, *space, C], then multiply by 1 + scale [B, C] and add shift [B, C].
 
-    If x is a sequence of arrays, so is the result.
+    x may also be a sequence of arrays that split the channels. The result is then such a sequence too.
 
     Raises:
-      ValueError: if the groups do not divide the channels.
+      ValueError: if the number of groups does not divide the number of channels.
     """
     features = count_features(x)
     groups = self.groups or default_groups(features)
     if features % groups:
       raise ValueError(
-        f"Got {features} features in {groups} groups (groups={self.groups}); expected a number of groups that divides the"
-        " features. Change channels, multipliers or groups."
+        f"Got {features} features in {groups} groups (groups={self.groups}); expected a number of groups that divides"
+        " the features. Change channels, multipliers or groups."
       )
     a = parameter(self, "scale", nn.initializers.ones, (features,))
     b = parameter(self, "bias", ZEROS, (features,))
@@ -208,7 +209,7 @@ def _normalize(
   dtype: Any,
   kernels: str,
 ) -> Any:
-  """Apply `GroupNorm` with the parameters a and b [C]."""
+  """Apply `GroupNorm` with the learned scale a [C] and the learned shift b [C]."""
   parts, tree = jax.tree.flatten(x)
   exact, features, size = widest(*parts), count_features(x), math.prod(parts[0].shape[1:-1])
   wide = [part.astype(exact) for part in parts]
@@ -263,9 +264,10 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Data) -> Array:
-    """Convolve x [B, *space, C], and return [B, *space, features].
+    """Convolve x [B, *space, C], and return an array with `features` channels.
 
-    The sides of the result depend on the kernel's size, the strides, the padding and the doubling.
+    x may also be a sequence of arrays that split the channels. The sides of the result depend on the kernel's size, the
+    strides, the padding and the doubling.
     """
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2
@@ -330,8 +332,8 @@ def add_vector(x: Array, vector: Array, kernels: str = "tuned") -> Array:
 def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
   """Apply dropout with a key for each sample.
 
-  Each key is folded with the block's name. So masks differ between blocks and do not depend on how a batch is split.
-  Without keys, x does not change.
+  Each key is combined with the block's name (`jax.random.fold_in`), so the dropout masks of blocks differ. The masks
+  do not depend on how a batch is split. Without keys, x does not change.
   """
   if keys is None or not rate:
     return x
@@ -352,13 +354,14 @@ def dropout_keys(network: Any, x: Array, train: bool, keys: Array | None) -> Arr
   """Return a dropout key for each sample of x [B, ...], or None if dropout is off.
 
   Args:
-    network: the module, with its rate `dropout`. If `keys` is None, the module's rng named "dropout" makes the keys.
+    network: the module, whose attribute `dropout` is the dropout rate. If `keys` is None, the module's rng named
+      "dropout" makes the keys.
     x: the data.
-    train: whether this is training.
+    train: whether the network is called for training. Otherwise dropout is off.
     keys: the keys [B] that the caller passed to the network, or None.
 
   Raises:
-    ValueError: if there is not one key for each sample.
+    ValueError: if the number of keys differs from the number of samples.
   """
   if not train or not network.dropout:
     return None
@@ -389,7 +392,7 @@ class ResidualBlock(nn.Module):
     Args:
       x: the data.
       embedding: the embedding [B, E]. None for a block without an embedding, as in an autoencoder.
-      keys: A dropout key for each sample [B], or None for no dropout.
+      keys: dropout keys [B], one for each sample. None for no dropout.
     """
     options, dtype, kernels = self.options, self.options.dtype, self.options.kernels
     # Doubling and convolving in one operation is faster than in two.
@@ -442,9 +445,9 @@ def project_heads(x: Array, heads: int, name: str, options: BlockOptions, kernel
 
 
 def rematerialize(block: Any, remat: str) -> Any:
-  """Return a block, wrapped for recomputation in the backward pass if `remat` requires it.
+  """Return a class of blocks, with the recomputation in the backward pass that `remat` selects.
 
-  `networks.UNet` describes the values of `remat`.
+  `unet.Backbone` describes the values of `remat`.
   """
   if remat == "none":
     return block

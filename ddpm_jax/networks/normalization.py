@@ -1,6 +1,6 @@
-"""Define the normalizations of transformers, over the features of each position.
+"""Define the normalizations of transformers, which normalize the features of each position separately.
 
-`layers.GroupNorm` normalizes over positions too.
+In contrast, `layers.GroupNorm` computes its statistics over all positions of a sample.
 """
 
 from functools import partial

@@ -43,13 +43,14 @@ def check_autoencoder(network: Any) -> None:
   _check_numbers(n, ("multipliers", "epsilon"), ("num_codes",))
   if n.latent_channels < 1 or n.groups < 0 or not n.epsilon > 0:
     raise ValueError(
-      f"Got latent_channels={n.latent_channels}, groups={n.groups}, epsilon={n.epsilon}; expected latent_channels of 1 or"
-      " more, groups of 0 or more and epsilon above 0."
+      f"Got latent_channels={n.latent_channels}, groups={n.groups}, epsilon={n.epsilon}; expected latent_channels of 1"
+      " or more, groups of 0 or more and epsilon above 0."
     )
   _check_choices(n, ("bottleneck", (n.bottleneck,), ("kl", "vq")), ("dimensions", (n.dimensions,), (1, 2, 3)))
   if (n.bottleneck == "vq") != (n.num_codes > 0):
     raise ValueError(
-      f"Got bottleneck={n.bottleneck!r} with num_codes={n.num_codes}; expected num_codes above 0 for 'vq', and 0 for 'kl'."
+      f"Got bottleneck={n.bottleneck!r} with num_codes={n.num_codes}; expected num_codes above 0 for 'vq', and 0 for"
+      " 'kl'."
     )
   _check_computation(n)
   for multiplier in (1, *n.multipliers):
@@ -91,8 +92,8 @@ def check_conditional(network: Any) -> None:
   )
   if n.vocabulary_layers and not n.vocabulary:
     raise ValueError(
-      f"Got vocabulary_layers={n.vocabulary_layers} without a vocabulary; expected token ids, as the condition 'words' makes."
-      " Set vocabulary_layers=0."
+      f"Got vocabulary_layers={n.vocabulary_layers} without a vocabulary; expected token ids, as the condition 'words'"
+      " makes. Set vocabulary_layers=0."
     )
   features, heads = n.context_features or n.embedding_width, per_level(n.heads, levels)[-1]
   if n.vocabulary_layers and features % heads:
@@ -101,8 +102,8 @@ def check_conditional(network: Any) -> None:
     )
   if n.size_features and n.vector_embedding != "dense":
     raise ValueError(
-      f"Got size_features={n.size_features} with vector_embedding={n.vector_embedding!r}; expected vector_embedding='dense',"
-      " because the sizes follow the vector."
+      f"Got size_features={n.size_features} with vector_embedding={n.vector_embedding!r}; expected"
+      " vector_embedding='dense', because the sizes follow the vector."
     )
   for name, features in (("channels", n.channels), ("size_features", n.size_features or n.channels)):
     _check_sinusoids(name, features)
@@ -112,15 +113,18 @@ def check_conditional(network: Any) -> None:
 
 
 def per_level(values: Any, count: int) -> tuple[Any, ...]:
-  """Return one value of an option, a word or an integer, for each of `count` levels.
+  """Return the values of an option for `count` levels, one for each level.
 
-  The option has one value for all levels, or a sequence of values.
+  `values` is one word or one integer for all levels, or a sequence with a value for each level.
   """
   return (values,) * count if isinstance(values, int | str) else tuple(values)
 
 
 def multipliers_of(widths: Sequence[int]) -> tuple[float, ...]:
-  """Return the option `multipliers` for the features of each level, with integers where possible."""
+  """Return the value of the option `multipliers` for levels with these numbers of features.
+
+  The first number is the option `channels`. Multipliers without a fraction are integers.
+  """
   ratios = [width / widths[0] for width in widths]
   return tuple(int(ratio) if ratio == int(ratio) else ratio for ratio in ratios)
 
@@ -136,8 +140,8 @@ def _check_conditional_features(network: Any) -> None:
     features, groups = n.channels * multiplier, n.groups or default_groups(round(n.channels * multiplier))
     if features < 1 or abs(features - round(features)) > 1e-6 or round(features) % groups or round(features) % count:
       raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, heads={count}; expected"
-        " an integer divisible by both. Change channels, multipliers, groups or heads."
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, heads={count};"
+        " expected an integer divisible by both. Change channels, multipliers, groups or heads."
       )
 
 
@@ -176,8 +180,8 @@ def _check_ranges(network: Any) -> None:
   n = network
   if n.groups < 0 or not 0 <= n.dropout < 1 or not n.epsilon > 0:
     raise ValueError(
-      f"Got groups={n.groups}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, dropout in [0, 1)"
-      " and epsilon above 0."
+      f"Got groups={n.groups}, dropout={n.dropout}, epsilon={n.epsilon}; expected groups of 0 or more, dropout in [0,"
+      " 1) and epsilon above 0."
     )
 
 
@@ -185,8 +189,8 @@ def _check_attention_levels(network: Any) -> None:
   last = len(network.multipliers) - 1
   if any(not 0 <= level <= last for level in network.attention_levels):
     raise ValueError(
-      f"Got attention_levels={tuple(network.attention_levels)} for {last + 1} levels; expected levels from 0 (the finest) to"
-      f" {last}."
+      f"Got attention_levels={tuple(network.attention_levels)} for {last + 1} levels; expected levels from 0 (the"
+      f" finest) to {last}."
     )
 
 
@@ -198,7 +202,8 @@ def _check_sinusoids(name: str, features: int) -> None:
 def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
   """Check the numeric options of a network.
 
-  The options in `finite` must be finite. The options in `counts` may be 0, but sizes must be positive.
+  The options named in `finite` must be finite, and the options named in `counts` must be 0 or more. All networks need
+  at least one level, one block and one output channel, and positive multipliers.
   """
   n = network
   for name in finite:
@@ -210,15 +215,15 @@ def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -
       raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
   if not n.multipliers or min(n.multipliers) <= 0 or n.blocks < 1 or n.out_channels < 1:
     raise ValueError(
-      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one level,"
-      " one block and one output channel, and only positive multipliers."
+      f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one"
+      " level, one block and one output channel, and only positive multipliers."
     )
 
 
 def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[Any]]) -> None:
   """Check options that have a few allowed values.
 
-  Each option is a tuple of its name, its values and the allowed values.
+  Each of `options` is a tuple: the name of an option, a sequence of its values, and the allowed values.
   """
   n, last = network, len(network.multipliers) - 1
   for name, values, choices in options:
@@ -229,7 +234,7 @@ def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[An
 
 
 def _check_computation(network: Any) -> None:
-  """Check the options that say how a network computes, not what."""
+  """Check the options that affect speed, memory and rounding but not the function that a network computes."""
   n = network
   _check_choices(
     n,
@@ -243,12 +248,12 @@ def _check_computation(network: Any) -> None:
 
 
 def check_precision(dtype: Any, attention: str) -> None:
-  """Check that a network can compute in `dtype` with this implementation of attention.
+  """Check that networks support the type `dtype`, and the implementation `attention` for this type.
 
   float16 is refused, because its range is too small for gradients.
 
   Raises:
-    ValueError: if it cannot.
+    ValueError: if the type is not supported, or the implementation of attention does not support the type.
   """
   try:
     name = jnp.dtype(dtype).name
@@ -258,7 +263,8 @@ def check_precision(dtype: Any, attention: str) -> None:
     raise ValueError(f"Got dtype={name!r}; expected {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
   if attention == "cudnn" and jnp.dtype(dtype).itemsize != 2:
     raise ValueError(
-      f"Got attention='cudnn' with dtype={jnp.dtype(dtype).name}; expected dtype=bfloat16. Set it, or leave attention empty."
+      f"Got attention='cudnn' with dtype={jnp.dtype(dtype).name}; expected dtype=bfloat16. Set it, or leave attention"
+      " empty."
     )
 
 
@@ -277,9 +283,9 @@ def _check_features(network: Any) -> None:
       or splits_unevenly
     ):
       raise ValueError(
-        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, {heads}; expected an"
-        " integer divisible by groups and, at levels with attention, by heads or head_channels. Change channels, multipliers, groups"
-        " or heads."
+        f"Got {features:g} features ({n.channels} channels times {multiplier:g}) with groups={groups}, {heads};"
+        " expected an integer divisible by groups and, at levels with attention, by heads or head_channels. Change"
+        " channels, multipliers, groups or heads."
       )
   _check_sinusoids("time_features" if n.time_features else "channels", n.time_features or n.channels)
 
@@ -288,7 +294,7 @@ def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:
   """Check that a network that halves data between its levels accepts data of `shape` [..., *space, C].
 
   Raises:
-    ValueError: if there are too few axes, too many positions, or the sides cannot be halved often enough.
+    ValueError: if the data have too few axes or too many positions, or if a side is not divisible by 2^(levels - 1).
   """
   if len(shape) < dimensions + 1:
     raise ValueError(
@@ -303,8 +309,8 @@ def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:
       max_levels += 1
     raise ValueError(
       f"Got data of {'x'.join(map(str, space))} for a network with {levels} levels; expected every side divisible by"
-      f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers, or"
-      " resize the data."
+      f" {2 ** (levels - 1)}, because the network halves it {levels - 1} times. Set at most {max_levels} multipliers,"
+      " or resize the data."
     )
 
 
@@ -335,7 +341,7 @@ def _check_size(network: Any) -> None:
 def _check_blocks(network: Any, blocks: int, count: int) -> None:
   """Check that a network has at most `_MAX_BLOCKS` residual blocks.
 
-  `count`, a lower bound of its number of parameters, is used in the message.
+  The network has at least `count` parameters. The error message contains their size.
   """
   if blocks > _MAX_BLOCKS:
     raise ValueError(

@@ -20,14 +20,15 @@ _GROUP_EPSILON, _LAYER_EPSILON = 1e-6, 1e-5
 
 
 class Transformer(nn.Module):
-  """Apply transformer layers to all positions of an image, with a residual connection around them.
+  """Apply transformer layers to all positions of an image, with one residual connection around all layers together.
 
   Attributes:
     heads: the number of attention heads.
     depth: the number of layers.
-    linear_projections: whether the projections before and after the layers are linear layers, not 1x1 convolutions.
-      Both compute the same function, but their parameters have different shapes.
-    remat: see `networks.UNet`. A block is one layer.
+    linear_projections: whether the projections before and after the layers are linear layers instead of 1x1
+      convolutions. Linear layers and 1x1 convolutions compute the same function, but their parameters have different
+      shapes.
+    remat: see `networks.UNet`. The blocks are the single transformer layers here.
     options: the options of all blocks. Transformers ignore `options.epsilon`, the constant of residual blocks.
     positions: whether to add `embed_positions` before the layers.
   """
@@ -78,8 +79,8 @@ def embed_positions(space: Sequence[int], features: int) -> Array:
   share = features // len(space)
   if features % len(space) or share % 2 or share < 4:
     raise ValueError(
-      f"Got {features} features to embed positions along {len(space)} axes; expected a multiple of {2 * len(space)}, at least"
-      f" {4 * len(space)}. Change the number of channels, or set positions=False."
+      f"Got {features} features to embed positions along {len(space)} axes; expected a multiple of {2 * len(space)}, at"
+      f" least {4 * len(space)}. Change the number of channels, or set positions=False."
     )
   axes = []
   for axis, size in enumerate(space):
@@ -91,7 +92,7 @@ def embed_positions(space: Sequence[int], features: int) -> Array:
 class TransformerLayer(nn.Module):
   """Apply attention to all positions, attention to tokens, and a gated feed-forward network.
 
-  Each has layer normalization before it and a residual connection around it.
+  Each of these three steps has a layer normalization before it and a residual connection around it.
   """
 
   heads: int
@@ -99,7 +100,7 @@ class TransformerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
-    """Map x [B, N, C] to [B, N, C], with tokens [B, L, C'] and booleans [B, L] or None."""
+    """Map x [B, N, C] to [B, N, C], with tokens [B, L, C'] and a mask [B, L] or None."""
     h = self._norm("norm1")(x)
     x = x + Attention(self.heads, self.options, name="self_attention")(h, h)
     x = x + Attention(self.heads, self.options, name="cross_attention")(self._norm("norm2")(x), tokens, mask)
@@ -133,13 +134,13 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Apply a linear layer with gated units, GEGLU (Shazeer 2020, equation 6), and a linear layer."""
+  """Apply gated units between two linear layers (GEGLU; Shazeer 2020, equation 6)."""
 
   options: layers.BlockOptions
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """Map x [B, N, C] to [B, N, C], with 4 C units between the layers."""
+    """Map x [B, N, C] to [B, N, C], with 4 C gated units between the two linear layers."""
     features, o = x.shape[-1], self.options
     value, gate = jnp.split(layers.Dense(8 * features, o.dtype, kernels=o.kernels, name="dense_1")(x), 2, axis=-1)
     return layers.Dense(features, o.dtype, kernels=o.kernels, name="dense_2")(value * _gelu(gate))
@@ -149,6 +150,6 @@ class FeedForward(nn.Module):
 def _gelu(x: Array) -> Array:
   """Compute the Gaussian error linear unit in its exact form (Hendrycks and Gimpel 2016).
 
-  `jax.nn.gelu` computes it from the complement of the error function, which takes more time.
+  `jax.nn.gelu` uses the complementary error function instead of the error function, and takes more time.
   """
   return x * (1 + jax.lax.erf(x * 0.5**0.5)) * 0.5

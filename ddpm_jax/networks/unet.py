@@ -1,6 +1,6 @@
 """Define a U-Net for diffusion models, and a classifier that consists of its first half.
 
-Both accept data with one to three spatial axes.
+The U-Net and the classifier accept data with one to three spatial axes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +21,21 @@ Array = jax.Array
 class Backbone(nn.Module):
   """Hold the options and layers that the U-Net and the classifier share.
 
-  They share the embedding, the downward path and the middle.
+  The shared layers are the embedding, the downward path and the middle.
 
   The defaults are DDPM's (Ho et al. 2020). The recipes in `configs/` have the settings of other papers.
 
   Attributes:
     out_channels: the number of output channels. For a classifier, the number of classes.
     channels: the features of the first convolution.
-    multipliers: the features of each level, as multiples of `channels`. Each level has half the size of the previous
-      one.
+    multipliers: the features of each level, as multiples of `channels`. From each level to the next, every side of the
+      data is halved.
     blocks: the number of residual blocks per level on the downward path. The upward path has one more per level.
     attention_levels: the levels with self-attention after every block (but see `score_sde`). Level 0 is the finest.
     middle_attention: whether the middle has self-attention.
-    middle_attention_norm: whether the middle attention normalizes its input. In some models of diffusers it does not.
+    middle_attention_norm: whether attention in the middle normalizes its input. Some of diffusers' models need False.
     heads: the number of attention heads, unless `head_channels` is set.
-    head_channels: the features of each attention head. The number of heads follows from it. 0 uses `heads` instead.
+    head_channels: the features of each attention head, which determine the number of heads. 0 uses `heads` instead.
     dropout: the dropout rate inside residual blocks during training.
     groups: the number of groups in every normalization. 0 selects C / 4 for C features, rounded down, but at least 1
       and at most 32, as in EDM's networks (Karras et al. 2022).
@@ -46,20 +46,24 @@ class Backbone(nn.Module):
     frequency_shift: 1 (DDPM) or 0 (ADM). See `layers.sinusoidal_embedding`.
     scale_shift: whether the embedding scales and shifts the result of the second normalization in a block (improved
       DDPM, ADM). Otherwise the embedding is added before this normalization.
-    downsample: how a level is halved: "conv", or "residual" (ADM, DDPM++, NCSN++). One word applies to all levels. A
-      sequence has one word for each level but the last, and its first word is for level 0.
-    upsample: how a level is doubled, with the same words. A sequence has one word for each level but level 0, and its
-      first word is for level 1.
+    downsample: what halves the data after a level: "conv", a strided convolution, or "residual", a residual block (ADM,
+      DDPM++, NCSN++). One word applies to all levels. A sequence has one word for each level but the last, and its
+      first word is for level 0.
+    upsample: what doubles the data after a level of the upward path: "conv", a convolution of the doubled data, or
+      "residual", a residual block. One word applies to all levels. A sequence has one word for each level but level 0,
+      and its first word is for level 1.
     symmetric_padding: whether strided convolutions pad both ends of an axis (ADM). Otherwise they pad only the end
       (DDPM).
-    filter: the filter of residual resampling: (1, 1), or (1, 3, 3, 1) in NCSN++.
+    filter: the weights of the filter with which residual blocks halve and double data: (1, 1), or (1, 3, 3, 1) in
+      NCSN++.
     score_sde: whether to use the details of DDPM++ and NCSN++ (Song et al. 2021, Karras et al. 2022). Residual sums are
-      divided by sqrt(2). Shortcuts have 1x1 convolutions where blocks resample. The upward path has attention only
-      after a level's last block. Queries, keys and values start with a tenth of the variance. Classes, as one-hot
-      vectors times sqrt(num_classes), go through a dense layer and are added to the time features. With class dropout,
-      `num_classes` includes the null class, so for K classes the factor is sqrt(K + 1). EDM's code uses sqrt(K), and
-      zeros for no class.
-    progressive_input: whether each level also receives the input, halved repeatedly ("residual" in NCSN++).
+      divided by sqrt(2). The shortcut of every block that halves or doubles data has a 1x1 convolution. The upward path
+      has attention only after a level's last block. The initial weights of queries, keys and values have a tenth of the
+      usual variance. Classes, as one-hot vectors times sqrt(num_classes), go through a dense layer and are added to the
+      time features. With class dropout, `num_classes` includes the null class, so for K classes the factor is
+      sqrt(K + 1). EDM's code uses the factor sqrt(K), and a vector of zeros instead of a null class.
+    progressive_input: whether each level after level 0 also receives the previous level's input, convolved and halved.
+      The input of level 0 is the network's input. NCSN++ calls this option "residual".
     num_classes: the number of classes that the network accepts as a condition. 0 for a network without classes.
     vector_embedding: how a continuous vector conditions the network. "": not at all. "dense": by two dense layers, for
       any length. "time": one number, embedded like the time. "identity": added to the embedding, so the vector must
@@ -161,8 +165,8 @@ class Backbone(nn.Module):
       )
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
-        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected equal shapes except for the"
-        " channels. Resize the image first."
+        f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected equal shapes except for"
+        " the channels. Resize the image first."
       )
 
   @property
@@ -235,7 +239,7 @@ class Backbone(nn.Module):
     return block(features, self._block_options, resample, name=name)(x, embedding, keys)
 
   def _rematerialized(self, block: Any) -> Any:
-    """Return the block, wrapped for recomputation in the backward pass if `remat` requires it."""
+    """Return a class of blocks, with the recomputation in the backward pass that `remat` selects."""
     return layers.rematerialize(block, self.remat)
 
   def _resample(self, h: Array, embedding: Array, keys: Array | None, name: str, direction: str, way: str) -> Array:
@@ -304,22 +308,23 @@ class UNet(Backbone):
 
     Args:
       x: the data [B, *space, C], with every side divisible by 2^(levels - 1).
-      time: the time input [B], such as the step 0..N-1.
-      classes: integers [B] in [0, num_classes), for a conditional network.
+      time: the time inputs [B], for example diffusion steps.
+      classes: integers [B] in [0, num_classes). None if and only if `num_classes` is 0.
       vector: A continuous condition [B, D], or [B] if `vector_embedding` is "time".
       image: A condition [B, *space, C'] that is concatenated with the input, for example for super-resolution. A
         network initialized with an image requires one in every call.
       augmentation: augmentation labels [B, augmentation_features]. None uses zeros, the labels of data without
         augmentation.
       train: whether dropout is on. Dropout needs `keys` or an rng named "dropout".
-      keys: A key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
+      keys: dropout keys [B], one for each sample. The dropout masks of a sample depend only on its key, not on the
+        other samples of the batch.
 
     Returns:
       An array [B, *space, out_channels] in float32.
 
     Raises:
-      ValueError: if the sides cannot be halved often enough, or a condition or `keys` have the wrong shape. Also if the
-        network needs classes or a vector and does not get them, or gets classes or a vector that it does not use.
+      ValueError: if a side is not divisible by 2^(levels - 1), a condition or `keys` has the wrong shape, classes or a
+        vector that the network needs are missing, or the network does not use the classes or the vector that it gets.
     """
     self._check_call(x, classes, vector, image, augmentation)
     embedding = self._embed(time, classes, vector, augmentation)
@@ -341,7 +346,7 @@ class UNet(Backbone):
     return h
 
   def _upward_level(self, h: Array, skips: list[Array], embedding: Array, keys: Array | None, level: int) -> Array:
-    """Apply a level of the upward path to h and the skip connections of this level."""
+    """Apply a level of the upward path to the features h and the skip connections of this level."""
     for block, skip in enumerate(skips):
       h = self._residual([h, skip], embedding, self.num_features(level), keys, f"up_{level}_{block}")
       if level in self.attention_levels and (block == self.blocks or not self.score_sde):
@@ -355,8 +360,8 @@ class UNet(Backbone):
 class Classifier(Backbone):
   """Classify noisy data by the U-Net's downward path, its middle, and attention pooling.
 
-  This is the classifier of noisy images from Dhariwal and Nichol 2021, section 4. It accepts only data of the size that
-  `init` saw.
+  This is the classifier of noisy images from Dhariwal and Nichol 2021, section 4. After `init`, it accepts only data
+  of the size that was passed to `init`.
   """
 
   @nn.compact
@@ -366,7 +371,7 @@ class Classifier(Backbone):
     `train` and `keys` control dropout as in `UNet`.
 
     Raises:
-      ValueError: if the sides cannot be halved often enough, or `keys` have the wrong shape.
+      ValueError: if a side is not divisible by 2^(levels - 1), or `keys` has the wrong shape.
     """
     self._check_call(x)
     embedding, keys = self._embed(time, None, None, None), layers.dropout_keys(self, x, train, keys)
@@ -376,5 +381,5 @@ class Classifier(Backbone):
     return pool(h).astype(jnp.float32)
 
   def attended_levels(self) -> set[int]:
-    """Return the levels whose features are split into heads, including the level that is pooled."""
+    """Return the levels whose features are split into heads, including the last level, which is pooled."""
     return super().attended_levels() | {len(self.multipliers) - 1}

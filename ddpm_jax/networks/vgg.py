@@ -1,4 +1,4 @@
-"""Define the convolutions of VGG16, for features that compare images."""
+"""Define the convolutional layers of VGG16, whose features serve to compare images."""
 
 import flax.linen as nn
 import jax
@@ -14,22 +14,24 @@ class VGG16(nn.Module):
   """Apply the 13 convolutions of VGG16 (Simonyan and Zisserman 2015, configuration D).
 
   Attributes:
-    levels: the number of levels to compute, from 1 to 5.
+    levels: the number of levels to compute, from 1 to 5. A level is a group of convolutions at one resolution.
   """
 
   levels: int = 5
 
   @nn.compact
   def __call__(self, x: Array) -> list[Array]:
-    """Return the last features of each level after the ReLU, from [B, H, W, 64] to [B, H / 16, W / 16, 512].
+    """Return a list with the features of each level, taken after the last ReLU of the level.
 
-    Halves of odd sides are rounded down.
+    The first level has the shape [B, H, W, 64], and the fifth level has the shape [B, H / 16, W / 16, 512]. Each level
+    after the first halves the height and the width, rounded down.
 
     Args:
-      x: the images [B, H, W, 3], in the scale of the network's weights.
+      x: the images [B, H, W, 3], normalized as the weights of the network expect.
 
     Raises:
-      ValueError: if the number of levels is not 1 to 5, or the images have another shape or are too small.
+      ValueError: if the number of levels is not 1 to 5, the shape of `x` is not [B, H, W, 3], or the images are too
+        small.
     """
     if not 1 <= self.levels <= len(LEVELS):
       raise ValueError(f"Got levels={self.levels} for VGG16; expected 1 to {len(LEVELS)}.")
@@ -49,7 +51,7 @@ class VGG16(nn.Module):
 
 
 def _halve(x: Array) -> Array:
-  """Return the maximum over windows of 2x2 positions."""
+  """Return the maximum of each window of 2x2 positions."""
   batch, height, width, features = x.shape
   x = x[:, : height // 2 * 2, : width // 2 * 2]
   return jnp.max(x.reshape(batch, height // 2, 2, width // 2, 2, features), axis=(2, 4))

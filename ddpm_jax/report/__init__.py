@@ -16,8 +16,8 @@ from ddpm_jax.storage import files
 def write(path: str | Path, content: Content) -> None:
   """Write a report to an HTML file.
 
-  The file is written completely or not at all, and missing folders are created. Sections with None or empty content are
-  left out, and the page lists them.
+  The file is written completely or not at all, and missing folders are created. The page leaves out the sections whose
+  content is None or empty, and lists their names.
 
   Args:
     path: the file to write.

@@ -15,8 +15,8 @@ class Neighbors(NamedTuple):
     samples: the samples, uint8 [K, H, W, C].
     nearest: the M nearest training images of each sample, uint8 [K, M, H, W, C], nearest first.
     distances: the distances [K, M] from each sample to its nearest images, in the feature space.
-    real_distances: the distances [R] of held-out real images to their nearest training images, as a reference for
-      samples that are not memorized. Empty if unknown.
+    real_distances: the distance from each of R held-out real images to its nearest training image, [R]. Samples that
+      are not copies of training images have similar distances. Empty if unknown.
   """
 
   samples: np.ndarray
@@ -31,7 +31,7 @@ class Reconstructions(NamedTuple):
   Attributes:
     images: the originals, uint8 [K, H, W, C].
     reconstructions: the reconstructions, uint8 [K, H, W, C].
-    latents: the latents as gray images, one for each channel, uint8 [K, h, w, D].
+    latents: the latents, uint8 [K, h, w, D]. Each of the D channels is shown as a gray image.
   """
 
   images: np.ndarray
@@ -42,23 +42,24 @@ class Reconstructions(NamedTuple):
 class Content(NamedTuple):
   """Hold everything that a report shows.
 
-  Sections with None or empty content are left out.
+  The report leaves out the sections whose content is None or empty.
 
   Attributes:
     title: the title of the page.
     facts: headline facts as pairs of name and value, such as ("step", "3,000").
-    evaluation: the content of eval.json. `scores` (with `generated` and `floor`), `curve` and `likelihood` have their
-      own sections. All other keys are shown as provenance.
+    evaluation: the content of eval.json. The keys `scores`, `curve` and `likelihood` have their own sections. All other
+      keys are shown as provenance. In `scores`, `generated` holds the scores of samples, and `floor` the scores of real
+      images.
     config: the config as nested dicts.
     samples: the samples, uint8 [N, H, W, C].
     classes: the classes [N] of the samples.
-    denoising: a few samples at several times of sampling, from noise to data, uint8 [frames, K, H, W, C].
+    denoising: the states of K samples at several times, from noise to data, uint8 [frames, K, H, W, C].
     denoising_times: the time [frames] of each frame.
     metrics: the lines of metrics.jsonl, each with a `step`.
     schedule: `t`, `alpha`, `sigma` and `log_snr` of the process, each [T].
     neighbors: the nearest training images of some samples.
     bound_terms: the terms [N] of the variational bound for the steps n = 1..N, in bits per dimension.
-    reconstructions: the reconstructions of an autoencoder. Its report has no samples.
+    reconstructions: the reconstructions of an autoencoder. The report of an autoencoder has no samples.
   """
 
   title: str
@@ -124,7 +125,7 @@ def _check_reconstructions(reconstructions: Reconstructions) -> None:
   if originals.shape != others.shape or len(latents) != len(originals):
     raise ValueError(
       f"Got reconstructions of shape {others.shape} and latents of shape {latents.shape} for images of shape"
-      f" {originals.shape}; expected reconstructions of the images' shape, and as many latents."
+      f" {originals.shape}; expected reconstructions of the images' shape, and one latent per image."
     )
 
 

@@ -136,7 +136,7 @@ def plot_curve(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -
 
   Args:
     curve: the points, each with `sampler`, `nfe` and `scores`.
-    floor: the scores of real images against real images.
+    floor: the scores of real images against other real images, by name.
   """
   points = [point for point in curve if formatting.is_number(point.get("nfe")) and float(point["nfe"]) > 0]
   keys = {
@@ -182,7 +182,7 @@ def plot_curve(curve: Sequence[Mapping[str, Any]], floor: Mapping[str, float]) -
 
 
 def plot_schedule(schedule: Mapping[str, np.ndarray]) -> list[Figure]:
-  """Plot alpha and sigma, and the log-SNR, against time."""
+  """Plot alpha and sigma against time in one figure, and the log-SNR in another."""
   t, alpha, sigma = schedule["t"], np.asarray(schedule["alpha"]), np.asarray(schedule["sigma"])
   log_y = bool(np.nanmax(sigma) > 5)
   if log_y:
@@ -223,7 +223,7 @@ def plot_likelihood(likelihood: Mapping[str, Mapping[str, Any]], names: Mapping[
 
   Args:
     likelihood: the estimates, each with `bits` and `standard_error`.
-    names: the names to show, by the keys of the estimates.
+    names: the names to show, by the keys of `likelihood`. An estimate without a name is shown by its key.
 
   Returns:
     The figure, or None if no estimate has a number.

@@ -63,8 +63,8 @@ def describe_score(key: str) -> Score:
 def sort_scores(keys: list[str]) -> list[str]:
   """Return the keys of scores in the order to show them.
 
-  The scores of `_SCORES` come first, in the order of that table. `x_std` is left out if `x` is present, because `x_std`
-  is shown as the error of `x`.
+  The scores of `_SCORES` come first, in the order of that table. A key such as `fid_std` is left out if `fid` is also
+  present, because the report shows the value of `fid_std` as the error of `fid`.
   """
   known = [key for key in _SCORES if key in keys]
   unknown = [key for key in keys if key not in _SCORES and not (key.endswith("_std") and key[:-4] in keys)]
@@ -100,7 +100,7 @@ def format_number(value: Any) -> str:
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
   """Format a number and its error, both rounded to the second significant digit of the error.
 
-  Both have at most 8 decimals. The error is "" if the number is not finite, or the error is not positive and finite.
+  Both have at most 8 decimals. If one of the two is not finite, or the error is not above 0, the error becomes "".
   """
   if not (is_number(value) and is_number(error) and math.isfinite(value) and 0 < float(error) < math.inf):
     return format_number(value), ""
@@ -122,7 +122,7 @@ def format_value(value: Any) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-  """Return nested values as pairs of a dotted name and a formatted value, in their order."""
+  """Return nested values as pairs of a dotted name and a formatted value, in their original order."""
   rows: list[tuple[str, str]] = []
   for name, value in tree.items():
     if isinstance(value, Mapping) and value:
@@ -141,7 +141,7 @@ def to_words(key: str) -> str:
 
 
 def use_minus_sign(number: str) -> str:
-  """Replace the hyphen before a negative number by a minus sign.
+  """Replace the hyphen before a negative number with a minus sign.
 
   A minus sign is as wide as a digit, so numbers line up in tables.
   """

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
   Attributes:
     score: the description of the score.
-    values: the value and the error ("" for none) for each column.
+    values: for each column, the formatted score and its formatted error. The error is "" if it is unknown.
   """
 
   score: formatting.Score
@@ -190,7 +190,7 @@ def _film(content: Content) -> pictures.Film | None:
 
 
 def _reconstructions(reconstructions: Reconstructions | None) -> dict[str, Any] | None:
-  """Return the variables of the section on reconstructions.
+  """Return the template's variables for the section on reconstructions.
 
   Each row has an original, its reconstruction and the channels of its latents.
   """
@@ -209,10 +209,10 @@ def _reconstructions(reconstructions: Reconstructions | None) -> dict[str, Any] 
 
 
 def _neighbors(neighbors: Neighbors | None, max_samples: int = 12, max_images: int = 3) -> dict[str, Any] | None:
-  """Return the variables of the section on neighbors.
+  """Return the template's variables for the section on neighbors.
 
-  The section shows the samples closest to a training image, and counts the samples that are much closer than held-out
-  images usually are.
+  The section shows the samples that are closest to a training image. It counts the samples that are much closer to a
+  training image than held-out images usually are.
   """
   if neighbors is None or not len(neighbors.samples):
     return None
@@ -291,9 +291,9 @@ def _likelihood(likelihood: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _config(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-  """Return the config as pairs of a section name and its keys.
+  """Return the sections of the config as pairs of a name and the formatted values.
 
-  Top-level keys come first, under the name "".
+  Top-level keys come first, as a section with the name "".
   """
   top = formatting.flatten({key: value for key, value in config.items() if not isinstance(value, Mapping)})
   nested = [(key, formatting.flatten(value)) for key, value in config.items() if isinstance(value, Mapping)]
@@ -309,7 +309,8 @@ def _all_figures(sections: Mapping[str, Any]) -> list[Figure]:
 def _inline(code: str) -> str:
   """Make a script safe to embed, so that no text in it closes the <script> element.
 
-  Line ends and null characters are replaced too, because a browser would change them and then compute another hash.
+  Line ends and null characters are replaced too. Otherwise a browser would change them, and the script would no longer
+  match its hash.
   """
   return code.replace("\r\n", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\0", "\\0")
 

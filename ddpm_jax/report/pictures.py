@@ -74,7 +74,8 @@ def tile_size(images: np.ndarray, max_side: int = 128) -> Tile:
   """Return the size of images [..., H, W, C] on the page.
 
   On a wide page, small images are enlarged by an integer factor, so that the longer side has at most 64 pixels. Images
-  larger than `max_side` are reduced to `max_side`. On a narrow page, these limits are 36 and 88 pixels.
+  larger than `max_side` are reduced to `max_side`. On a narrow page, the limits are 36 pixels instead of 64, and 88
+  pixels instead of `max_side`.
   """
   height, width = displayable(images[:1]).shape[-3:-1]
   side = max(height, width)
@@ -134,8 +135,8 @@ def group_by_class(samples: np.ndarray, classes: np.ndarray | None, max_classes:
 def render_film(denoising: np.ndarray, times: np.ndarray) -> Film:
   """Return an animation of at most 8 samples.
 
-  It includes the first and the last frame, and evenly spaced frames between these two. In all it has as many frames as
-  the size limit allows, but at least 8 (or all, if there are fewer) and at most 60.
+  The animation includes the first and the last frame, and evenly spaced frames between these two. It has as many frames
+  as the size limit allows, but at least 8 and at most 60. If `denoising` has fewer frames, all of them are included.
 
   Args:
     denoising: the frames [frames, K, H, W, C], uint8.
@@ -166,12 +167,12 @@ def render_film(denoising: np.ndarray, times: np.ndarray) -> Film:
 
 
 def thumbnails(images: np.ndarray) -> list[str]:
-  """Return images [N, H, W, C] as data URIs, reduced to at most 128 pixels."""
+  """Return images [N, H, W, C] as data URIs, reduced to sides of at most 128 pixels."""
   return [data_uri(image) for image in _downscale(displayable(images), 128)]
 
 
 def _downscale(images: np.ndarray, side: int) -> np.ndarray:
-  """Return images [..., H, W, C], downscaled by an integer factor to at most `side` pixels.
+  """Return images [..., H, W, C], downscaled by an integer factor to sides of at most `side` pixels.
 
   Each new pixel is the mean of a square of old pixels.
   """

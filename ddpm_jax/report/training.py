@@ -28,7 +28,7 @@ _AXIS_LABELS = {
 def plot_metrics(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[Figure], list[Figure]]:
   """Plot each metric against the step.
 
-  `skipped` is left out if no step was skipped.
+  The metric `skipped`, the number of skipped steps, has no figure if no step was skipped.
 
   Returns:
     The large figures (the loss, and metrics by noise level), and the small figures (all other metrics).
@@ -95,7 +95,7 @@ def _by_level(measure: str, keys: list[str], metrics: Sequence[Mapping[str, Any]
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
   """Return the steps and the values of a metric.
 
-  If there are more than `_MAX_POINTS`, adjacent points are averaged.
+  If there are more than `_MAX_POINTS` points, adjacent points are averaged.
   """
   pairs = [(line["step"], line[key]) for line in metrics if formatting.is_number(line.get(key))]
   x, y = np.array(pairs, np.float64).reshape(-1, 2).T

@@ -39,23 +39,25 @@ def autoencoder(
 ) -> Codec:
   """Return the codec of a frozen autoencoder, from a run or from a folder in diffusers' format.
 
-  x is (z - mean) / std for latents z. By default, a run provides the mean and the standard deviation of each channel
-  over its held-out images (`latents` in its eval.json). A diffusers folder provides `scaling_factor`, `shift_factor`,
-  `latents_mean` and `latents_std` in its config.
+  The codec encodes data as x = (z - mean) / std, where z are the latents of the autoencoder. The folder of the
+  autoencoder provides the defaults of the mean and the standard deviation. For a run, they are the statistics of each
+  channel over the held-out images (`latents` in eval.json). In diffusers' format, the config of the autoencoder sets
+  them as `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std`.
 
   Args:
     path: the folder of a run with the task "autoencode", a folder with the weights of an AutoencoderKL, the folder of
       a pipeline with vae/, or a name on the Hugging Face hub.
     data_shape: the shape [H, W, C] of the data.
-    posterior: "sample" to draw latents from the posterior, or "mode" for its mean.
-    mean: the mean of each channel of z, or one for all channels. Empty for the default.
-    std: the standard deviation of each channel of z, or one for all channels. Empty for the default.
+    posterior: "sample" to sample latents from the encoder's posterior, or "mode" to use the mean of the posterior.
+    mean: the mean of each channel of z, or one number for all channels. Empty for the default.
+    std: the standard deviation of each channel of z, or one number for all channels. Empty for the default.
     step: the step of the run's checkpoint; 0 for the newest. The EMA weights are used.
     dtype: the type of parameters and computation, "float32" or "bfloat16".
     tile: see `models.codecs.latent`.
 
   Raises:
-    ValueError: if there is no autoencoder at the path, it does not fit the data, or an argument is invalid.
+    ValueError: if there is no autoencoder at the path, the autoencoder does not fit the data, or an argument is
+      invalid.
   """
   if not path:
     raise ValueError(
@@ -154,7 +156,7 @@ def statistics(folder: Path, step: int, weights: str = "EMA") -> tuple[tuple[flo
 
 
 def _arrays(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[str, np.ndarray]:
-  """Return the arrays `scale` and `shift` of a codec, of the shape [C] or ()."""
+  """Return the arrays `scale` and `shift` of a codec, each of shape [C] for C channels of z, or of shape ()."""
   values = [np.asarray(one, np.float32) for one in (mean, std)]
   for name, one in zip(("mean", "std"), values, strict=True):
     if len(one) not in (1, channels) or not np.isfinite(one).all() or (name == "std" and one.min() <= 0):
@@ -187,15 +189,16 @@ def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def pin(tree: Tree, folder: Path) -> Tree:
-  """Return the config with the step and the statistics of the autoencoder that a run uses.
+  """Set the keys `step`, `mean` and `std` of the autoencoder in a run's config, and return the new config.
 
-  Values that the config sets do not change. For the others, a new run takes the autoencoder's current values. An
-  existing run keeps its values, even if the autoencoder was trained or scored again. A config without such a codec is
+  If the config already sets one of these keys, its value does not change. For a new run, the missing values come from
+  the newest checkpoint and the scores of the autoencoder. For an existing run, they come from the saved config of the
+  run, even if the autoencoder was trained or scored again. If the codec is not an autoencoder from a run, the config is
   returned unchanged.
 
   Args:
-    tree: the config.
-    folder: the run's folder.
+    tree: the config of the run that uses the autoencoder.
+    folder: the folder of this run.
   """
   codec = tree.values["model"].get("codec") or {}
   if codec.get("component") != _COMPONENT or not codec["path"]:

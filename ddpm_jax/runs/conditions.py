@@ -27,26 +27,29 @@ def text(
   dtype: str = "float32",
   dropout: float = 0.1,
 ) -> Condition:
-  """Return the condition of a text that a frozen encoder of transformers turns into a state for each token.
+  """Return a text condition with a frozen text encoder from the library transformers.
 
-  The network attends to the tokens (see `networks.ConditionalUNet`). CLIP's encoder and the network attend to padding
-  too, as in Stable Diffusion. For the other encoders, both ignore padding.
+  The encoder returns a state for each token, and the network attends to these states (see `networks.ConditionalUNet`).
+  If the encoder is CLIP's, the encoder and the network attend to padding too, as in Stable Diffusion. With all other
+  encoders, neither the encoder nor the network attends to padding.
 
   Args:
     name: the condition's name.
-    path: the folder of a text encoder or of a pipeline, or a name on the Hugging Face hub (see
+    path: the folder of a text encoder, the folder of a pipeline, or a name on the Hugging Face hub (see
       `interop.transformers.load_text_encoder`).
-    part: the encoder of a pipeline, such as "text_encoder". Empty for the folder of an encoder.
-    tokenizer: the folder of the tokenizer. Empty for the one in the folder or pipeline of the encoder.
-    layer: the number of layers after which to take the states. -1 is the last layer, and -2 the one before it.
+    part: the name of the encoder in a pipeline, such as "text_encoder". Empty if `path` is the folder of an encoder.
+    tokenizer: the folder of the tokenizer. Empty for the tokenizer that comes with the encoder or the pipeline.
+    layer: the layer that the states are taken from. 1 is the first layer, -1 the last, and -2 the second-to-last. 0
+      takes the embeddings before the first layer.
     normed: whether the encoder's final normalization is applied to the states.
     length: the number of tokens of each text. 0 for the largest number that the tokenizer and the encoder allow.
     dtype: the type of the encoder's parameters and computation, "float32" or "bfloat16".
-    dropout: the share of samples trained with the empty text, in [0, 1). Guidance needs a share above 0.
+    dropout: the share of training samples whose text is replaced with the empty text, in [0, 1). Guidance needs a share
+      above 0.
 
   Raises:
-    ValueError: if there is no text encoder or no tokenizer at the path, they do not belong together, or an argument is
-      invalid.
+    ValueError: if there is no text encoder or no tokenizer at the path, the encoder and the tokenizer do not belong
+      together, or an argument is invalid.
   """
   key = f"config.model.conditions.{name}"
   if not path:
@@ -70,15 +73,17 @@ def _tokenizer_folder(path: str, part: str) -> Path:
 
 
 def words(name: str, vocabulary: Sequence[str], length: int, dropout: float = 0.1) -> Condition:
-  """Return the condition of a text of a few known words, whose embedding is trained with the network.
+  """Return a text condition without an encoder, for texts of a few known words.
 
-  The network attends to the words, and knows their order (see `networks.ConditionalUNet`).
+  The network learns an embedding of the words. It attends to the words, and takes their order into account (see
+  `networks.ConditionalUNet`).
 
   Args:
     name: the condition's name.
     vocabulary: the words, in lower case (see `data.tokenizers.words`).
     length: the number of tokens of each text, one more than the number of words in the longest text.
-    dropout: the share of samples trained with the empty text, in [0, 1). Guidance needs a share above 0.
+    dropout: the share of training samples whose text is replaced with the empty text, in [0, 1). Guidance needs a share
+      above 0.
 
   Raises:
     ValueError: if the vocabulary, the length or the dropout is invalid.

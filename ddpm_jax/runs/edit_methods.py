@@ -1,4 +1,4 @@
-"""Compile the function that edits images by a task and a method."""
+"""Compile the function that edits images, for each editing task and method."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -44,7 +44,8 @@ _LATENT_METHODS = (
 def with_method(experiment: Experiment, task: str) -> tuple[Experiment, str]:
   """Check the edit's settings, and return two values: the experiment with the task's method, and the method's name.
 
-  If the config sets no method, the experiment gets the task's default. The name is "" for a task without methods.
+  If the config sets no method, the experiment gets the default method of the task. The name is "" if the task has no
+  methods, or if the model needs none (see `generates_from_condition`).
 
   Raises:
     ValueError: if the task, the method or its settings are invalid.
@@ -102,18 +103,20 @@ def compile_edit(
 
   `edit` takes the arguments of the function that `programs.generate` compiles. In addition to the conditions, the batch
   holds:
-    image: the images [B, ...] in [-1, 1]. To colorize, enlarge or restore, these are the measurements.
+    image: the images [B, ...] in [-1, 1]. For `colorize`, `superres` and `restore`, these are the measurements: the
+      gray, small or damaged images.
     keep: for `inpaint`, booleans [B, H, W, 1]. Pixels that are True do not change.
     other: for `interpolate`, the images [B, ...] at which the interpolation ends.
-  For a super-resolution model, the small image has the name of the model's condition instead of `image`.
+  A super-resolution model reads the small images from the entry with the name of its condition, and not from `image`.
 
-  The result holds `output`: images [B, ...], or [B, F, ...] for `interpolate`. For `invert` it also holds `latent`.
+  The result holds `output`: images [B, ...], or F frames [B, F, ...] for `interpolate`. For `invert` the result also
+  holds `latent`, the noise that encodes the images.
 
   Args:
     guided: the model with the task's method (`with_method`), and its guides.
     mesh: the devices.
     task: a name in `TASKS`.
-    factor: the factor by which `superres` enlarges images with an ordinary model.
+    factor: the factor by which `superres` enlarges images if the model is not a super-resolution model.
 
   Raises:
     ValueError: if the task, its method or the sampler is invalid.
@@ -146,7 +149,7 @@ def _many_step_times(experiment: Experiment, sampler: sampling.Sampler) -> np.nd
 
 
 def _edit_by_condition(experiment: Experiment, task: str) -> Callable:
-  """Return a function that generates new samples of a model that takes the images as a condition."""
+  """Return a function that edits images with a model that takes the images as a condition."""
   sampler, times = experiment.sampler, experiment.times
 
   def edit(keys, denoise, batch, coder):
@@ -200,7 +203,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
     )
 
   def apply_method(denoise, batch, encode=lambda data: data, decode=lambda x: x):
-    """Return the sampler and the denoiser. The method wraps one of the two."""
+    """Return the sampler and the denoiser, one of them wrapped by the method."""
     image, sampler = batch["image"], experiment.sampler
     arguments: dict[str, Any] = {"sampler": sampler, "denoise": denoise, "measurement": image}
     arguments |= {"encode": encode, "decode": decode}
@@ -241,7 +244,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
 
 
 def _clip_values_only(experiment: Experiment, denoise: Denoise) -> Denoise:
-  """Clip estimates but not their gradients, so that pixels out of range are still guided."""
+  """Clip estimates but keep their gradients, so that the measurement still guides pixels out of range."""
 
   def clipped(x_t, t):
     estimate = denoise(x_t, t)

@@ -29,7 +29,8 @@ class Edit(NamedTuple):
   Attributes:
     task: a name in `edit_methods.TASKS`.
     source: the path of an image, a folder of images or an .npz file.
-    mask: for `inpaint`, the path of a mask image that is white in the region to paint, or a word (`data.read_mask`).
+    mask: for `inpaint`, the path of a mask image that is white in the region to paint, or a word such as "lower" (see
+      `data.read_mask`).
     num_results: the number of results for each image.
   """
 
@@ -58,8 +59,8 @@ def run_edit(
     edit: the edit and its images.
     seed: the seed of the results.
     choice: which of the run's weights to use.
-    steering: the conditions of the results, and the runs that guide them.
-    scale: the guidance scale; None for the experiment's.
+    steering: the conditions of the results, and the runs whose models guide the sampling.
+    scale: the guidance scale; None for the scale of the experiment.
     model: a pretrained model to use in place of the run's weights.
 
   Raises:
@@ -124,7 +125,7 @@ def with_reversible_sampler(experiment: Experiment) -> Experiment:
 
 
 def _read(experiment: Experiment, edit: Edit) -> data.Inputs:
-  """Read the user's images in the size that the task takes."""
+  """Read the user's images at the size that the task expects."""
   height, width, channels = experiment.model.data_shape
   space: Any = (height, width)
   if edit.task == "superres":
@@ -179,9 +180,9 @@ def _steer(
   scale: float | None,
   inputs: generation.Inputs,
 ) -> Guided:
-  """Return the edit's guides, and the conditions that the user gave, repeated for the results of each image.
+  """Return the experiment with the edit's guides and the user's conditions, one item for each result.
 
-  The user need not give the conditions in `inputs`, which come from the images.
+  The conditions in `inputs` come from the images, so the user need not set them.
   """
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}

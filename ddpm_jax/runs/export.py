@@ -23,7 +23,7 @@ def run_export(experiment: Experiment, folder: Path, output: Path, choice: model
   Args:
     experiment: the run's experiment.
     folder: the run's folder.
-    output: the folder to write: new or empty.
+    output: the folder to write. It must be new or empty.
     choice: which of the run's weights to use.
 
   Raises:

@@ -1,6 +1,6 @@
 """Load the frozen parameters of an experiment.
 
-They are read from their original files and never written to a checkpoint.
+Frozen parameters are read from their original files, and are never written to a checkpoint.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def load(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, PyTree] |
   """Load all frozen parameters into their shards, or return None if there are none.
 
   Returns:
-    A dict with the keys "codec", "conditions" and "objective".
+    A dict with the keys "codec", "conditions" and "objective". A part without frozen parameters has no key.
   """
   with _as_value_error():
     frozen, objective = experiment.model.load_frozen(mesh), experiment.objective.load
@@ -71,7 +71,7 @@ def load_for_model(experiment: Experiment, folder: Path | None, mesh: jax.shardi
   """Load the frozen parameters of a model into their shards.
 
   Raises:
-    ValueError: if they cannot be read, or differ from the parameters that the run in the folder was trained with.
+    ValueError: if the parameters cannot be read, or if the run in `folder` was trained with other frozen parameters.
   """
   with _as_value_error():
     frozen = experiment.model.load_frozen(mesh)
@@ -88,7 +88,7 @@ def load_conditions(experiment: Experiment, names: Collection[str], mesh: jax.sh
 
 
 def digests_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return the digests of frozen parameters and of the tokenizers of texts, for `frozen_file`."""
+  """Return the digests of frozen parameters and of the text conditions' tokenizers, for `frozen_file`."""
   conditions = experiment.model.conditions
   tokenizers = [digest for name in sorted(conditions) for digest in tokenizer_digests(conditions[name])]
   return frozen_file.compute(frozen) | ({frozen_file.TOKENIZERS: tokenizers} if tokenizers else {})

@@ -53,8 +53,8 @@ def run_sample(
     num_samples: the number of samples.
     seed: the seed of the samples.
     choice: which of the run's weights to use.
-    steering: the conditions of the samples, and the runs that guide them.
-    scale: the guidance scale; None for the experiment's.
+    steering: the conditions of the samples, and the runs whose models guide the sampling.
+    scale: the guidance scale; None for the scale of the experiment.
     upsamplers: folders of super-resolution runs. Each one enlarges the samples of the model before it.
     model: a pretrained model to use in place of the run's weights.
 
@@ -140,7 +140,8 @@ def load_parameters(
   """Return the parameters of the run or of the pretrained model, together with the parameters of the guides.
 
   Raises:
-    ValueError: see `load_weights`; or if the folder is not writable. The caller saves its results there.
+    ValueError: if the parameters cannot be loaded (see `load_weights`), or if the folder is not writable. The caller
+      saves results in the folder.
   """
   workdir.check_writable(folder)
   if model is None:
@@ -157,8 +158,8 @@ class Stage(NamedTuple):
 
   Attributes:
     experiment: the model's experiment.
-    folder: its run's folder.
-    generate: its compiled sampling function (`programs.generate`).
+    folder: the folder of the model's run.
+    generate: the model's compiled sampling function (see `programs.generate`).
     low_res: the name of the condition for the small image.
   """
 
@@ -168,7 +169,10 @@ class Stage(NamedTuple):
   low_res: str
 
   def enlarge(self, samples: np.ndarray, mesh: jax.sharding.Mesh, seed: int, inputs: Inputs) -> np.ndarray:
-    """Enlarge samples (uint8), conditioned on the inputs. Inputs that are not conditions of this model are ignored."""
+    """Enlarge samples (uint8), conditioned on the inputs.
+
+    Inputs that are not conditions of this model are ignored.
+    """
     experiment = self.experiment
     height, width = experiment.model.data_shape[:2]
     print_line(f"enlarging to {height if height == width else f'{height}x{width}'} with {experiment.sampler_name} ...")
@@ -231,9 +235,10 @@ def cascade(experiment: Experiment, mesh: jax.sharding.Mesh, folders: Sequence[P
 
 
 def limit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, slow: bool = False) -> Experiment:
-  """Return the experiment with a sampling batch that is no larger than `count` needs.
+  """Return the experiment with the sampling batch size limited to the number of samples.
 
-  Samples do not depend on the batch size. If the model may be `slow`, batches on a CPU are small and show progress.
+  The limit is `count`, rounded up to a multiple of the number of devices. Samples do not depend on the batch size. If
+  `slow` is set, batches on a CPU are small, so that the progress bar moves often.
   """
   max_size = -(-count // mesh.size) * mesh.size
   if slow and jax.default_backend() == "cpu":
@@ -242,7 +247,10 @@ def limit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, 
 
 
 def _scale(experiment: Experiment) -> Any:
-  """Return the guidance scale (inside the interval, if there is one), or None if the rule has no scale."""
+  """Return the guidance scale, or None if the rule has no scale.
+
+  If guidance is limited to an interval, this is the scale inside the interval.
+  """
   *section, name = scale_key(experiment.tree).split("__")
   return experiment.tree.at(".".join(section)).get(name)
 
@@ -270,7 +278,7 @@ def generate_samples(
 ) -> tuple[np.ndarray, int]:
   """Return `count` samples (uint8) and the maximum number of network evaluations for one sample.
 
-  Sample i depends only on the weights, the seed, row i of the inputs [count, ...] and i.
+  Sample i depends only on the weights, the seed, row i of the inputs [count, ...] and the index i itself.
 
   Raises:
     FloatingPointError: if a sample is not finite.
@@ -294,7 +302,7 @@ def run_in_batches(
   start: int = 0,
   activity: str = "sampling",
 ) -> Iterator[Any]:
-  """Call a function on one batch after another, and yield its results [B, ...] with a progress bar.
+  """Call a function on one batch after another, yield its results [B, ...], and show a progress bar.
 
   Args:
     experiment: the experiment with the batch size.
@@ -302,8 +310,8 @@ def run_in_batches(
     parameters: the parameters.
     seed: the seed.
     count: the number of items.
-    inputs: items [count, ...] by name, or a function that reads the rows at some indices [B]. `function` gets the
-      arrays that the hosts of conditions return for these items.
+    inputs: the items of conditions [count, ...] by name, or a function that returns the items at indices [B]. A
+      condition's `host` converts items such as texts to arrays before `function` gets them.
     start: the index of the first item to compute.
     activity: the text of the progress bar.
   """
@@ -331,7 +339,9 @@ def cached_rows(
   shape_dtype: tuple[tuple[int, ...], Any],
   compute: Callable[[int, dict[str, Any]], Iterable[tuple[np.ndarray, dict[str, Any]]]],
 ) -> rows.ResumableArray | None:
-  """Load the rows of an array that an earlier command has saved, then compute and save the missing rows.
+  """Load the saved rows of an array, then compute and save the missing rows.
+
+  The saved rows come from an earlier command, which may have been interrupted.
 
   Args:
     folder: the run's folder.
@@ -339,11 +349,11 @@ def cached_rows(
     identity: everything that determines the rows, as JSON values.
     name: the name of the array in its file.
     shape_dtype: the shape and the dtype of the array.
-    compute: `compute(done, notes)` takes the number of saved rows and the notes saved with them. It yields pairs of a
-      block of further rows and new notes about all rows so far.
+    compute: `compute(done, notes)` takes the number of saved rows, and the notes (a dict of JSON values) saved with
+      these rows. It yields pairs: the next rows, and notes that replace the earlier notes.
 
   Returns:
-    The array in the main process, None in other processes.
+    The array in the main process, and None in all other processes.
   """
   array = (
     rows.ResumableArray(path, identity, name, *shape_dtype, damaged=workdir.damaged_folder(folder))

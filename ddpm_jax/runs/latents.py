@@ -26,14 +26,15 @@ _AGAIN = "Encode the data again with --mode=prepare, or train without config.dat
 
 
 def open_latents(experiment: Experiment, source: data.Source) -> data.Source | None:
-  """Open the folder of `config.data.latents`, or return None if the config names none.
+  """Open the encoded images in the folder `config.data.latents`, or return None if the config names no folder.
 
   Args:
     experiment: the experiment to train.
-    source: the training images that the folder must have been encoded from.
+    source: the training images. The encoded images must have been computed from these.
 
   Raises:
-    ValueError: if the folder cannot be read, or was encoded from other data or with other settings.
+    ValueError: if the model has no autoencoder, if a condition is computed from images, if the folder cannot be read,
+      or if its contents do not match `source` and the settings of the experiment.
   """
   path = experiment.data.latents
   if not path:
@@ -78,9 +79,10 @@ def open_latents(experiment: Experiment, source: data.Source) -> data.Source | N
 
 
 def _compare_items(path: str, source: data.Source, latents: data.Source) -> None:
-  """Raise a ValueError if a few images have other classes or texts in `source` than in `latents`.
+  """Raise a ValueError if `source` and `latents` differ in the classes or texts of a few images.
 
-  An image that cannot be decoded has the items of its replacement, so images are compared rather than lists of classes.
+  The function reads the images instead of `source.classes`. A broken image is replaced by another image, and then has
+  the class and the texts of that image.
   """
   rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
   items, own_items = (data.read(one, rows) for one in (source, latents))
@@ -97,7 +99,7 @@ def _compare_items(path: str, source: data.Source, latents: data.Source) -> None
 
 
 def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> None:
-  """Raise a ValueError if latents were encoded by another autoencoder or text encoder than the frozen one."""
+  """Raise a ValueError if the latents were encoded by an autoencoder or text encoder other than the model's."""
   if not isinstance(latents, data.PackedSource):
     return
   settings, expected = latents.settings, settings_of(experiment, frozen)
@@ -115,7 +117,7 @@ def check_codec(experiment: Experiment, latents: data.Source | None, frozen: PyT
 
 
 def check_conditions(experiment: Experiment) -> None:
-  """Raise a ValueError if a condition of the model is computed from images, which a latent data set lacks."""
+  """Raise a ValueError if a condition is computed from images, because encoded data contain no images."""
   for name, condition in experiment.model.conditions.items():
     # A latent data set holds the sizes of images.
     if condition.from_data is not None and not condition.framing:
@@ -126,14 +128,14 @@ def check_conditions(experiment: Experiment) -> None:
 
 
 def _digest(part: PyTree) -> str:
-  """Return one digest of a part, computed from the digests that `frozen_file` records for its arrays."""
+  """Combine the digests that `frozen_file` records for the arrays of a pytree into one digest."""
   return hashlib.sha256(" ".join(frozen_file.compute({"": part})[""]).encode()).hexdigest()
 
 
 def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]:
-  """Return the values that encoded data depend on.
+  """Return the settings and digests that encoded data depend on.
 
-  Without frozen parameters, the digests of the codec and of the text encoders are empty.
+  If `frozen` is None, the digests of the codec and of the text encoders are empty strings.
   """
   c = experiment.data
   codec = (frozen or {}).get("codec", ())
@@ -152,12 +154,15 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
 
 
 def storable_texts(experiment: Experiment) -> dict[str, Condition]:
-  """Return the text conditions whose states encoded data can hold, by name."""
+  """Select the text conditions that can be encoded before training, and return them by name.
+
+  The values of such a condition are states, that is, the outputs of frozen text encoders.
+  """
   return {name: one for name, one in experiment.model.conditions.items() if models.texts.is_storable(one)}
 
 
 def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
-  """Return the values that the states of a text depend on, except the parameters of the encoders."""
+  """Return the settings of a text condition that determine its states, without the parameters of the encoders."""
   path, condition = f"model.conditions.{name}", experiment.model.conditions[name]
   # The config of a pretrained model does not contain the arguments of its conditions.
   node = experiment.tree.values["model"].get("conditions", {}).get(name, {})
@@ -170,16 +175,20 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[str, Condition]:
-  """Return the text conditions of the model whose states the encoded data hold, by name.
+  """Select the text conditions of the model with states in the encoded data, and return them by name.
 
-  The data may hold states of texts that the model lacks, and the model may have texts whose states the data lack.
+  The data may also contain states of conditions that the model does not have, and the model may have text conditions
+  without states in the data.
   """
   encoded = latents.settings.get("encoders", {}) if isinstance(latents, data.PackedSource) else {}
   return {name: one for name, one in storable_texts(experiment).items() if name in encoded} if encoded else {}
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Make the train step read the states of texts from the encoded data, if the data hold such states."""
+  """Return the experiment with text conditions that read their states from the encoded data.
+
+  Text conditions without states in the data stay unchanged.
+  """
   stored = {name: models.texts.stored(name, one) for name, one in stored_texts(experiment, latents).items()}
   if not stored:
     return experiment
@@ -187,7 +196,7 @@ def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Ex
 
 
 def without_encoders(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> PyTree:
-  """Return the frozen parameters that the train step of `with_stored_texts` needs."""
+  """Return the frozen parameters without the text encoders that stored states replace (see `with_stored_texts`)."""
   texts = stored_texts(experiment, latents)
   if not texts:
     return frozen

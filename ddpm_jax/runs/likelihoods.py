@@ -84,11 +84,12 @@ def _count(experiment: Experiment, held_out: data.Source) -> int:
 def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]:
   """Compute the likelihoods that the config lists.
 
-  The likelihood of image i depends only on the weights, the seed, the image and i. Models with conditions are
-  conditioned on the values in the data.
+  The likelihood of image i depends only on the weights, the seed, the image and i. If the model has conditions, their
+  values for each image come from the data.
 
   Returns:
-    The results by the kind of likelihood; an empty dict in all processes except the main process.
+    A dict from each kind of likelihood, such as "ode", to its results. The dict is empty in all processes except the
+    main process.
 
   Raises:
     FloatingPointError: if a likelihood is not finite.
@@ -135,7 +136,10 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
 
 
 def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tuple[Callable, int]:
-  """Return the compiled function `(parameters, seed, first, inputs) -> values [B, width]`, and the width."""
+  """Compile `compute(parameters, seed, first, inputs) -> values [B, width]`, and return it with the width.
+
+  The first value of each image is its likelihood in bits per dimension. The other values depend on `kind`.
+  """
   c, process = experiment.evaluation, experiment.model.process
 
   def bound(keys, denoise, inputs, coder):
@@ -167,7 +171,7 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
   """Return the means of the values over images, and the standard error of the bits.
 
-  A bound over all steps also has `terms` [N], the mean term of each step.
+  For a bound over all N steps, the result also has `terms` [N], the mean of each step's term over images.
   """
   c, values = experiment.evaluation, values.astype(np.float64)
   bad = int(np.count_nonzero(~np.isfinite(values[:, 0])))

@@ -43,7 +43,7 @@ def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name:
     experiment: the experiment with the model.
     size: the size of the batch over all devices.
     devices: the devices.
-    name: the key of the batch size, such as "sampling.batch_size".
+    name: the config key of the batch size, such as "sampling.batch_size".
   """
   shape = experiment.model.data_shape
   needed = size * (math.prod(shape) * _FLOAT + _features(experiment))
@@ -53,7 +53,7 @@ def check_batch(experiment: Experiment, size: int, devices: Sequence[Any], name:
 
 
 def check_evaluation(experiment: Experiment, devices: Sequence[Any], folder: Path) -> None:
-  """Raise a ValueError if the samples of an evaluation do not fit on the disk, or its batches into memory."""
+  """Raise a ValueError if an evaluation's samples do not fit on the disk, or its batches do not fit into memory."""
   c, shape = experiment.evaluation, experiment.model.data_shape
   check_batch(experiment, min(c.batch_size, c.num_samples) * len(devices), devices, "evaluation.batch_size")
   # Features are extracted in batches of this size, even if there are fewer images.
@@ -84,11 +84,11 @@ def _channels(experiment: Experiment) -> str:
 
 
 def _features(experiment: Experiment, shape: tuple[int, ...] | None = None) -> int:
-  """Return the bytes of the first layer's features of a sample, or 0 if the network has no attribute `channels`.
+  """Return the bytes of the first layer's output for a sample, or 0 if the network has no attribute `channels`.
 
   Args:
     experiment: the experiment with the model.
-    shape: the shape of the data; None for the shape that the model generates.
+    shape: the shape of a sample of the data; None for the shape that the model generates.
   """
   model = experiment.model
   module, space = model.network.module, (model.shape if shape is None else model.codec.shape(shape))[:-1]

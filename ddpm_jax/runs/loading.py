@@ -1,4 +1,4 @@
-"""Load a model in one line of Python from a run's folder, a diffusers folder or the Hugging Face hub."""
+"""Load a model from a run's folder, a diffusers folder or the Hugging Face hub."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ class Loaded(NamedTuple):
   """Hold a model with its parameters.
 
   Attributes:
-    model: the model. The run's sampler, steps and clipping are its defaults.
+    model: the model. If it was loaded from a run, `model.defaults` has the run's sampler, number of steps and clipping.
     params: the parameters.
-    frozen: the frozen parameters of the codec ("codec") and the conditions ("conditions"); an empty dict for none.
+    frozen: a dict with the frozen parameters of the codec ("codec") and of the conditions ("conditions"). The dict is
+      empty if the model has no frozen parameters.
   """
 
   model: Model
@@ -30,7 +31,9 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, *, ema: bool = True, step: int | str | None = None) -> Loaded:
-  """Load a model for `sampling.sample(key, sampler, model.denoise(params, given), x, times)`.
+  """Load a model and its parameters.
+
+  To generate samples, call `sampling.sample(key, sampler, model.denoise(params, given), x, times)`.
 
   Args:
     path: a run's folder, a diffusers folder, or a name on the Hugging Face hub such as "google/ddpm-cifar10-32".

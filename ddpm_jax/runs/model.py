@@ -1,4 +1,4 @@
-"""Make a run's first state, and load its weights from checkpoints or from snapshots of averages."""
+"""Make the initial state of a run, and load weights from checkpoints or from snapshots of averaged parameters."""
 
 import contextlib
 import functools
@@ -61,12 +61,12 @@ class Weights(NamedTuple):
 def make_state(
   experiment: Experiment, mesh: jax.sharding.Mesh, frozen: PyTree = None, params: PyTree = None
 ) -> tuple[Callable[[], training.TrainState], training.TrainState]:
-  """Return two values: a function that makes the first state, and the shapes and shardings of this state.
+  """Return two values: a function that makes the initial train state, and the shapes and shardings of this state.
 
   Args:
     experiment: the experiment to train.
     mesh: the devices.
-    frozen: all frozen parameters, or their shapes; None for none.
+    frozen: all frozen parameters, or their shapes; None if the experiment has no frozen parameters.
     params: parameters to start from; None to initialize new ones.
   """
   init, optimizer = experiment.model.init, stepping.optimizer(experiment)
@@ -95,14 +95,14 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
 
 
 def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
-  """Open the run's snapshots of the averages. Old snapshots are never deleted."""
+  """Open the run's snapshots of the averaged parameters (EMA). Old snapshots are never deleted."""
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 
 def load_weights(
   experiment: Experiment, folder: Path, mesh: jax.sharding.Mesh, choice: WeightsChoice, *, quiet: bool = False
 ) -> Weights:
-  """Load the chosen parameters of a run and its frozen parameters, straight into their shards.
+  """Load the chosen parameters and the frozen parameters of a run directly into their shards.
 
   Args:
     experiment: the run's experiment.
@@ -112,8 +112,8 @@ def load_weights(
     quiet: whether to omit the message about the loaded checkpoint.
 
   Raises:
-    ValueError: if there are no such weights, if the choice contradicts itself, or if the frozen parameters differ
-      from those that the run was trained with.
+    ValueError: if the chosen weights do not exist, if the choice contradicts itself, or if the frozen parameters differ
+      from the frozen parameters that the run was trained with.
   """
   frozen = frozen_module.load_for_model(experiment, folder, mesh)
   # Restore the model's parameters only. The objective's state may be missing.
@@ -136,7 +136,7 @@ def load_weights(
 
 
 def _step(checkpoints: checkpoint.Checkpoints, text: str) -> int | None:
-  """Return the step in the value of --step, or None for the newest checkpoint."""
+  """Convert the text of --step to the step of a checkpoint, or to None for the newest checkpoint."""
   if text == "best":
     best = checkpoints.best_step()
     if best is None:
@@ -153,7 +153,7 @@ def _reconstructed(experiment: Experiment, folder: Path, items: PyTree, choice: 
   """Reconstruct an EMA of any width as a weighted sum of snapshots (Karras et al. 2024, section 3.2).
 
   Returns:
-    The EMA and its step.
+    The EMA, and the step of the last snapshot.
   """
   length = choice.ema_length
   assert length is not None
@@ -188,7 +188,7 @@ def load_experiment(tree: config.Tree | None, folder: Path, flag: str = "workdir
   The run need not have finished.
 
   Args:
-    tree: a config for the run; None for the run's own.
+    tree: a config for the run; None for the config in the run's folder.
     folder: the run's folder.
     flag: the name of the flag that gave the folder, for the error message.
 

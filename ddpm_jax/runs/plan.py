@@ -22,8 +22,10 @@ def run_plan(
   Args:
     tree: the config to train. Its data are not opened, and no weights are read.
     topology_name: a TPU slice, such as "v5e:4x4"; None for this machine.
-    num_devices: the number of GPUs or TPUs of this machine, or of devices that its CPU simulates; None for all devices.
-    folder: the folder of the run, whose copy of the `init_from` model is planned if there is one; None for no run.
+    num_devices: the number of devices: GPUs or TPUs of this machine, or simulated devices on a machine with only a
+      CPU. None for all devices of this machine.
+    folder: the folder of the run. If the run has already copied the config files of its `init_from` model, the plan
+      reads the copies. None for no run.
 
   Raises:
     ValueError: if the slice does not exist, or if the config cannot be trained on it.
@@ -57,7 +59,7 @@ def run_plan(
 
 
 def choose_devices(topology_name: str | None, num_devices: int | None) -> list[Any]:
-  """Return the devices of a TPU slice or of this machine, see `run_plan`."""
+  """Return the devices of a TPU slice or of this machine (see `run_plan`)."""
   if topology_name and num_devices:
     raise ValueError(f"Got --topology={topology_name} with --devices={num_devices}; expected only one of them.")
   if topology_name:
@@ -69,14 +71,14 @@ def choose_devices(topology_name: str | None, num_devices: int | None) -> list[A
 
 
 def build(tree: Tree, devices: list[Any], model: Model | None = None) -> Experiment:
-  """Build an experiment, with plain kernels if the devices are CPUs, which simulate another platform.
+  """Build an experiment, and replace its kernels by plain kernels if the devices are CPUs.
 
-  Kernels tuned for a CPU would distort the memory estimate.
+  In a plan, CPUs simulate another platform. Kernels that are tuned for CPUs would distort the memory estimate.
 
   Args:
     tree: the config.
     devices: the devices to plan for.
-    model: the model to use instead of the config's; None for the config's.
+    model: a model that replaces the config's model; None to keep the config's model.
   """
   if devices[0].platform != "cpu":
     return config.build(tree, model)
@@ -91,7 +93,7 @@ def build(tree: Tree, devices: list[Any], model: Model | None = None) -> Experim
 
 
 def _layout(experiment: Experiment, devices: list[Any]) -> tuple[jax.sharding.Mesh, training.TrainState, Any, Any]:
-  """Return the mesh, and the shapes and shardings of a state, a batch and the frozen parameters."""
+  """Return the mesh, and the shapes of the train state, of a batch and of the frozen parameters."""
   mesh = stepping.training_mesh(experiment, devices)
   frozen_shapes = frozen.shapes(experiment, mesh)
   _, shapes = make_state(experiment, mesh, frozen_shapes)

@@ -36,7 +36,8 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
 
   Args:
     experiment: the experiment with the data.
-    output: a new folder to pack or encode the data into, or None.
+    output: a new folder for the packed or encoded data. None is allowed only for a TFDS data set that is not encoded:
+      it is then downloaded and converted, but not packed.
 
   Raises:
     ValueError: if the data need no preparation or cannot be prepared, or if the output folder exists already.
@@ -65,15 +66,17 @@ def run_prepare(experiment: Experiment, output: Path | None) -> None:
 def _encode(experiment: Experiment, output: Path) -> None:
   """Encode the training images of an experiment into a new folder, for `config.data.latents`.
 
-  The folder holds the moments or codes of each image and, if images are flipped in training, of its mirror image. It
-  also holds the other items of the data, such as classes, and the states of texts that frozen encoders return.
+  The folder contains the encoding of each image: the moments of a posterior, or codes. If training flips images, the
+  folder also contains the encoding of each mirror image. For texts, it contains the states that the frozen encoders
+  return. All other items of the data, such as classes, are copied.
 
   Args:
     experiment: the experiment with the data and the codec.
     output: the new folder.
 
   Raises:
-    ValueError: if the data or the codec cannot be read, an encoded image is not finite, or the output folder exists.
+    ValueError: if the data or the codec cannot be read, if an encoded image is not finite, if the output folder exists,
+      or if there are several processes.
   """
   files.check_new_folder(output)
   source = reading.read_data(experiment).train
@@ -99,7 +102,7 @@ def _encode(experiment: Experiment, output: Path) -> None:
 def _encoded(
   experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source, frozen: PyTree, statistics: "_Statistics"
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the items of a source with `latent` in place of `image`, and with the states of texts."""
+  """Yield the items of each image of a source, with `latent` instead of `image` and with the states of texts."""
   codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
   assert codec.compress is not None
   assert codec.expand is not None
@@ -139,7 +142,7 @@ def _encoded(
 
 
 def _read_ahead(source: data.Source, size: int, num_threads: int) -> Iterator[tuple[int, data.Batch]]:
-  """Yield the index of the first item and the arrays of each batch, while threads read the next batches."""
+  """Yield the index of a batch's first item together with the batch, while threads read the next batches."""
 
   def read(first: int) -> tuple[int, data.Batch]:
     # Repeat the last image to fill the last batch, so that a single program is compiled.
@@ -156,13 +159,13 @@ def _read_ahead(source: data.Source, size: int, num_threads: int) -> Iterator[tu
 
 
 class _Statistics:
-  """Compute the mean and the standard deviation of each channel of x over many batches."""
+  """Compute the mean and the standard deviation of each channel of the encoded images x over many batches."""
 
   def __init__(self) -> None:
     self._count, self._sums = 0, np.zeros((2, 1))
 
   def add(self, x: np.ndarray) -> None:
-    """Add samples [B, ..., C]."""
+    """Add a batch of encoded images x [B, ..., C]."""
     rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
     self._count += len(rows)
     self._sums = self._sums + np.stack([rows.sum(0), (rows**2).sum(0)])

@@ -1,4 +1,4 @@
-"""Load pretrained models to start a run from, or to sample from in place of a run's model."""
+"""Load pretrained models for the start of a run, or for sampling without a run."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,8 +27,8 @@ class Pretrained(NamedTuple):
 
   Attributes:
     model: the model.
-    params: the parameters of its network, in the shards of the config's mesh. If they were not read, their shapes
-      and types without shardings.
+    params: the parameters of the network, sharded over the config's mesh. If the parameters were not read, `params` has
+      only their shapes and types.
   """
 
   model: Model
@@ -47,13 +47,13 @@ def _read(
   """Replace the config's model by a diffusers model, and return the config and the model.
 
   Args:
-    tree: the config. Its network options, such as dropout, apply to the model.
+    tree: the config. Its network options, such as dropout, apply to the diffusers model.
     path: a diffusers folder, or a name on the Hugging Face hub.
-    flag: the setting that names the model, for the error if the config's conditions do not match the model's; "" to
-      skip this check.
-    weights: whether to read the parameters, or only their shapes.
-    choices: options of `diffusers.read` that replace those of the config.
-    params_dtype: the type of the parameters, see `diffusers.load`.
+    flag: the flag or config key that contains `path`, for the error message if the conditions of the config and of the
+      model do not match; "" to skip this check.
+    weights: True to read the parameters, False to read only their shapes.
+    choices: options of `diffusers.read` that override the options in the config.
+    params_dtype: the type of the parameters (see `diffusers.load`).
   """
   options = {**_options(tree, path), **choices}
   if weights:
@@ -87,10 +87,11 @@ def replace_model(
   Args:
     path: a diffusers folder, or a name on the Hugging Face hub.
     tree: the config.
-    recipe: whether the user chose the config. If not, the sampler's settings come from the model's defaults.
-    keys: the config keys that the user set. They are not changed.
+    recipe: whether the user chose a config file. If not, the settings of sampling and guidance come from the
+      defaults of the pretrained model.
+    keys: the config keys that the user set. Their values stay unchanged.
     weights: whether to read the parameters. A plan needs only their shapes and types.
-    choices: options of `diffusers.read` that replace those of the config: "dtype", "shape" or "variant".
+    choices: options of `diffusers.read` that override the options in the config: "dtype", "shape" or "variant".
   """
   # Sampling needs no float32 parameters. Pipelines without text keep them.
   is_text = interop.diffusers.is_text_pipeline(path)
@@ -120,7 +121,7 @@ def replace_model(
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
-  """Return the config's options for the model at a path, with the image shape if the model does not store it."""
+  """Return the config's options for the model at a path, and the image shape if the model's files lack a shape."""
   values = tree.values["model"]
   shape = {}
   if not interop.diffusers.has_size(path):
@@ -139,7 +140,7 @@ def _options(tree: Tree, path: str) -> dict[str, Any]:
 
 
 def _check_conditions(tree: Tree, model: Model, flag: str) -> None:
-  """Raise a ValueError if the config's conditions do not match those of a pretrained model."""
+  """Raise a ValueError if the conditions of the config and of a pretrained model do not match."""
   for name, node in tree.values["model"].get("conditions", {}).items():
     condition = model.conditions.get(name)
     if condition is None:
@@ -167,7 +168,7 @@ def load_init_from(tree: Tree, *, weights: bool = True) -> tuple[Tree, Pretraine
 
   Args:
     tree: the config.
-    weights: whether to read the parameters. The data of a run are prepared without them.
+    weights: True to read the parameters. False to read only their shapes, as in --mode=plan and --mode=prepare.
   """
   path = tree.values["init_from"]
   if not path:
@@ -197,18 +198,18 @@ def is_read(tree: Tree) -> bool:
 
 
 def has_started(tree: Tree, folder: Path) -> bool:
-  """Return whether a folder holds a run that started from the `init_from` of the config."""
+  """Return whether a folder contains a run with the same `init_from` as the config."""
   return _started(tree, folder) is not None
 
 
 def _started(tree: Tree, folder: Path) -> Tree | None:
-  """Return the config of the run that started from the same `init_from`, or None."""
+  """Return the config of the run in a folder, or None if `tree` has another `init_from` than this config."""
   saved = config.find_run(folder) if tree.values["init_from"] else None
   return saved if saved is not None and saved.values["init_from"] == tree.values["init_from"] else None
 
 
 def restore_init_from(tree: Tree, folder: Path) -> Tree:
-  """Return the config with the model that a run started from, if the config and the run have the same `init_from`.
+  """Return the config with the model that the folder's run started from, if config and run have the same `init_from`.
 
   Otherwise return the config unchanged.
   """

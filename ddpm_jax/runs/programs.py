@@ -23,11 +23,11 @@ Arrays = Mapping[str, Array]
 
 
 class Coder(NamedTuple):
-  """Hold the codec of a model together with the codec's parameters.
+  """Hold functions that encode and decode data with a model's codec and its parameters.
 
   Attributes:
-    encode: `encode(keys, data) -> x` for data [B, ...], with a key for each sample [B].
-    decode: `decode(x) -> data`.
+    encode: `encode(keys, data) -> x` encodes data [B, ...]. `keys` [B] has a key for each sample.
+    decode: `decode(x) -> data` decodes x [B, ...].
   """
 
   encode: Callable[[Array, Array], Array]
@@ -44,9 +44,10 @@ def sampling_mesh(experiment: Experiment, devices: Sequence[Any] | None = None) 
 
 
 def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
-  """Return a denoiser with the experiment's clipping of estimates.
+  """Return a denoiser that clips its estimates of x_0 as `config.sampling.clip` specifies.
 
-  Call this function on a denoiser that includes all guidance, because clipping stops the gradient of what it clips.
+  Call this function on a denoiser that already includes all guidance. Guidance may need the gradient of an estimate,
+  and the gradient is zero where the estimate is clipped.
   """
   clip = experiment.sampling.clip
   return denoise if clip is None else clip(denoise=denoise)
@@ -68,12 +69,12 @@ def generate(
     first: the index of the first sample.
     batch: arrays [B, ...] by name, as `guided.denoise` reads them.
     data: the samples [B, ...], replicated on every device.
-    nfe: the number of network evaluations of each sample [B].
+    nfe: the number of network evaluations for each sample [B].
 
   Args:
     experiment: the experiment with the model and the sampler.
     mesh: the devices.
-    guides: other models that guide.
+    guides: other models, which guide the sampled model.
     negative: whether the batch has conditions to guide away from.
 
   Raises:
@@ -96,7 +97,7 @@ def generate(
 
 
 def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
-  """Return the experiment with a few steps of DDIM, and with a batch that holds `count` samples."""
+  """Return the experiment with the sampling of previews: a few steps of DDIM, and a batch for `count` samples."""
   steps, size = experiment.sampling.preview_steps, -(-count // mesh.size) * mesh.size
   return experiment.replace(sampler="ddim", sampling__grid=None, sampling__num_steps=steps, sampling__batch_size=size)
 
@@ -104,7 +105,7 @@ def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) ->
 def denoising_frames(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Return two values: a compiled function that generates samples at intermediate times, and these times.
+  """Compile a function that returns the states of samples at several times, and return it with these times.
 
   Args:
     experiment: the experiment with the model and the sampler.
@@ -113,8 +114,8 @@ def denoising_frames(
 
   Returns:
     The function `denoising(parameters, seed, first, batch) -> data [B, K, ...]`, and the times [K] from t_max to 0. The
-    function takes the same arguments as the function that `generate` compiles. The frames are scaled for display: the
-    noise has a standard deviation of at most 1.
+    function takes the same arguments as the function that `generate` compiles. The states are scaled for display, so
+    that the standard deviation of the noise is at most 1.
   """
   process, times = experiment.model.process, experiment.times
   indices = np.unique(np.linspace(0, len(times) - 1, frames).round().astype(int))
@@ -148,11 +149,11 @@ def compile_sampler(
   Args:
     experiment: the experiment with the model and the sampler.
     mesh: the devices.
-    guides: other models that guide.
-    sample: the function of one device's rows of the batch.
-    is_adaptive: whether the number of network calls depends on the data; None for the answer of the sampler. If it
-      does, devices make different numbers of calls, so no call can wait for the others: all parameters are gathered at
-      the start.
+    guides: other models, which guide the sampled model.
+    sample: the function to compile. On each device, it gets this device's rows of the batch.
+    is_adaptive: whether the number of network calls depends on the data; None to ask the sampler. If the number depends
+      on the data, it differs between devices. A call then cannot gather parameters from other devices, so all
+      parameters are gathered at the start.
 
   Raises:
     ValueError: if the sampling batch cannot be sharded over the devices or does not fit into their memory.

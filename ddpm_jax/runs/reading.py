@@ -1,4 +1,4 @@
-"""Prepare and read the data of an experiment, and check that the data fit the model."""
+"""Read the data of an experiment, and check that the data fit the model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,15 +55,16 @@ def fit_of(experiment: Experiment) -> data.Fit:
 
 
 def check_of(experiment: Experiment) -> data.Check | None:
-  """Return the check of the data's classes, or None if the task uses no classes."""
+  """Return the function that checks the classes in the data, or None if the task uses no classes."""
   classes = experiment.task.classes(experiment)
   return None if classes is None else classes.check
 
 
 def read_sources(experiment: Experiment) -> data.Splits:
-  """Read the training split and the evaluation split of the source, and hold out no data.
+  """Read the training split and the evaluation split of the source.
 
-  The evaluation split is None if it does not exist.
+  The training split still contains the images that `read_data` holds out later (see `config.data.hold_out`). The
+  evaluation split is None if it does not exist.
 
   Raises:
     ValueError: if the data are missing or unreadable, or if they lack classes that the task needs.
@@ -82,7 +83,7 @@ def read_buckets(experiment: Experiment, splits: data.Splits) -> data.Source | N
     splits: the splits that `read_sources` returned.
 
   Raises:
-    ValueError: if the images cannot be read at other sizes.
+    ValueError: if the source cannot read images at several sizes.
   """
   c = experiment.data
   if not c.buckets:
@@ -92,7 +93,9 @@ def read_buckets(experiment: Experiment, splits: data.Splits) -> data.Source | N
 
 
 def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data.Splits:
-  """Read the training data and the held-out data (or None), and check their shapes, classes and other items.
+  """Read the training data and the held-out data, and check their shapes, classes and other items.
+
+  The held-out data are None if there are none.
 
   Args:
     experiment: the experiment with the data.
@@ -124,7 +127,7 @@ def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data
   if experiment.model.codec.is_latent and c.flip and spatial:
     raise ValueError(
       f"Got config.data.flip=True for a model of latents with the image condition {spatial[0]}; expected False, because only arrays with the"
-      " sides of the image are mirrored with it. Set --config.data.flip=False."
+      " height and width of the image can be mirrored with the image. Set --config.data.flip=False."
     )
   for name, condition in conditions.items():
     if condition.from_data is None and name not in item:
@@ -144,7 +147,7 @@ def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data
 
 
 def _report_unread(name: str, unread: Callable[[Sequence[str]], list[str]], source: data.Source) -> None:
-  """Warn once about texts with more tokens than fit."""
+  """Warn once about training texts with more tokens than the model reads."""
   texts = data.read_texts(source, name, _CHECKED_TEXTS)
   cut = [(text, end) for text, end in zip(texts, unread(texts), strict=True) if end]
   if cut:

@@ -1,4 +1,4 @@
-"""Reconstruct held-out images with an autoencoder, and score and report the reconstructions and the latents."""
+"""Reconstruct held-out images with an autoencoder, and report scores of the images and statistics of the latents."""
 
 import json
 import time
@@ -37,12 +37,14 @@ class Batch(NamedTuple):
   Attributes:
     images: the originals, uint8 [B, H, W, C].
     reconstructions: the reconstructions, uint8 [B, H, W, C].
-    latents: the means of the posteriors, or the vectors of the nearest codes [B, *space, D].
+    latents: the means of the posteriors, or the vectors of the nearest codes, [B, *space, D]. `space` is the shape of
+      the latent positions, such as height and width.
     means: the mean of the latents over positions, for each image [B, D].
-    squares: the mean of the squared latents over positions, for each image [B, D]. With a posterior, the mean includes
-      the posterior's variance.
-    kl: the KL divergence of each posterior from a standard normal distribution in nats [B]; None with a codebook.
-    codes: the codes [B, *space]; None without a codebook.
+    squares: the mean of the squared latents over positions, for each image [B, D]. If the autoencoder has a posterior,
+      the mean includes the posterior's variance.
+    kl: the KL divergence of each posterior from a standard normal distribution in nats [B]; None if the autoencoder has
+      a codebook.
+    codes: the codes [B, *space]; None if the autoencoder has no codebook.
   """
 
   images: np.ndarray
@@ -58,7 +60,7 @@ def program(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[[Parame
   """Compile a function that reconstructs a batch from the mean of the posterior or from the nearest codes.
 
   The function takes the arguments that `generation.run_in_batches` passes. The batch contains the images as `image`,
-  and is sharded over the mesh. The result is a dict with the fields of `Batch`, except the originals.
+  and is sharded over the mesh. The result is a dict with the fields of `Batch`, except `images`.
   """
   parts = models.networks.autoencoder(experiment.model.network, experiment.model.shape)
 
@@ -98,7 +100,10 @@ def preview(experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
 
 
 def _with_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) -> Experiment:
-  """Return the experiment with a batch for `count` images. Results do not depend on the number of devices."""
+  """Return the experiment with a sampling batch size for `count` images.
+
+  The batch size per device is the same for any number of devices, so results do not depend on this number.
+  """
   return experiment.replace(sampling__batch_size=min(experiment.evaluation.batch_size, count) * mesh.size)
 
 
@@ -149,10 +154,12 @@ def _check_finite(name: str, values: np.ndarray) -> None:
 
 
 class Totals:
-  """Accumulate the scores of pairs and the statistics of latents over batches, and keep the first images.
+  """Accumulate scores and statistics of latents over batches, and keep the first images.
+
+  Each score compares a reconstruction with its original.
 
   Args:
-    num_codes: the size of the codebook, or 0.
+    num_codes: the size of the codebook; 0 without a codebook.
     shown: the number of images to keep.
   """
 
@@ -175,7 +182,7 @@ class Totals:
       self._kept.append(batch)
 
   def scores(self) -> dict[str, float]:
-    """Return the mean of each score of pairs."""
+    """Return the mean of each score over all images, by the score's name."""
     return {name: float(np.mean(np.concatenate(values))) for name, values in self._scores.items()}
 
   def first_images(self, count: int) -> Batch:
@@ -187,10 +194,13 @@ class Totals:
     """Return statistics of the latents as JSON values.
 
     Returns:
-      A dict with `shape`, and with the `mean` and `std` of each latent channel over images and positions. They describe
-      samples of the posterior, or the vectors of the codes. A codec subtracts `mean` and divides by `std`. An
-      autoencoder without a codebook also has `kl`, the mean KL divergence in nats. An autoencoder with a codebook also
-      has `num_codes`, `used_share` (the share of codes that occur) and `perplexity` (of the frequencies of the codes).
+      A dict with the `shape` of an image's latents, and with the `mean` and `std` of each latent channel over images
+      and positions. `mean` and `std` describe samples of the posteriors, or the vectors of the codes. The codec of a
+      diffusion model subtracts `mean` from latents and divides by `std`.
+
+      For an autoencoder without a codebook, the dict also has `kl`, the mean KL divergence in nats. For an autoencoder
+      with a codebook, it also has the number of codes (`num_codes`), the share of codes that occur (`used_share`), and
+      the exponential of the entropy of the codes' frequencies (`perplexity`).
     """
     means, squares = (np.concatenate(self._moments[name]).mean(0) for name in ("means", "squares"))
     statistics: dict[str, Any] = {
@@ -240,14 +250,14 @@ class Scorer:
     self._program = program(self._experiment, run.mesh)
 
   def check_scores(self) -> None:
-    """Raise a ValueError if there is nothing to score against."""
+    """Raise a ValueError if there are no held-out images."""
     if self._run.held_out is None:
       raise ValueError(
         "Got no held-out images; expected some to reconstruct and score. Set --config.data.source.eval_split or --config.data.hold_out."
       )
 
   def check_best_metric(self, metric: str) -> None:
-    """Raise a ValueError if training does not compute this metric."""
+    """Raise a ValueError if `metric` is not the name of a score that training computes."""
     names = [f"eval/{name}" for name in _PAIR_SCORES]
     if metric not in names:
       raise ValueError(f"Got config.training.best_metric={metric!r}; expected one of {', '.join(names)}.")
@@ -277,7 +287,7 @@ class Scorer:
     Args:
       weights: the weights to score.
       seed: recorded in eval.json; reconstructions are not random.
-      variants: ignored.
+      variants: ignored, because reconstruction uses no sampler.
     """
     del variants
     start, run = time.perf_counter(), self._run
@@ -357,12 +367,12 @@ def _describe_latents(statistics: dict[str, Any]) -> str:
 
 
 def content(run: Run, report: dict[str, Any], shown: Batch) -> page.Content:
-  """Return the content of the page.
+  """Return the content of report.html.
 
   Args:
     run: the run.
     report: the content of eval.json.
-    shown: the images to show.
+    shown: the images to show, with their reconstructions and latents.
   """
   tree, shape = run.experiment.tree, run.experiment.model.data_shape
   statistics, latents = report["latents"], shown.latents[..., :_SHOWN_CHANNELS]

@@ -28,11 +28,11 @@ class ModelChoice(NamedTuple):
 
   Attributes:
     tree: the config.
-    pretrained: a diffusers folder, or a name on the Hugging Face hub, whose model replaces the config's. "" for the
-      config's model.
-    is_recipe: whether the user chose the config, see `pretrained.replace_model`.
+    pretrained: a diffusers folder, or a name on the Hugging Face hub. Its model replaces the config's model. "" to keep
+      the config's model.
+    is_recipe: whether the user chose a config file (see `recipe` in `pretrained.replace_model`).
     keys: the config keys that the user set.
-    choices: options of the pretrained model, see `pretrained.replace_model`.
+    choices: options of the pretrained model (see `pretrained.replace_model`).
   """
 
   tree: Tree
@@ -51,19 +51,19 @@ def run_sampling_plan(
   steering: Steering = Steering(),  # noqa: B008, a constant
   scale: float | None = None,
 ) -> sampling_plan.SamplingPlan:
-  """Compile the sampling of one batch for a TPU slice or for devices of this machine, and print its memory and time.
+  """Compile the sampler for a TPU slice or for devices of this machine, and print its memory and time for one batch.
 
-  The program is the same as in sampling: it encodes the conditions, runs all steps, and decodes. The parameters are
-  never read, only their shapes.
+  The program is the same as in sampling: it encodes the conditions, runs all steps, and decodes the samples. Only the
+  shapes of the parameters are read.
 
   Args:
     model: the model.
     topology_name: see `plan.run_plan`.
     num_devices: see `plan.run_plan`.
-    num_samples: the number of samples. Sampling uses batches of at most `config.sampling.batch_size`. None plans for a
-      batch of this size.
-    steering: the conditions, and the runs that guide.
-    scale: the guidance scale; None for the config's.
+    num_samples: the number of samples to generate. If it is below `config.sampling.batch_size`, the batch is smaller.
+      None for a batch of `config.sampling.batch_size`.
+    steering: the conditions, and the runs whose models guide the sampled model.
+    scale: the guidance scale; None for the config's scale.
 
   Raises:
     ValueError: if the slice does not exist, or if the model cannot be sampled on it.

@@ -1,6 +1,6 @@
 """Generate samples of a diffusion model, compare them with real images, and report the scores.
 
-An interrupted evaluation resumes.
+If an evaluation is interrupted, the next evaluation continues it.
 """
 
 import functools
@@ -32,7 +32,9 @@ _CHUNK = 512
 
 
 class SampleSet(NamedTuple):
-  """Hold the samples of a variant.
+  """Hold the samples of one variant of an experiment.
+
+  Variants differ in the sampler or in the number of steps.
 
   Attributes:
     experiment: the variant's experiment.
@@ -80,7 +82,7 @@ class Scorer:
       self._interim_generate = programs.generate(experiment, run.mesh)
 
   def check_scores(self) -> None:
-    """Raise a ValueError if there is nothing to score against."""
+    """Raise a ValueError if there is no reference to compare samples with."""
     if self._reference is None:
       raise ValueError(
         "Got no held-out images; expected some to score against. Set --config.data.source.eval_split or --config.data.hold_out, or score"
@@ -88,7 +90,7 @@ class Scorer:
       )
 
   def check_best_metric(self, metric: str) -> None:
-    """Raise a ValueError if training does not compute this metric."""
+    """Raise a ValueError if `metric` is not the name of a score that training computes."""
     # The classifier need not be trained here, because its scores have the same names as the scores of pixels.
     space = self._space.feature_space if self._space.name == "inception" else metrics.pixel_space()
     logged = [f"eval/{name}" for name in evaluate.logged_names(self._interim_settings, evaluate.score_names(space))]
@@ -97,7 +99,7 @@ class Scorer:
 
   @functools.cached_property
   def _reference_summary(self) -> evaluate.Summary:
-    """Return the feature summary of the reference."""
+    """Return a summary of the features of the reference."""
     reference = self._reference
     assert reference is not None
     if reference.statistics is not None:
@@ -108,7 +110,7 @@ class Scorer:
     return self._space.summary(reference.images, np.arange(count), self._settings)
 
   def _score_summary(self, summary: evaluate.Summary, settings: evaluate.Settings) -> evaluate.Scores:
-    """Score a feature summary against the reference."""
+    """Compute scores from a summary of the samples' features and the summary of the reference."""
     return evaluate.score(summary, self._reference_summary, settings, evaluate.score_names(self._space.feature_space))
 
   def _score_samples(self, samples: np.ndarray, settings: evaluate.Settings) -> evaluate.Scores:
@@ -263,11 +265,14 @@ class Scorer:
     return report
 
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
-    """Return further scores of a task as JSON values, from samples, uint8 [N, H, W, C], and their conditions."""
+    """Return additional scores of samples, uint8 [N, H, W, C], as JSON values.
+
+    A task with additional scores overrides this method. `inputs` are the conditions of the samples.
+    """
     return {}
 
   def _describe_texts(self, inputs: Inputs) -> dict[str, str]:
-    """Describe in words which texts the samples were generated from, by the name of the condition."""
+    """Return a description of the texts that samples were generated from, for each text condition by name."""
     split, count = ("training" if self._run.held_out is None else "held-out"), self._count
     return {
       name: f"captions of {count:,} {split} images chosen at random, {len(np.unique(texts)):,} of them different"
@@ -302,17 +307,20 @@ def score_floor(
   settings: evaluate.Settings,
   count: int,
 ) -> tuple[evaluate.Scores | None, int, str]:
-  """Score real images that are not in the reference, to find the floor of all scores.
+  """Score real images that are not in the reference.
+
+  Their scores are the floor that the scores of samples are compared with.
 
   Args:
     space: the feature space.
     reference: the reference.
     summary: the feature summary of the reference.
-    settings: the scores.
+    settings: the settings of the scores.
     count: the maximum number of images to score.
 
   Returns:
-    The scores or None, the number of images, and the reason if there are no scores.
+    The scores, the number of images, and an empty string. If the scores cannot be computed, they are None, and the
+    string is the reason.
   """
   if reference.floor is None:
     return None, 0, "there are no real images outside the reference"
@@ -325,10 +333,10 @@ def score_floor(
 
 
 def digest(parameters: Parameters) -> str:
-  """Return the SHA-256 of all parameters that were loaded, from any number of devices.
+  """Return the SHA-256 of all loaded parameters.
 
-  The frozen parameters are covered too, because samples depend on them. All processes must call this function, because
-  no process may hold all parameters.
+  The digest does not depend on the number of devices. It covers the frozen parameters too, because samples depend on
+  them. All processes must call this function, because each process may have only a part of the parameters.
   """
   leaves = [*jax.tree.leaves(parameters.params), *frozen_file.loaded_leaves(parameters.frozen)]
   return sealed.digest_all(map(parallel.to_host, [*leaves, *frozen_file.loaded_leaves(parameters.guides)]))
@@ -340,7 +348,7 @@ def dtype_of(experiment: Experiment) -> str:
 
 
 def describe_data(experiment: Experiment) -> dict[str, Any]:
-  """Return the config keys that identify the images."""
+  """Return the part of the config that determines the images, as values by key."""
   values = experiment.tree.values["data"]
   return {key: values[key] for key in ("source", "hold_out", "image_size", "crop", "resize")}
 

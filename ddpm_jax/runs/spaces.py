@@ -43,11 +43,11 @@ class Space:
 
   @functools.cached_property
   def extract(self) -> evaluate.Extract:
-    """Return the function from images to features, on this process's devices."""
+    """Return the function that extracts features from images on this process's devices."""
     return metrics.extractor(self.feature_space, self._batch_size)
 
   def summary(self, source: data.Source, chosen: np.ndarray, settings: evaluate.Settings) -> evaluate.Summary:
-    """Return the feature summary of the images of a source at the indices `chosen`."""
+    """Summarize the features of the images that `source` has at the indices `chosen`."""
     return evaluate.summarize(self.extract, data.image_chunks(source, chosen), len(chosen), settings)
 
 
@@ -58,7 +58,8 @@ class Reference(NamedTuple):
     name: "train", "held_out" or the path of a file of statistics.
     images: the images of the reference; None for a file of statistics.
     statistics: the statistics from the file; None for images.
-    floor: other real images, to compute the floor of the scores from; None if there are none.
+    floor: real images outside the reference. Their scores are the floor that the scores of samples are compared with.
+      None if there are no such images.
   """
 
   name: str
@@ -68,12 +69,12 @@ class Reference(NamedTuple):
 
   @property
   def num_images(self) -> int | None:
-    """Return the number of images, or None if the file of statistics does not store it."""
+    """Return the number of reference images, or None if the file of statistics does not contain this number."""
     return len(self.images or ()) if self.statistics is None else self.statistics.features.count
 
 
 def choose_features(experiment: Experiment, source: data.Source) -> str:
-  """Return the name of the features that score the experiment's samples.
+  """Return the name of the features that the scores of the experiment use.
 
   Raises:
     ValueError: if the config's features are not available for the data.
@@ -107,7 +108,7 @@ def _num_classes(source: data.Source) -> int:
 def build_space(experiment: Experiment, source: data.Source, held_out: data.Source | None, cache: Path) -> Space:
   """Return the feature space of an experiment.
 
-  Inception's weights are loaded and checked now. A classifier is trained on first use.
+  This function loads and checks the weights of Inception. A classifier is trained later, when the space is first used.
 
   Args:
     experiment: the experiment to score.
@@ -116,7 +117,8 @@ def build_space(experiment: Experiment, source: data.Source, held_out: data.Sour
     cache: the file to save the trained classifier in, and to load it from.
 
   Raises:
-    ValueError: if the features are not available, or if the weights are missing or have another digest.
+    ValueError: if the features are not available, or if the weights of Inception are missing or do not have the digest
+      in the config.
   """
   c, name = experiment.evaluation, choose_features(experiment, source)
   resize = choose(c.resize, ("tf1", "clean"), "config.evaluation.resize")
@@ -162,13 +164,13 @@ def _classifier(
 def build_reference(
   experiment: Experiment, space: Space, source: data.Source, held_out: data.Source | None
 ) -> Reference | None:
-  """Return the reference for an experiment's samples, or None if the config sets none and there is no default.
+  """Return the reference for an experiment's samples, or None if the config sets no reference and has no default.
 
-  With Inception features, the default reference is the training images, as in most papers. With other features, it
-  depends on the number of held-out images:
+  With Inception features, the default reference is the training images, as in most papers. With other features, the
+  default depends on the number of held-out images:
 
-  - none: no default;
-  - fewer than the samples: the training images;
+  - no held-out images: no reference;
+  - fewer held-out images than samples: the training images;
   - otherwise: the held-out images.
 
   Raises:
@@ -202,7 +204,7 @@ def build_reference(
 
 
 def describe_space(experiment: Experiment, name: str, provenance: dict[str, Any]) -> dict[str, Any]:
-  """Return the values that must be equal for statistics to be comparable."""
+  """Return the properties of features and images that must be equal for statistics to be comparable."""
   network: dict[str, Any] = {key: provenance[key] for key in ("resize", "sha256") if key in provenance}
   return {"features": name, "image_shape": list(experiment.data.shape), **network}
 

@@ -23,12 +23,13 @@ class Steering(NamedTuple):
   Attributes:
     given: a dict from the names of conditions to lists of values as text. Each list is repeated to fill all samples.
       Missing conditions have their default values.
-    negative: values to guide away from, in the same form.
+    negative: values to guide away from, in the same form as `given`.
     classifier: the run folder of a classifier that guides the samples.
-    weak: the run folder of a weaker model to guide away from. It may be the run folder of the sampled model, to use an
-      earlier checkpoint.
+    weak: the run folder of a weaker model to guide away from. To use an earlier checkpoint of the sampled model as the
+      weaker model, set `weak` to the run folder of the sampled model.
     weak_step: the step of the weaker model's checkpoint; "" for the newest.
-    prompt_weights: whether texts have weights such as (word:1.3), and are read to their end (see `data.prompts`).
+    prompt_weights: True to apply weights in texts, such as (word:1.3), and to read long texts to their end (see
+      `data.prompts`).
   """
 
   given: Mapping[str, Sequence[str]] = {}
@@ -78,7 +79,7 @@ def steer(
     mesh: the devices.
     steering: the conditions and the guides.
     count: the number of samples.
-    scale: the guidance scale; None for the experiment's.
+    scale: the guidance scale; None for the experiment's scale.
     only: whether to leave missing conditions out of `Guided.inputs` instead of using their defaults.
 
   Raises:
@@ -120,7 +121,7 @@ def steer(
 
 
 def _with_prompt_weights(experiment: Experiment, steering: Steering) -> Experiment:
-  """Return the experiment with conditions that read weights in texts, and read texts to their end."""
+  """Return the experiment with text conditions that apply weights in texts, and read long texts to their end."""
   conditions = dict(experiment.model.conditions)
   names = [name for name, condition in conditions.items() if condition.weighted is not None]
   if not names:
@@ -136,9 +137,9 @@ def _with_prompt_weights(experiment: Experiment, steering: Steering) -> Experime
 
 
 def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> Experiment:
-  """Return the experiment with a guidance rule that uses the guides, and with the scale unless it is None.
+  """Return the experiment with a guidance rule that uses the guides, and with the guidance scale `scale`.
 
-  The experiment's own rule stays if it uses the guides already.
+  The experiment's own rule stays if it already uses the guides. The experiment's own scale stays if `scale` is None.
   """
   rule, argument = ("classifier", "log_prob") if guides.classifier else ("autoguidance", "weak")
   if guides != NO_GUIDES and argument not in guided.argument_names(experiment.guidance):
@@ -159,7 +160,7 @@ def _with_rule(experiment: Experiment, guides: Guides, scale: float | None) -> E
 def scale_key(tree: config.Tree) -> str:
   """Return the key of the guidance scale, with "__" for each dot.
 
-  If guidance is limited to an interval, this is the key of the scale inside the interval.
+  If guidance is limited to an interval of noise levels, this is the key of the scale inside the interval.
   """
   scale = tree.values["guidance"].get("scale")
   return "guidance__scale__scale" if isinstance(scale, Mapping) and "scale" in scale else "guidance__scale"

@@ -51,7 +51,7 @@ def schedule(experiment: Experiment) -> Callable[[Array | int], Array]:
 
 
 def optimizer(experiment: Experiment) -> optax.GradientTransformation:
-  """Return the optimizer chain, with the averages of the parameters.
+  """Return the optimizer chain, including the averages of the parameters (EMA).
 
   Parameters that the objective trains in addition to the model (`extra`) have the same optimizer without averages.
   """
@@ -86,7 +86,7 @@ def _trains_extra(experiment: Experiment) -> bool:
 
 
 def params_ema(experiment: Experiment) -> optax.GradientTransformation:
-  """Return the averages of the parameters (EMA) as a part of the optimizer chain."""
+  """Return the part of the optimizer chain that averages the parameters (EMA)."""
   c = experiment.ema
   if c.snapshot_every and c.kind != "power":
     raise ValueError(
@@ -119,7 +119,7 @@ def encode(model: Model, frozen: Mapping[str, PyTree] | None, keys: Array, batch
 def step(
   experiment: Experiment, mesh: jax.sharding.Mesh
 ) -> Callable[..., tuple[training.TrainState, training.Metrics]]:
-  """Return the train step over a mesh, to compile with `parallel.jit_step`."""
+  """Return the train step for a mesh, as a function that `parallel.jit_step` can compile."""
   return partial(
     training.train_step,
     objective=experiment.objective,
@@ -134,7 +134,7 @@ def step(
 def flops_per_image(experiment: Experiment, batch: Batch) -> float:
   """Return the FLOPs of matrix products and convolutions in the loss and its gradient for one sample.
 
-  Rematerialization is not counted if the network's option `remat` can turn it off. Other recomputation is counted.
+  Recomputation is not counted if the config can turn it off by `model.network.remat`. Other recomputation is counted.
 
   Args:
     experiment: the experiment to train.
@@ -168,8 +168,8 @@ def batch_shapes(experiment: Experiment, size: int, source: Any = None, index: i
   Args:
     experiment: the experiment to train.
     size: the number of samples in the batch.
-    source: a data source to read the shapes of one sample from. If None, the batch has images of the largest training
-      size, classes and the items that the conditions read.
+    source: a data source to read the shapes of one sample from. If None, the batch has images, classes and the items
+      that the conditions read. The images have the largest size in training.
     index: the index of the sample in the source.
   """
   conditions = experiment.model.conditions

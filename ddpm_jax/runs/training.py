@@ -30,25 +30,28 @@ _STEPS_BEFORE_TRACE = 10
 
 
 class Stopped(SystemExit):
-  """Exit the program with the code of the signal that stopped the run, after the state is saved."""
+  """Exit the program after a signal stopped the run.
+
+  The exit code is 128 plus the number of the signal. The state is already saved.
+  """
 
   def __init__(self, signal_number: int):
     super().__init__(128 + signal_number)
 
 
 def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 0) -> None:
-  """Train a new run or resume the run in the folder, then score it and print where the results are.
+  """Train or resume the run in a folder, score it, and print the paths of its results.
 
   Args:
     tree: the run's config.
     folder: the run's folder.
-    resume: "auto" to resume if there is a checkpoint, "must" to require one, "never" to require that
-      there is none.
-    profile: the number of steps to trace soon after the start; 0 for none.
+    resume: "auto" resumes if the folder has a checkpoint, and starts a new run otherwise. "must" requires a checkpoint.
+      "never" requires a folder without checkpoints.
+    profile: the number of steps to trace with JAX's profiler, from shortly after the start; 0 for none.
 
   Raises:
     ValueError: if the config or the folder is invalid.
-    FloatingPointError: if the gradients of too many steps in a row, or a sample, are not finite.
+    FloatingPointError: if a sample is not finite, or if the gradients of too many consecutive steps are not finite.
     Stopped: on SIGTERM or SIGINT, after the state is saved.
   """
   if profile < 0:
@@ -63,8 +66,8 @@ def run_train(tree: Tree, folder: Path, *, resume: str = "auto", profile: int = 
     # Before this process had the lock, another command may have used the folder. Hosts may also see different files.
     if parallel.broadcast(bool(workdir.checkpoint_steps(folder))) != resuming:
       raise ValueError(
-        f"Got --workdir={folder}, where another process changed the checkpoints after this command started; expected no other process to use"
-        " it. Run the same command again to resume."
+        f"Got --workdir={folder}, where another process changed the checkpoints after this command started; expected"
+        " no other process to use it. Run the same command again to resume."
       )
     trainer.describe()
     state = trainer.begin(stack, resuming)
@@ -91,12 +94,13 @@ def _is_resuming(folder: Path, resume: str) -> bool:
   steps = workdir.checkpoint_steps(folder)
   if resume == "must" and not steps:
     raise ValueError(
-      f"Got --resume=must with --workdir={folder}, which holds no checkpoint; expected a folder with a checkpoint. Set --resume=auto to start"
-      " a new run."
+      f"Got --resume=must with --workdir={folder}, which holds no checkpoint; expected a folder with a checkpoint."
+      " Set --resume=auto to start a new run."
     )
   if resume == "never" and steps:
     raise ValueError(
-      f"Got --resume=never with --workdir={folder}, which holds a checkpoint; expected a folder without checkpoints. Use another --workdir."
+      f"Got --resume=never with --workdir={folder}, which holds a checkpoint; expected a folder without checkpoints."
+      " Use another --workdir."
     )
   return bool(steps)
 
@@ -154,7 +158,7 @@ class _Trainer:
   Attributes:
     run: the run.
     trained: the experiment of the train step. It differs from the run's experiment if the encoded data contain the
-      outputs of text encoders, because the train step then reads these outputs.
+      outputs of text encoders, because the train step then reads these outputs and runs no text encoder.
     scorer: the scorer of the run's task.
     preview: the function that makes preview pictures (`Task.preview`), or None.
     step: the train step.
@@ -197,7 +201,10 @@ class _Trainer:
       self.scorer.check_best_metric(c.best_metric)
 
   def describe(self) -> None:
-    """Print the data, the model's size and the devices, and save the number of images of each class if it is known."""
+    """Print a summary of the data, the model and the devices, and save the class counts.
+
+    A class count is the number of training images of a class. Nothing is saved if the class counts are unknown.
+    """
     experiment, source = self.run.experiment, self.run.source
     shape = "x".join(map(str, experiment.data.shape))
     print_line(f"{len(source):,} training images of {shape}, {len(self.run.held_out or ()):,} held out")
@@ -221,7 +228,10 @@ class _Trainer:
       print_line(f"the model (network, process, prediction, conditions, codec) is that of {experiment.init_from}")
 
   def begin(self, stack: contextlib.ExitStack, resuming: bool) -> training.TrainState:
-    """Open the checkpoints and the batches, and return the first or the saved state."""
+    """Open the checkpoints and the batches, and return the state that training starts from.
+
+    A resumed run starts from its newest undamaged checkpoint, and a new run from a newly initialized state.
+    """
     experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
     size, options = experiment.training.batch_size, experiment.data
     self.checkpoints = model.open_checkpoints(experiment, folder)
@@ -261,8 +271,8 @@ class _Trainer:
   def _set_aside(self, restored: checkpoint.Restored | None) -> None:
     """Move checkpoints that are later than `restored` to the damaged folder.
 
-    Incomplete checkpoints of any step, and snapshots of later steps, are deleted. Messages about damaged and incomplete
-    checkpoints are stored in `self.damaged`.
+    Incomplete checkpoints of any step are deleted. Snapshots of the averaged weights are also deleted if they are later
+    than `restored`. Messages about damaged and incomplete checkpoints are stored in `self.damaged`.
 
     Args:
       restored: the checkpoint that training resumes from; None to start at step 0.
@@ -291,7 +301,10 @@ class _Trainer:
     self.damaged = problems
 
   def parameters(self, state: training.TrainState) -> Parameters:
-    """Return the parameters for sampling, without the objective's parameters, such as a teacher's."""
+    """Return the parameters for sampling.
+
+    The frozen parameters of the training objective, such as the parameters of a teacher, are left out.
+    """
     model_frozen = {name: part for name, part in (self.frozen or {}).items() if name != "objective"}
     if self.trained is not self.run.experiment:
       experiment, folder, mesh = self.run.experiment, self.run.folder, self.run.mesh
@@ -366,7 +379,8 @@ class _Work:
   def callbacks(self) -> list[training.Callback]:
     """Return the callbacks of the training loop.
 
-    The checkpoint is saved last. If the run is killed before that, the resumed run repeats the other callbacks.
+    In each step, the callback that saves the checkpoint is the last one. If the run is killed before the checkpoint is
+    saved, the resumed run trains this step again and repeats its other callbacks.
     """
     experiment, folder = self._run.experiment, self._run.folder
     callbacks = []
@@ -384,7 +398,8 @@ class _Work:
     skipped = int(metrics.get("skipped", 0))
     if skipped > self._skipped:
       warn(
-        f"skipped {skipped - self._skipped} steps before step {step:,} because of gradients that are not finite ({skipped:,} in total)"
+        f"skipped {skipped - self._skipped} steps before step {step:,} because of gradients that are not finite"
+        f" ({skipped:,} in total)"
       )
     self._skipped = skipped
     # Skipped steps do not advance the schedule.
@@ -408,7 +423,10 @@ class _Work:
     )
 
   def rescue(self, step: int, state: training.TrainState) -> None:
-    """Save the state when the next batch cannot be read."""
+    """Save the state when the next batch cannot be read.
+
+    A run with several processes does not save the state.
+    """
     # With several processes, a save needs all of them, but the other processes already wait inside the next step.
     if jax.process_count() == 1:
       self.save_checkpoint(step, state, {})
@@ -444,7 +462,7 @@ class _Work:
 
 
 def _mean_flops(trainer: _Trainer) -> float:
-  """Return the mean FLOPs of the train step for one sample."""
+  """Return the FLOPs of the train step per sample, averaged over the training data."""
   counts = [len(members) for members in data.group_members(trainer.run.training_source)]
   singles = [
     jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), batch)

@@ -1,9 +1,11 @@
-"""Solve the probability-flow ODE with adaptive steps, by Dormand and Prince's RK45 with SciPy's step control.
+"""Solve the probability-flow ODE with the RK45 method and adaptive steps.
+
+RK45 is the Runge-Kutta method of order 5 by Dormand and Prince. The step sizes follow the rules of SciPy.
 
 The package has its own solver for two reasons. First, papers report the number of network evaluations (NFE). This
 solver counts every call, including the calls for the first step size, and its count equals the count of
-`scipy.integrate.solve_ivp(method="RK45")`. Second, each sample can have its own steps, so that it does not depend on
-the other samples of its batch.
+`scipy.integrate.solve_ivp(method="RK45")`. Second, each sample can have its own steps, so that no sample depends on the
+other samples of its batch.
 """
 
 import math
@@ -50,25 +52,27 @@ class _Integration(NamedTuple):
 
 @check_types
 def ode(process: Process, *, rtol: float = 1e-5, atol: float = 1e-5, max_nfe: int = 100_000) -> Sampler:
-  """Follow the probability flow along a grid of times with adaptive steps (Song et al. 2021, equation 13).
+  """Build the rule that follows the probability flow with adaptive steps (Song et al. 2021, equation 13).
 
-  The rule chooses its own steps, so its grid needs only the ends. `grids.for_sampler` makes this grid. A grid with more
-  times interrupts the solver at each time. The step to s = 0 returns the denoised mean, because the right-hand side of
-  the flow is 0/0 there. The rule adds no noise. It is reversible: a rising grid encodes data.
+  The rule chooses its own steps between the times of the grid. The grid of `grids.for_sampler` therefore has at most
+  three times. In a grid with more times, the solver stops and starts again at each time. The step to s = 0 returns the
+  denoised mean, because the right-hand side of the flow is 0/0 there. The rule adds no noise. It is reversible: a
+  rising grid encodes data.
 
   With one key per sample, each sample has its own steps and depends only on its own start. The network is then called
-  with t of shape [B]. With one key, the whole batch shares its steps.
+  with t of shape [B]. With a single key, all samples of the batch share the same steps.
 
   Args:
     process: the forward process.
     rtol: the relative tolerance of the error in each adaptive step. With one key per sample, the error is the root mean
-      square over each sample. With one key, it is the root mean square over the batch.
+      square over each sample. With a single key, it is the root mean square over the batch.
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls in one step of the grid.
 
   Returns:
     The rule. `solve` counts its network calls, including the call in the last step to 0. A sample that needs more than
-    `max_nfe` calls is NaN. With one key, the whole batch is then NaN. Only forward-mode derivatives work (`jax.jvp`).
+    `max_nfe` calls in one step of the grid becomes NaN. With a single key, the entire batch becomes NaN. The samples
+    have only forward-mode derivatives (`jax.jvp`).
 
   Raises:
     ValueError: if the tolerances are not positive and finite, or `max_nfe` is too small for one adaptive step.
@@ -130,13 +134,13 @@ def integrate(
     atol: the absolute tolerance.
     max_nfe: the largest number of network calls.
     per_sample: whether each sample has its own error, step sizes and times, so that sample i depends on x[i] alone. The
-      network runs on the whole batch until every sample has reached s.
+      network runs on the entire batch until every sample has reached s.
 
   Returns:
-    x [B, ...] at time s, and the number of network calls. The number is an integer scalar, or [B] with `per_sample`:
-    the calls that each sample would need alone. If a solution does not reach s within `max_nfe` calls, it is NaN and
-    not an inexact state. With `per_sample`, only that sample is NaN. Only forward-mode derivatives work (`jax.jvp`),
-    because the number of steps is not known in advance.
+    x [B, ...] at time s, and the number of network calls. The number is an integer scalar. With `per_sample` it has the
+    shape [B], and entry i is the number of calls that sample i would need alone. If `max_nfe` calls are not enough to
+    reach s, x is NaN. With `per_sample`, only the samples that do not reach s are NaN. The result has only forward-mode
+    derivatives (`jax.jvp`), because the number of steps is not known in advance.
 
   Raises:
     ValueError: if the tolerances are not positive and finite, x is not an array of floats, a time is not a scalar, or a
@@ -150,7 +154,8 @@ def integrate(
       )
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= process.t_max * (1 + 1e-6):
       raise ValueError(
-        f"Got time {value} for the probability flow; expected it in (0, {process.t_max}]. End at process.t_min={process.t_min:g} and call denoise there."
+        f"Got time {value} for the probability flow; expected it in (0, {process.t_max}]. End at"
+        f" process.t_min={process.t_min:g} and call denoise there."
       )
 
   def slope(time, state):
@@ -167,7 +172,8 @@ def _check_tolerances(rtol: float, atol: float) -> None:
 def flow(process: Process, denoise: Denoise, x_t: Array, t) -> Array:
   """Return the slope of the probability flow, dx/dt = alpha' x_0 + sigma' eps [B, ...].
 
-  The times `t`, of shape [] or [B], must be above 0.
+  Here alpha' and sigma' are the time derivatives of alpha and sigma at `t`, and x_0 and eps are the estimates of the
+  data and the noise from `denoise`. The times `t`, of shape [] or [B], must be above 0.
   """
   slopes = (expand(slope, x_t) for slope in process.slopes(t))
   x_0, eps, alpha_slope, sigma_slope = widen(*estimate(process, denoise, x_t, t), *slopes)
@@ -201,7 +207,9 @@ def rk45(
     per_sample: whether each row has its own error, step sizes and times.
 
   Returns:
-    x [B, ...] at `end`, and the number of calls, an integer scalar or [B]. States that did not reach `end` are NaN.
+    x [B, ...] at `end`, and the number of calls, an integer scalar. With `per_sample` the number has the shape [B]. If
+    `max_nfe` calls are not enough to reach `end`, x is NaN. With `per_sample`, only the rows that do not reach `end`
+    are NaN.
 
   Raises:
     ValueError: if the tolerances are not positive and finite.

@@ -21,22 +21,24 @@ class Sampler(NamedTuple):
   """Hold one step rule of a solver.
 
   Attributes:
-    init: `init(x) -> memory` returns the rule's first memory, any pytree.
+    init: `init(x) -> memory` returns the memory for the first step. The memory is any pytree that the rule passes from
+      step to step.
     step: `step(key, denoise, x_t, memory, t, s) -> (x_s, memory)` steps from scalar time t down to s < t. `key` is one
       key, or one key per sample. A step to s = 0 returns the estimate of x_0, without noise.
     process: the rule's process. `sample` checks that all times of the grid are in [0, process.t_max]. None allows all
       times of at least 0.
     reversible: whether the rule also steps up, from data to noise. A reversible rule solves an ODE and adds no noise.
-    calls: three numbers of network calls: in a step between noisy times, in a step to clean data, and in a step that
-      starts or ends in pure noise (alpha = 0).
+    calls: the numbers of network calls in three kinds of steps: a step between noisy times, a step to clean data, and a
+      step that starts or ends in pure noise (alpha = 0).
     first_calls: the number of additional network calls in the first step.
-    prepare: `prepare(num_steps) -> Sampler`, for a rule that depends on the number of steps. `sample` and `solve` call
-      it.
+    prepare: `prepare(num_steps) -> Sampler` returns the rule for a number of steps. `sample` and `solve` call it. None
+      for rules that do not depend on the number of steps.
     count_calls: `count_calls(memory)` returns the number of network calls so far, an integer scalar or [B]. It is for
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
     spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time. "log_snr" is even in the log-SNR.
       "ends" is for a rule that chooses its own steps: its grid contains only t_max, a last time above 0, and 0.
-    two_estimates: whether the rule can use separate estimates for data and noise, from `guidance.cfg_plus_plus`.
+    two_estimates: whether `denoise` may come from `guidance.cfg_plus_plus`, which returns a second estimate for the
+      derivation of the noise.
   """
 
   init: Callable[[Array], Any]
@@ -99,7 +101,7 @@ def no_memory(x: Array) -> tuple[()]:
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
   """Return the estimates of the data and the noise at time t > 0, a scalar or [B].
 
-  They satisfy `x_t = alpha_t x_0 + sigma_t eps`.
+  The two estimates, x_0 and eps, satisfy `x_t = alpha_t x_0 + sigma_t eps`.
 
   Raises:
     ValueError: if `denoise` is guided by CFG++ and returns two estimates.
@@ -140,17 +142,17 @@ def nfe(sampler: Sampler, process: Process, times) -> int:
   """
   if sampler.count_calls is not None:
     raise ValueError(
-      "Got a rule with a data-dependent number of network calls; expected a rule with a fixed number of calls on a grid."
-      " Use sampling.solve. It also returns the number of calls."
+      "Got a rule with a data-dependent number of network calls; expected a rule with a fixed number of calls on a"
+      " grid. Use sampling.solve. It also returns the number of calls."
     )
   with jax.ensure_compile_time_eval():
     return int(_calls(sampler, process, times))
 
 
 def _calls(sampler: Sampler, process: Process | None, times) -> Array:
-  """Return the number of network evaluations of a rule without `count_calls`, an int32 scalar.
+  """Return the number of network evaluations on a grid, as an int32 scalar.
 
-  The times may be traced.
+  The rule must be one without `count_calls`. The times may be traced.
   """
   first, last, steps = as_time(times[0]), as_time(times[-1]), len(times) - 1
   if sampler.prepare is not None:
@@ -175,7 +177,8 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
   """
   if np.ndim(times) != 1 or np.shape(times)[0] < 2:
     raise ValueError(
-      f"Got times of shape {np.shape(times)}; expected a one-dimensional grid of at least 2 times, such as sampling.grids.uniform(process, 50)."
+      f"Got times of shape {np.shape(times)}; expected a one-dimensional grid of at least 2 times, such as"
+      " sampling.grids.uniform(process, 50)."
     )
   if isinstance(times, jax.core.Tracer):
     return
@@ -189,7 +192,8 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
     )
   if rising and not sampler.reversible:
     raise ValueError(
-      f"Got rising times {values} for a sampler that is not reversible; expected strictly decreasing times, from noise to data."
+      f"Got rising times {values} for a sampler that is not reversible; expected strictly decreasing times, from"
+      " noise to data."
       " To go from data to noise, use a deterministic rule without wrappers, such as sampling.ddim(process)."
     )
   if rising and values[0] == 0:
@@ -201,7 +205,8 @@ def check_times(times, sampler: Sampler, x: Array) -> None:
   # The tolerance allows a float32 grid to end at a float64 limit.
   if low < 0 or high > sampler.t_max * (1 + 1e-6):
     raise ValueError(
-      f"Got times from {values[0]:g} to {values[-1]:g}; expected all of them in [0, {sampler.t_max:g}], the times of the process."
+      f"Got times from {values[0]:g} to {values[-1]:g}; expected all of them in [0, {sampler.t_max:g}], the times of"
+      " the process."
     )
 
 
@@ -228,9 +233,9 @@ def sample(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, r
     start.
 
   Raises:
-    ValueError: if the grid has fewer than two times, is not monotone, leaves the process's range, or rises for a
-      sampler that is not reversible. Also if `key` is not a typed key, `x` is not an array of floats, or `denoise`
-      changes the shape.
+    ValueError: if the grid has fewer than two times, is not strictly monotone, contains a time outside the process's
+      range, or rises although the sampler is not reversible. Also if `key` is not a typed key, `x` is not an array of
+      floats, or an estimate of `denoise` does not have the shape of x_t.
   """
   x_end, _, states = _run_loop(key, sampler, denoise, x, times, keep_states=return_trajectory)
   return jnp.concatenate([x[None], states]) if return_trajectory else x_end
@@ -242,18 +247,18 @@ def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tu
 
   Args:
     key: one key, or one key per sample [B].
-    sampler: the step rule. Rules with a data-dependent number of calls, such as `ode`, are counted too.
+    sampler: the step rule. Its number of network calls may depend on the data, as for `ode`.
     denoise: `denoise(x_t, t) -> x_0 estimate`.
     x: the start [B, ...] at `times[0]`.
     times: the grid [K + 1], as in `sample`. The times may be traced.
 
   Returns:
     x [B, ...] at `times[-1]` in the dtype of `x`, and the number of network calls as int32. The number is a scalar for
-    one key, and [B] for one key per sample. Each entry is the number of calls that the sample would need alone.
+    one key, and [B] for one key per sample. Entry i is the number of calls that sample i would need alone.
 
   Raises:
-    ValueError: in the cases of `sample`, if the batch is empty, or if `key` is an array of keys with a length other
-      than B.
+    ValueError: in the same cases as `sample`, and also if the batch is empty, or if `key` is an array of keys and its
+      length is not B.
   """
   check_batch(x)
   randomness.check_keys(key, x.shape[0])
@@ -265,9 +270,9 @@ def solve(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times) -> tu
 
 
 def _run_loop(key: Array, sampler: Sampler, denoise: Denoise, x: Array, times, *, keep_states: bool):
-  """Run the loop, and return the last state [B, ...], the rule's memory, and the states [K, B, ...] or None.
+  """Run the loop of K steps, and return the last state [B, ...], the rule's memory, and the states or None.
 
-  The third value has the state after each step if `keep_states` is true.
+  The third result is the states [K, B, ...] after each step if `keep_states` is true, and None otherwise.
   """
   randomness.check_key(key)
   check_floats(x)

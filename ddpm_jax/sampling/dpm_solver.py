@@ -6,9 +6,10 @@ rule approximates the integral to some order. For the estimate of x_0 (DPM-Solve
 
   x_s = (sigma_s / sigma_t) x_t - alpha_s (exp(-h) - 1) x_0
 
-The code calls the factors `decay` and `pull`. They are decay = sigma_s / sigma_t and pull = alpha_s - alpha_t decay.
-This form of the second factor needs no exponential, and is also correct where lambda is infinite. Lambda is infinite in
-the step to s = 0 and at a start with zero SNR. There every rule falls back to order 1.
+The code calls the factor of x_t `decay` and the factor of x_0 `pull`, so that x_s = decay x_t + pull x_0. It computes
+them as decay = sigma_s / sigma_t and pull = alpha_s - alpha_t decay. This form of `pull` needs no exponential, and is
+also correct where lambda is infinite. Lambda is infinite at s = 0 and at times with zero SNR (alpha = 0). In steps that
+start or end at such a time, every rule falls back to order 1.
 """
 
 import jax
@@ -25,10 +26,10 @@ from ddpm_jax.sampling.exponential import Past, half_log_snr, integral_of_x_0, i
 
 @check_types
 def dpm_solver(process: Process, order: int = 3) -> Sampler:
-  """Build singlestep DPM-Solver-1, -2 or -3 on the estimate of eps (Lu et al. 2022a, algorithms 1 and 2).
+  """Build the singlestep DPM-Solver of order 1, 2 or 3 (Lu et al. 2022a, algorithms 1 and 2).
 
-  Order 1 is DDIM. A step calls the network `order` times. There are exceptions with one call: a step to clean
-  data, and a step that starts or ends in pure noise (alpha = 0).
+  It integrates estimates of eps. Order 1 is DDIM. A step calls the network `order` times. Only steps to clean data, and
+  steps that start or end in pure noise (alpha = 0), call it once.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3.
@@ -44,7 +45,7 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
     h = half_log_snr(process, s) - lambda_t
 
     def first_order(u):
-      """Return the state after a step of order 1 from t to u, and the factor of eps in it.
+      """Return the state after a step of order 1 from t to u, and the factor of eps in the formula of this state.
 
       The paper writes the factor as -sigma_u (exp(lambda_u - lambda_t) - 1).
       """
@@ -81,14 +82,14 @@ def dpm_solver(process: Process, order: int = 3) -> Sampler:
 
 @check_types
 def dpmpp_2s(process: Process, eta: float = 0.0) -> Sampler:
-  """Build DPM-Solver++(2S), with an estimate of x_0 at the midpoint in lambda (Lu et al. 2022b, algorithm 1).
+  """Build DPM-Solver++(2S), which estimates x_0 at the midpoint of each step in lambda (Lu et al. 2022b, algorithm 1).
 
-  A step calls the network twice. There are exceptions with one call: a step to clean data, and a step that starts or
-  ends in pure noise (alpha = 0).
+  A step calls the network twice. Only steps to clean data, and steps that start or end in pure noise (alpha = 0), call
+  it once.
 
   Args:
     process: the forward process.
-    eta: the amount of fresh noise in [0, 1], as in `euler_ancestral`. With noise, the rule is k-diffusion's
+    eta: the amount of fresh noise in [0, 1], as in `euler_ancestral`. With eta above 0, the rule is k-diffusion's
       `sample_dpmpp_2s_ancestral`.
 
   Raises:
@@ -154,17 +155,18 @@ def dpmpp_3m(process: Process) -> Sampler:
 
 @check_types
 def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
-  """Build singlestep DPM-Solver++ of order 2 on the reverse SDE (k-diffusion's `sample_dpmpp_sde`).
+  """Build the singlestep DPM-Solver++ of order 2 for the reverse SDE (k-diffusion's `sample_dpmpp_sde`).
 
-  A step calls the network twice. There are exceptions with one call: a step to clean data, and a step that starts or
-  ends in pure noise (alpha = 0).
+  A step calls the network twice. Only steps to clean data, and steps that start or end in pure noise (alpha = 0), call
+  it once.
 
-  The noise of a step contains the noise of its first half, as on one path of Brownian motion (SEEDS-2, Gonzalez et al.
-  2023). k-diffusion correlates the two noises by their distance in sigma instead.
+  A step needs two noises: one for the state at the midpoint and one for the state at the end. Here both noises come
+  from the same path of Brownian motion (SEEDS-2, Gonzalez et al. 2023). In k-diffusion, the correlation of the two
+  noises depends on distances in sigma instead.
 
   Args:
     process: the forward process.
-    eta: the standard deviation of the noise relative to the posterior's, in (0, 1].
+    eta: the standard deviation of the noise divided by the standard deviation of the posterior, in (0, 1].
 
   Raises:
     ValueError: if eta is outside (0, 1].
@@ -197,14 +199,15 @@ def dpmpp_sde(process: Process, eta: float = 1.0) -> Sampler:
 
 @check_types
 def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -> Sampler:
-  """Build DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022b, appendix, and k-diffusion's `sample_dpmpp_2m_sde`).
+  """Build DPM-Solver++(2M) for the reverse SDE (Lu et al. 2022b, appendix, and k-diffusion's `sample_dpmpp_2m_sde`).
 
   A step calls the network once.
 
   Args:
     process: the forward process.
-    eta: the rate of the noise, 1 for the reverse SDE. With 0 and "midpoint" the rule is `dpmpp_2m`.
-    solver: the rule for the slope of x_0, "midpoint" or "heun".
+    eta: the rate of the noise relative to the reverse SDE, at least 0. With eta=0 and solver="midpoint", the rule is
+      `dpmpp_2m`.
+    solver: the formula for the effect of the slope of x_0, "midpoint" or "heun".
 
   Raises:
     ValueError: if eta is negative, or `solver` is not "midpoint" or "heun".
@@ -230,7 +233,7 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
 def first_order_factors(process: Process, t, s, sigma_s=None):
   """Return `decay` and `pull` of the step of order 1, x_s = decay x_t + pull x_0.
 
-  `sigma_s` replaces the process's sigma at s, for a step that leaves room for noise.
+  A rule that adds noise after the step passes a smaller `sigma_s`, which replaces the process's sigma at s.
   """
   decay = (process.sigma(s) if sigma_s is None else sigma_s) / process.sigma(t)
   return decay, process.alpha(s) - process.alpha(t) * decay

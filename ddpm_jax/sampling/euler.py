@@ -1,9 +1,9 @@
 """Provide DDIM, and the Euler and Heun rules of Karras et al. 2022.
 
 The rules step along the flow `dx = x_0 dalpha + eps dsigma`. Here x_0 and eps are the network's estimates from x at t.
-With both constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step of DDIM. With alpha = 1 the flow
-is EDM's ODE in sigma. On a straight path the flow is the ODE of flow matching in t. No step along the flow divides by
-alpha, because alpha may be 0 at t_max.
+If both stay constant over a step, the next state is `alpha_s x_0 + sigma_s eps`, the step of DDIM. With alpha = 1 the
+flow is EDM's ODE in sigma. With `processes.rectified_flow` it is the ODE of flow matching in t. This form of the flow
+needs no division by alpha, which may be 0 at t_max.
 
 A rule may also add noise: either fresh noise at the end of each step, or EDM's noise before each step, called churn.
 """
@@ -34,12 +34,12 @@ def fresh_noise(process: Process, t, s, eta: float):
 def ddim(process: Process, eta: float = 0.0) -> Sampler:
   """Build DDIM (Song et al. 2021a, equation 12).
 
-  With eta = 0 it follows the probability flow. With eta = 1 its steps are equal to the steps of `ancestral` with
-  variance="small".
+  With eta = 0 it follows the probability flow. With eta = 1 its steps are equal to the steps of
+  `ancestral(process, variance="small")`.
 
   Args:
     process: the forward process.
-    eta: the standard deviation of the fresh noise relative to the posterior's, in [0, 1].
+    eta: the standard deviation of the fresh noise divided by the standard deviation of the posterior, in [0, 1].
 
   Raises:
     ValueError: if eta is outside [0, 1].
@@ -67,7 +67,7 @@ def euler_ancestral(process: Process, eta: float = 1.0) -> Sampler:
 
   Args:
     process: the forward process.
-    eta: the standard deviation of the fresh noise relative to the posterior's, in [0, 1].
+    eta: the standard deviation of the fresh noise divided by the standard deviation of the posterior, in [0, 1].
 
   Raises:
     ValueError: if eta is outside [0, 1].
@@ -81,7 +81,7 @@ def euler(
 ) -> Sampler:
   """Build Euler's rule with EDM's churn.
 
-  Without churn its steps are equal to the steps of `ddim(process)`.
+  Churn is noise that is added before a step. Without churn, the steps are equal to the steps of `ddim(process)`.
 
   Args:
     process: the forward process.
@@ -93,7 +93,7 @@ def euler(
       detail.
 
   Raises:
-    ValueError: if s_churn or s_noise is negative or not finite, or unless 0 <= s_min <= s_max.
+    ValueError: unless s_churn and s_noise are finite and at least 0, and 0 <= s_min <= s_max.
   """
   return _with_churn(process, _euler_step, (1, 1, 1), True, s_churn, s_min, s_max, s_noise)
 
@@ -110,8 +110,7 @@ def heun(
 ) -> Sampler:
   """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  A step calls the network twice, and the step to s = 0 calls it once. The other arguments and errors are the same as in
-  `euler`.
+  A step calls the network twice, and the step to s = 0 calls it once. The errors are the same as in `euler`.
 
   Args:
     process: the forward process.
@@ -120,9 +119,9 @@ def heun(
     s_max: see `euler`.
     s_noise: see `euler`.
     scaled: whether to average the slopes of x / alpha with respect to sigma / alpha, as diffusers and k-diffusion do.
-      Otherwise the rule averages the slopes of x with respect to alpha and sigma. With a constant alpha, both are the
-      same rule. Steps that start in pure noise (alpha = 0) never average scaled slopes, because these are infinite
-      there.
+      Otherwise the rule averages the slopes of x with respect to alpha and sigma. With a constant alpha, the two
+      averages give the same rule. Steps that start in pure noise (alpha = 0) never average scaled slopes, because the
+      scaled slopes are infinite there.
   """
   rule = _scaled_heun_step if scaled else _heun_step
   return _with_churn(process, rule, (2, 1, 2), False, s_churn, s_min, s_max, s_noise)
@@ -161,8 +160,8 @@ def _scaled_heun_step(process, denoise, x_t, t, s):
 def step_along_noise(process: Process, x_t, x_0, eps, t, s):
   """Return x_s after a step in which the estimate of the noise is constant.
 
-  In the step, x / alpha changes by eps times the change of sigma / alpha (Liu et al. 2022, equation 9). Only where
-  alpha_t is 0, the step also needs an estimate of the data, `x_0`.
+  In the step, x / alpha changes by eps times the change of sigma / alpha (Liu et al. 2022, equation 9). The
+  estimate of the data, `x_0`, is used only where alpha_t is 0.
   """
   alpha = process.alpha(t)
   has_data = alpha > 0
@@ -173,14 +172,15 @@ def step_along_noise(process: Process, x_t, x_0, eps, t, s):
 def _with_churn(
   process: Process, rule, calls, two_estimates: bool, s_churn: float, s_min: float, s_max: float, s_noise: float
 ) -> Sampler:
-  """Build a sampler that moves x to a noisier time before each step of `rule` from t to s.
+  """Build a sampler that adds noise to x before each step of `rule`.
 
-  See lines 4 to 6 of algorithm 2 in Karras et al. 2022.
+  The noise moves x from t to a noisier time, and `rule` steps from there to s (Karras et al. 2022, algorithm 2, lines 4
+  to 6). Without churn, the sampler adds no noise.
   """
   if not (0 <= s_churn < math.inf and 0 <= s_noise < math.inf and 0 <= s_min <= s_max):
     raise ValueError(
-      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise finite and at least 0, and"
-      " 0 <= s_min <= s_max, as in heun(process, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)."
+      f"Got s_churn={s_churn}, s_min={s_min}, s_max={s_max}, s_noise={s_noise}; expected s_churn and s_noise finite"
+      " and at least 0, and 0 <= s_min <= s_max, as in heun(process, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003)."
     )
 
   def plain(key, denoise, x_t, memory, t, s):
@@ -191,7 +191,8 @@ def _with_churn(
 
   def unprepared(key, denoise, x_t, memory, t, s):
     raise ValueError(
-      "Got a sampler with churn before its number of steps was set; call sampler.prepare(num_steps) first, as sample does."
+      "Got a sampler with churn before its number of steps was set; call sampler.prepare(num_steps) first, as sample"
+      " does."
     )
 
   def prepare(num_steps: int) -> Sampler:

@@ -2,9 +2,10 @@
 
 These parts are lambda itself, the memory of past estimates, and the integrals of a polynomial through these estimates.
 
-Multistep rules fit a polynomial in lambda to the network's newest estimates. In the flow's solution, an exponential
-multiplies the estimate. DPM-Solver++(3M), DEIS, and UniPC with at least three estimates compute the exact integral of
-the exponential times the polynomial. DPM-Solver++ and UniPC use estimates of x_0, and DEIS uses estimates of eps.
+Multistep rules fit a polynomial in lambda to the network's newest estimates. The exact solution of the flow contains
+the integral of the estimate times an exponential. DPM-Solver++(3M), DEIS, and UniPC with at least three estimates
+compute the exact integral of the polynomial times this exponential. DPM-Solver++ and UniPC use estimates of x_0, and
+DEIS uses estimates of eps.
 """
 
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Past(NamedTuple):
     return cls((jnp.zeros_like(x),) * size, tuple(jnp.asarray(-_DISTANCE * 10.0**i, widest(x)) for i in range(size)))
 
   def add(self, value: Array, at: Array) -> "Past":
-    """Add an estimate at lambda = `at`, and remove the oldest estimate."""
+    """Return a new memory with the estimate `value` at lambda = `at` but without the oldest estimate."""
     at = at.astype(self.lambdas[0].dtype)
     return Past((value.astype(self.values[0].dtype), *self.values[:-1]), (at, *self.lambdas[:-1]))
 
@@ -50,7 +51,7 @@ def half_log_snr(process: Process, t) -> Array:
 def is_singular(process: Process, t, s) -> Array:
   """Return whether a step starts where alpha is 0, or ends where alpha or sigma is 0.
 
-  Lambda is infinite there, and only the rule of order 1 has a finite limit.
+  Lambda is infinite in these places, and only rules of order 1 have a finite limit.
   """
   return (process.alpha(t) == 0) | (process.alpha(s) == 0) | (process.sigma(s) == 0)
 
@@ -58,7 +59,7 @@ def is_singular(process: Process, t, s) -> Array:
 def integral_of_x_0(h, lambdas, values):
   """Integrate exp(u - h) P(lambda_t + u) over u from 0 to h.
 
-  P is the polynomial through `values` [k] at `lambdas` [k]. The first entry of `lambdas` is lambda_t.
+  P is the polynomial that has the k `values` at the k `lambdas`. The first entry of `lambdas` is lambda_t.
   """
   moments = [-jnp.expm1(-h)]
   for k in range(1, len(values)):
@@ -69,7 +70,7 @@ def integral_of_x_0(h, lambdas, values):
 def integral_of_eps(h, lambdas, values):
   """Integrate exp(h - u) P(lambda_t + u) over u from 0 to h.
 
-  P is the polynomial through `values` [k] at `lambdas` [k]. The first entry of `lambdas` is lambda_t.
+  P is the polynomial that has the k `values` at the k `lambdas`. The first entry of `lambdas` is lambda_t.
   """
   moments = [jnp.expm1(h)]
   for k in range(1, len(values)):
@@ -78,10 +79,11 @@ def integral_of_eps(h, lambdas, values):
 
 
 def _integrate_polynomial(moments, lambdas, values):
-  """Integrate the polynomial through `values` at `lambdas`, in the form of Newton's divided differences.
+  """Integrate an exponential times the polynomial that has the `values` at the `lambdas`.
 
-  `moments` are the integrals of w(u) u^k, where w is the exponential weight. Each divided difference is multiplied by
-  the integral of w(u) times its product (u - u_0)(u - u_1)...
+  `moments[k]` is the integral of w(u) u^k, where w is the exponential. The polynomial has Newton's form: a sum of
+  divided differences times products (u - u_0)(u - u_1)..., where u_i is lambdas[i] - lambdas[0]. Its integral is a sum
+  of divided differences times integrals of w(u) (u - u_0)(u - u_1)...
   """
   differences = list(values)
   for order in range(1, len(values)):

@@ -1,16 +1,16 @@
 """Make grids of times for `sample`.
 
-A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times that ends at 0, or at a later step of a
-discrete process (`end_step`). `sample` accepts any decreasing array. The functions of this module make the grids of the
-papers, and `for_sampler` makes the grid for a rule.
+A grid of K steps is a float64 NumPy array of K + 1 strictly decreasing times that ends at 0. On discrete processes,
+`end_step` can end the grid at a step above 0. `sample` accepts any strictly decreasing array. The functions of this
+module make the grids of the papers, and `for_sampler` makes the grid for a rule.
 
 Each grid function takes the process and the number of steps K. Some also take the first time `t_max` and the last time
-before 0, `t_min`. To start from data with only a part of the noise, set `t_max` below the process's t_max. To leave out
-the step to 0, use `grid[:-1]`.
+before 0, `t_min`. To start from partly noised data, set `t_max` below the process's t_max. To leave out the step to 0,
+use `grid[:-1]`.
 
 The functions raise a ValueError if K is too small or too large, or if `t_max` or `t_min` is out of range. `log_snr` and
 `karras` also raise it if no data is left at the first time. `trailing`, `leading` and `linspace` also raise it for a
-continuous process. In these three, N is the number of steps up to the process's t_max.
+continuous process. In these three grids, N is the step at the process's t_max.
 """
 
 import functools
@@ -36,11 +36,11 @@ def for_sampler(sampler: Sampler, process: Process, num_steps: int) -> np.ndarra
   - "log_snr" gives `log_snr`. If no data is left at t_max, the log-SNR is infinite there. The grid is then `trailing`
     on discrete processes and `uniform` on continuous processes.
 
-  On processes with t_max above 1, such as `processes.edm`, "time" and "log_snr" both give `karras`. Even steps in sigma
-  would use almost all steps at high noise levels.
+  On processes with t_max above 1, such as `processes.edm`, "time" and "log_snr" both give `karras`. With
+  steps of equal length in sigma, almost all steps would be at high noise levels.
 
   Raises:
-    ValueError: if the rule has another spacing, or if the grid cannot be made.
+    ValueError: if the rule has a spacing that is not in this list, or if the grid cannot be made.
   """
   spacing = sampler.spacing
   if spacing not in ("time", "log_snr", "ends"):
@@ -66,7 +66,7 @@ def default_t_min(sampler: Sampler, process: Process) -> float:
 
   On a continuous process, a rule with the spacing "time" gets the process's t_min. Its grid then ends with a short step
   from t_min to 0. In all other cases the result is 0, and the grid has no short last step. With t_min in the grid,
-  rules of high order would overshoot in the step down to t_min, because it is long in log-SNR.
+  rules of high order would overshoot in the step down to t_min, because this step is long in log-SNR.
   """
   return process.t_min if sampler.spacing == "time" and not process.num_steps else 0.0
 
@@ -126,7 +126,8 @@ def karras(
 def trailing(process: Process, num_steps: int, *, end_step: int = 0) -> np.ndarray:
   """Return the times of steps n = N, N - N/K, ..., then 0 (Lin et al. 2024, and diffusers' "trailing").
 
-  The first step is always N. `end_step` ends the grid above 0, as in `leading`.
+  Here N is the step at the process's t_max and K is `num_steps`. The steps are rounded to integers. `end_step` is the
+  step at which the grid ends, as in `leading`.
   """
   last, n = _check_discrete(process, num_steps, "trailing")
   return _to_times(np.round(np.arange(last, 0, -last / num_steps))[:num_steps], n, end_step)
@@ -138,14 +139,14 @@ def leading(
 ) -> np.ndarray:
   """Return the times of steps n = 1, 1 + N//K, ... in falling order, then 0 (diffusers' "leading").
 
-  The grid may start below step N.
+  Here N is the step at the process's t_max. The grid may start below step N.
 
   Args:
     process: the discrete process.
     num_steps: the number of steps K.
-    offset: the number of network steps by which all times but the last are moved up. It is 1 in Stable Diffusion.
+    offset: the number that is added to n for all times except the last. It is 1 in Stable Diffusion.
     end_step: the step n at which the grid ends, 0 for clean data. Several schedulers of diffusers end at step 1. If the
-      grid already contains `end_step`, this step is not repeated, so the grid has K - 1 intervals.
+      lowest of the K steps is already `end_step`, it is not repeated, so the grid has only K times.
     open_end: whether to compute the grid for K + 1 steps and drop the lowest time above its end, as diffusers'
       multistep solvers do.
   """
@@ -154,8 +155,8 @@ def leading(
   steps = (np.arange(count) * (last // count))[::-1] + 1 + offset
   if offset < 0 or steps[0] > last:
     raise ValueError(
-      f"Got offset={offset} with num_steps={num_steps}; expected an offset from 0 to {last - steps[0] + offset}, because"
-      f" the process has {last} steps up to t_max. Use another number of steps."
+      f"Got offset={offset} with num_steps={num_steps}; expected an offset from 0 to {last - steps[0] + offset},"
+      f" because the process has {last} steps up to t_max. Use another number of steps."
     )
   return _to_times(steps[:num_steps], n, end_step)
 
@@ -166,14 +167,14 @@ def linspace(
 ) -> np.ndarray:
   """Return the times of K > 1 steps from N to 1, then 0 (diffusers' "linspace").
 
-  The steps are equally spaced and include N and 1.
+  The steps are equally spaced and include N and 1. N is the step at the process's t_max.
 
   Args:
     process: the discrete process.
     num_steps: the number of steps K.
     end_step: the step n at which the grid ends, as in `leading`.
-    rounded: whether to round the times to steps of the network. The Euler and Heun schedulers of diffusers do not round
-      them. Use unrounded times with `processes.discrete(betas, interpolation="linear")`.
+    rounded: whether to round the steps to integers. The Euler and Heun schedulers of diffusers do not round them. Use
+      unrounded steps with `processes.discrete(betas, interpolation="linear")`.
     open_end: whether to compute the grid for K + 1 steps and drop step 1, as in `leading`.
   """
   count = num_steps + open_end
@@ -183,7 +184,7 @@ def linspace(
 
 
 def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None, value_of, time_of) -> np.ndarray:
-  """Return times from t_max to t_min with equally spaced `value_of`, then 0 if t_min is positive."""
+  """Return times from t_max to t_min, equally spaced in the value of `value_of`, then 0 if t_min is positive."""
   t_max = process.t_max if t_max is None else t_max
   if not 0 <= t_min < t_max <= process.t_max:
     raise ValueError(
@@ -201,7 +202,7 @@ def _spaced(process: Process, num_steps: int, t_min: float, t_max: float | None,
 
 
 def _positive_t_min(process: Process, t_min: float | None) -> float:
-  """Return a grid's last time above 0, by default the process's t_min.
+  """Return `t_min`, or the process's t_min if `t_min` is None, and check that it is positive.
 
   Grids in log-SNR need a positive t_min, because the log-SNR is infinite at 0.
   """
@@ -212,10 +213,11 @@ def _positive_t_min(process: Process, t_min: float | None) -> float:
 
 
 def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int = 1) -> tuple[int, int]:
-  """Check the arguments of a grid of discrete steps, and return the step at t_max and the number N of steps."""
+  """Check the arguments of a grid of discrete steps, and return the step at t_max and the process's number of steps."""
   if process.num_steps is None:
     raise ValueError(
-      f"Got a continuous process for the grid {name!r}; expected a discrete process. Use uniform, log_snr or karras instead."
+      f"Got a continuous process for the grid {name!r}; expected a discrete process. Use uniform, log_snr or karras"
+      " instead."
     )
   last = last_step(process)
   if not min_steps <= num_steps <= last:
@@ -226,11 +228,14 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
 
 
 def _to_times(steps: np.ndarray, n: int, end_step: int) -> np.ndarray:
-  """Return the times of falling steps and of the step at which the grid ends, without a last step of no length."""
+  """Return the times of falling steps, and then the time of `end_step`.
+
+  `n` is the process's number of steps. If `steps` already ends at `end_step`, that step is not repeated.
+  """
   if not 0 <= end_step <= steps[-1] or end_step == steps[0] or end_step % 1:
     raise ValueError(
-      f"Got end_step={end_step} for a grid of the steps {steps[0]:g} to {steps[-1]:g}; expected a step from 0 to {steps[-1]:g}, below"
-      " the first one, such as 0 or 1."
+      f"Got end_step={end_step} for a grid of the steps {steps[0]:g} to {steps[-1]:g}; expected a step from 0 to"
+      f" {steps[-1]:g}, below the first one, such as 0 or 1."
     )
   return np.append(steps[steps > end_step], float(end_step)) / n
 
@@ -240,8 +245,9 @@ def _log_snr(process: Process, times: np.ndarray) -> np.ndarray:
     values = np.asarray(process.log_snr(times))
   if not np.all(np.isfinite(values)):
     raise ValueError(
-      f"Got a grid in log-SNR from t_max={times[0]:g}, where the log-SNR is infinite (zero terminal SNR); expected a smaller"
-      f" t_max, such as {times[0] * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps):g}. Or use the grid uniform or trailing."
+      f"Got a grid in log-SNR from t_max={times[0]:g}, where the log-SNR is infinite (zero terminal SNR); expected a"
+      f" smaller t_max, such as {times[0] * (0.999 if process.num_steps is None else 1 - 1 / process.num_steps):g}. Or"
+      " use the grid uniform or trailing."
     )
   return values
 

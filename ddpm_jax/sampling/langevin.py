@@ -18,16 +18,17 @@ def with_langevin(sampler: Sampler, process: Process, *, snr: float = 0.16, num_
   """Run Langevin steps before each step of `sampler` (Song et al. 2021, algorithms 2 to 5).
 
   A Langevin step moves x by `e` times the score and adds noise of variance 2 e, with e = 2 (snr sigma_t)^2. The paper
-  computes its step size from the norms of noise and score in each sample. This function uses the average values of
-  the norms, sqrt(D) and sqrt(D) / sigma_t in D dimensions. With measured norms the step size diverges where the score
-  is near 0, and the steps change a distribution that is already correct.
+  computes `e` from the measured norms of the noise and the score in each sample. This function uses the average norms
+  instead: sqrt(D) for the noise and sqrt(D) / sigma_t for the score, in D dimensions. With measured norms, `e` diverges
+  where the score is near 0, and the steps change a distribution that is already correct.
 
   On VP, the paper (algorithm 5) and score_sde's code also multiply `e` by 1 - beta_n, where beta_n is the variance of
   step n in their 1,000-step discretization. This factor lies between 0.98 and 1. This function omits the factor,
-  because it depends on the discretization and not on the process alone.
+  because the factor depends on the discretization and not on the process alone.
 
   Args:
-    sampler: the predictor. The predictor `ode` follows the flow from each time of the grid to the next.
+    sampler: the predictor, which is the rule for the steps of the grid. The predictor `ode` follows the flow from each
+      time of the grid to the next.
     process: the predictor's forward process.
     snr: the paper's signal-to-noise ratio r. The paper uses 0.16 for VE and VP.
     num_steps: the number of Langevin steps before each step of the predictor. Each Langevin step calls the network

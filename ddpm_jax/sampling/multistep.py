@@ -68,14 +68,14 @@ class _LastStep(NamedTuple):
 
 @check_types
 def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
-  """Build UniPC on x_0 (Zhao et al. 2023).
+  """Build UniPC from estimates of x_0 (Zhao et al. 2023).
 
   Each estimate first corrects the previous step, and then predicts the next step.
 
   Args:
     process: the forward process.
     order: the order of the predictor, 1 to 3. The corrector raises the order of the rule by one.
-    variant: the function B(h) in the paper's UniC-1 and UniP-2, "bh1" or "bh2". The other formulas do not depend on it.
+    variant: the function B(h) in the paper's UniC-1 and UniP-2, "bh1" or "bh2". No other formula contains B.
 
   Raises:
     ValueError: if the order is not 1, 2 or 3, or the variant is not "bh1" or "bh2".
@@ -88,7 +88,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return 0.5 * (pull if variant == "bh2" else alpha * h)
 
   def correct(x_t, x_0, lambda_t, memory: _LastStep, t):
-    """Repeat the previous step with the estimate at its end (UniC)."""
+    """Repeat the previous step, which ended at x_t, now also with the estimate at x_t (UniC)."""
     (last, *older), (lambda_last, *lambdas) = memory.past
     decay, pull = first_order_factors(process, memory.t, t)
     h = lambda_t - lambda_last

@@ -1,4 +1,4 @@
-"""Provide PLMS, the linear multistep rule of PNDM and the default of Stable Diffusion 1."""
+"""Provide PLMS, the linear multistep rule of PNDM and the default sampler of Stable Diffusion 1."""
 
 from typing import NamedTuple
 
@@ -34,13 +34,13 @@ class _Past(NamedTuple):
 def plms(process: Process) -> Sampler:
   """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
 
-  Each step keeps one estimate of the noise over the step, as in `ddim`. The estimate is the Adams-Bashforth combination
-  of the four latest estimates, or of fewer in the first steps. On any grid, the weights are the ones for equal steps.
-  The rule has order 2 on grids whose step lengths vary smoothly. Source: Liu et al. 2022, section 3. It is the
-  PNDMScheduler of diffusers with skip_prk_steps=True.
+  The noise is constant within each step, as in `ddim`. It is the Adams-Bashforth combination of the network's four
+  latest estimates of the noise, or of fewer estimates in the first steps. The weights are the weights for steps of
+  equal length on every grid. The rule has order 2 on grids whose step lengths vary smoothly. Source: Liu et al. 2022,
+  section 3. PLMS is the PNDMScheduler of diffusers with skip_prk_steps=True.
 
-  A step calls the network once. The first of several steps calls it twice, because that step averages the estimates at
-  its start and at its end, as Heun's rule does.
+  A step calls the network once. If the grid has several steps, the first step calls the network twice, because it
+  averages the estimates at its start and at its end, as Heun's rule does.
   """
 
   def step(key, denoise, x_t, memory: _Past, t, s):

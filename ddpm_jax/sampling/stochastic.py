@@ -11,17 +11,17 @@ from ddpm_jax.sampling.core import Sampler, no_memory, safe_sqrt
 
 @check_types
 def ancestral(process: Process, variance: str = "small") -> Sampler:
-  """Build ancestral sampling x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) for any two times (Ho et al. 2020, algorithm 2).
+  """Build ancestral sampling x_s ~ q(x_s | x_t, x_0 = denoise(x_t, t)) for any t > s (Ho et al. 2020, algorithm 2).
 
   Args:
     process: the forward process.
-    variance: "small" is the variance of the posterior, exact for data at a single point. "large" is the variance of the
-      forward step, exact for standard normal data. "learned" interpolates their logarithms by the network's output
-      (Nichol and Dhariwal 2021, equation 15).
+    variance: "small" is the variance of the posterior. It is exact if all data are the same point. "large" is the
+      variance of the forward step. It is exact if the data are standard normal. "learned" interpolates between the
+      logarithms of these two variances, by a fraction that the network returns (Nichol and Dhariwal 2021, equation 15).
 
   Raises:
-    ValueError: if `variance` has another value. A step raises it if `variance` is "learned" and `denoise` returns no
-      variance.
+    ValueError: if `variance` is not "small", "large" or "learned". A step also raises a ValueError if `variance` is
+      "learned" and `denoise` returns no variance.
   """
   if variance not in ("small", "large", "learned"):
     raise ValueError(f"Got variance={variance!r}; expected 'small', 'large' or 'learned'.")
@@ -30,7 +30,8 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
     denoised = denoise(x_t, t)
     if variance == "learned" and learned_fraction(denoised) is None:
       raise ValueError(
-        "Got variance='learned' and a denoiser without variance; expected the denoiser of a predictions.learned_range network."
+        "Got variance='learned' and a denoiser without variance; expected the denoiser of a predictions.learned_range"
+        " network."
       )
     mean, small = process.posterior(x_t, x_0_of(denoised), t, s)
     large = jnp.where(s > 0, process.step_variance(t, s), 0)
@@ -50,9 +51,10 @@ def ancestral(process: Process, variance: str = "small") -> Sampler:
 def euler_maruyama(process: Process) -> Sampler:
   """Build the Euler-Maruyama rule for the reverse SDE (Song et al. 2021, equation 6).
 
-  The variance of the noise, g(t)^2 (t - s), approximates the integral of g^2, so steps must be small where g varies.
-  The step to s = 0 returns the denoised mean. Where alpha_t is 0, the SDE's rates are infinite. There the step samples
-  the exact posterior instead.
+  The variance of the noise, g(t)^2 (t - s), approximates the integral of g^2 over the step, where g is the diffusion
+  coefficient of the SDE. Steps must therefore be small where g varies.
+  The step to s = 0 returns the denoised mean. Where alpha_t is 0, the coefficients of the SDE are infinite. There the
+  step samples the exact posterior instead.
   """
 
   def step(key, denoise, x_t, memory, t, s):
@@ -71,8 +73,9 @@ def euler_maruyama(process: Process) -> Sampler:
 def reverse_diffusion(process: Process) -> Sampler:
   """Build the reverse diffusion rule, the mirror image of the forward step from s to t (Song et al. 2021, equation 46).
 
-  The forward step is x_t = a x_s + G z. The rule takes a and G from the process, so it works on any grid. It expands
-  the inverse of a to first order. The step to s = 0 and steps from alpha_t = 0 are the same as in `euler_maruyama`.
+  The forward step is x_t = a x_s + G z, where z is standard normal noise. The rule computes a and G from the process,
+  so it works on any grid. It approximates 1 / a by 2 - a. The step to s = 0 and steps from alpha_t = 0 are the same as
+  in `euler_maruyama`.
   """
 
   def step(key, denoise, x_t, memory, t, s):
@@ -89,7 +92,8 @@ def reverse_diffusion(process: Process) -> Sampler:
 def _replace_at_ends(process: Process, x_s, x_0, z, t, s):
   """Replace `x_s` at the ends of the process.
 
-  The step to s = 0 returns the denoised mean. A step from alpha_t = 0 samples the posterior, x_0 noised to s.
+  The step to s = 0 returns the denoised mean. A step from alpha_t = 0 samples the posterior, which is
+  alpha_s x_0 + sigma_s z there.
   """
   x_s = jnp.where(process.alpha(t) > 0, x_s, process.alpha(s) * x_0 + process.sigma(s) * z)
   return jnp.where(s > 0, x_s, x_0)

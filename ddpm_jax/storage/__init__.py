@@ -1,4 +1,4 @@
 """Read and write the files of a run: checkpoints, logs, scores and images.
 
-All writes are atomic, except for those to logs and to arrays that are still being filled.
+Logs, and arrays that are filled piece by piece, are not written atomically. All other writes are atomic.
 """

@@ -1,6 +1,6 @@
 """Save and restore checkpoints with orbax.
 
-Each leaf has a digest, so a damaged checkpoint is detected and never used. No other module imports orbax.
+Each saved array has a digest, so a damaged checkpoint is detected and never used. No other module imports orbax.
 """
 
 import contextlib
@@ -54,7 +54,8 @@ def check_folder(folder: str | Path) -> Path:
   # Orbax reads gs:/ as gs://. It also reads /gs/x, /s3/x, /az/x and /hf/x as gs://x, s3://x, az://x and hf://x.
   if "gs:/" in text or "://" in os.fspath(epath.Path(text)):
     raise ValueError(
-      f"Got {text!r} as the checkpoint folder, but orbax reads this path as a bucket; expected a path that does not start with"
+      f"Got {text!r} as the checkpoint folder, but orbax reads this path as a bucket; expected a path that does not"
+      " start with"
       " /gs/, /s3/, /az/ or /hf/, and has no folder that ends in gs:. Set another --workdir, or use a symbolic link."
     )
   return path
@@ -65,8 +66,8 @@ class Restored(NamedTuple):
 
   Attributes:
     step: the step of the checkpoint.
-    items: the restored trees by name.
-    data: the position in the data.
+    items: the restored trees, as a dict from name to tree.
+    data: the position in the training data at which training continues.
     damaged: one message, with the path and the problem, for each damaged checkpoint newer than the restored one.
   """
 
@@ -82,8 +83,8 @@ class Checkpoints:
   Args:
     folder: the folder of all checkpoints; it is created if missing.
     keep: how many of the newest checkpoints to keep.
-    keep_every: keep checkpoints at multiples of this number of steps; 0 for none.
-    keep_best: how many of the best checkpoints to keep, ranked by `metric`.
+    keep_every: also keep each checkpoint whose step is a multiple of this number; 0 for no such checkpoints.
+    keep_best: how many of the best checkpoints to also keep, ranked by `metric`.
     metric: the name of a metric passed to `save`. A checkpoint without this metric is never one of the best.
     higher_is_better: whether the highest value of the metric is the best; otherwise the lowest is.
   """
@@ -126,7 +127,7 @@ class Checkpoints:
     Args:
       step: the step of the checkpoint.
       items: the trees to save, as a dict from name to tree.
-      data: the position in the data, as JSON.
+      data: the position in the training data at which a resumed run continues, as a dict for JSON.
       metrics: metrics of this step, to find the best checkpoints.
 
     Raises:
@@ -176,7 +177,7 @@ class Checkpoints:
     )
 
   def restore(self, templates: Mapping[str, PyTree], step: int | None = None) -> Restored:
-    """Restore trees and the data position from a checkpoint.
+    """Restore trees and the position in the training data from a checkpoint.
 
     Args:
       templates: the trees to read, as a dict from name to a tree of shapes, types and shardings. Other trees are not
@@ -206,8 +207,8 @@ class Checkpoints:
         return Restored(candidate, items, content["data"], damaged)
     if damaged and step is not None:
       raise DamagedCheckpointError(
-        f"Got a damaged checkpoint of step {step}; expected an intact checkpoint. The damage:\n  {damaged[0]}\nRestore it"
-        " from a copy, or choose another step."
+        f"Got a damaged checkpoint of step {step}; expected an intact checkpoint. The damage:\n"
+        f"  {damaged[0]}\nRestore it from a copy, or choose another step."
       )
     if damaged:
       raise DamagedCheckpointError(
@@ -249,8 +250,8 @@ class Checkpoints:
       version = int(meta["content"]["format_version"])
     if version != FORMAT_VERSION:
       raise ValueError(
-        f"Got a checkpoint of format {version} in {self.folder / str(step)}; expected format {FORMAT_VERSION}, the only one that this"
-        " version of ddpm_jax reads. Use the version of ddpm_jax that saved the checkpoint."
+        f"Got a checkpoint of format {version} in {self.folder / str(step)}; expected format {FORMAT_VERSION}, the"
+        " only one that this version of ddpm_jax reads. Use the version of ddpm_jax that saved the checkpoint."
       )
     return meta["content"]
 
@@ -299,7 +300,10 @@ class Checkpoints:
     return removed
 
   def reload(self) -> None:
-    """Read the folder again after `discard`, on every process."""
+    """Update orbax's list of the checkpoints in the folder.
+
+    Every process must call this method after `discard`.
+    """
     self._manager.reload()
 
   def wait(self) -> None:
@@ -367,10 +371,10 @@ def _collect_readers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _report_damage(message: str) -> Iterator[None]:
-  """Convert an error about a file into a `_UnusableError` on all processes.
+  """Raise an `_UnusableError` on every process if the block fails on any process.
 
-  If one process cannot read the checkpoint, all processes must skip it. Errors that are no sign of damage, such as a
-  lack of memory or permission, are raised unchanged.
+  If one process cannot read the checkpoint, all processes must skip this checkpoint. Errors that are no sign of damage,
+  such as a lack of memory or permission, are raised unchanged.
   """
   problem, failure = "", cast(Exception | None, None)
   try:
@@ -398,7 +402,7 @@ def _sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
-  """Return the shape, type and digest of each leaf by its path."""
+  """Return a dict from the path of each leaf to its shape, type and digest."""
   paths, leaves = (
     zip(*jax.tree_util.tree_flatten_with_path(tree)[0], strict=True) if jax.tree.leaves(tree) else ((), ())
   )
@@ -410,9 +414,10 @@ def _describe(tree: PyTree) -> dict[str, dict[str, Any]]:
 
 
 def _check_same_shapes(path: Path, content: dict[str, Any], templates: Mapping[str, PyTree]) -> None:
-  """Raise a ValueError that lists the differences if the templates differ from the saved trees.
+  """Check that the templates and the saved trees have the same names, shapes and types.
 
-  Names, shapes and types are compared.
+  Raises:
+    ValueError: if they differ. The message lists the differences.
   """
   differences = []
   for name, tree in templates.items():

@@ -16,7 +16,7 @@ def compute(leaves: Sequence[Any]) -> list[str]:
   The digest does not depend on how the array is sharded. A change of a single 32-bit word always changes the digest.
 
   Args:
-    leaves: arrays of any shape, with numbers, booleans or typed keys; all on the same devices.
+    leaves: arrays of numbers, booleans or typed keys. They may have any shapes, and must all be on the same devices.
 
   Returns:
     One digest of 64 bits for each array, as 16 hexadecimal digits.

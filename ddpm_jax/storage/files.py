@@ -20,7 +20,7 @@ _unfinished: set[Path] = set()
 class WriteError(OSError):
   """Report a file or folder that could not be written.
 
-  An existing file is unchanged.
+  A file that already exists at the path is unchanged.
 
   Attributes:
     is_full: whether the disk is full.
@@ -85,7 +85,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
-  """Write arrays by name to a compressed .npz file atomically."""
+  """Write a dict from name to array to a compressed .npz file atomically."""
   import numpy as np
 
   with atomic_file(path) as temporary:
@@ -94,7 +94,7 @@ def write_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-  """Convert an OSError of the block to a `WriteError` that names `path`."""
+  """Convert an OSError from the block to a `WriteError` that names `path`."""
   try:
     yield
   except WriteError:
@@ -199,14 +199,14 @@ def check_new_file(path: str | Path, suffix: str) -> None:
   """Check that a new file can be written at a path.
 
   Raises:
-    ValueError: if the path exists or does not end in the suffix.
+    ValueError: if the path exists or does not end in `suffix`.
     WriteError: if the path is not writable.
   """
   path = Path(path)
   if path.suffix != suffix or path.exists():
     raise ValueError(
-      f"Got --output={path}{', which exists' if path.exists() else ''}; expected a new file that ends in {suffix}. Choose"
-      " another path."
+      f"Got --output={path}{', which exists' if path.exists() else ''}; expected a new file that ends in {suffix}."
+      " Choose another path."
     )
   check_writable(path)
 

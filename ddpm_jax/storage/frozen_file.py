@@ -17,15 +17,15 @@ TOKENIZERS = "tokenizers"
 
 
 def compute(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Map the name of each part, such as "codec", to the digests of its arrays, one for each array.
+  """Return a list of digests, one for each array, for each part of the frozen parameters, such as "codec".
 
-  Arrays in entries `COMPUTED` are left out.
+  Arrays under the key `COMPUTED` get no digest.
   """
   return {name: digests.compute(loaded_leaves(part)) for name, part in (frozen or {}).items()}
 
 
 def loaded_leaves(frozen: PyTree) -> list[Any]:
-  """Return the arrays of frozen parameters that a digest may cover: all but those in entries `COMPUTED`."""
+  """Return the arrays of frozen parameters, except the arrays under the key `COMPUTED`."""
   computed = jax.tree_util.DictKey(COMPUTED)
   return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(frozen) if computed not in path]
 
@@ -33,14 +33,15 @@ def loaded_leaves(frozen: PyTree) -> list[Any]:
 def check(folder: Path, current: dict[str, list[str]]) -> None:
   """Check that the frozen parameters and tokenizers are the same as when the run was last trained.
 
-  A run without a record is not checked. Parts without an earlier record are not checked either.
+  The digests of the last training are in frozen.json. If this file is missing, nothing is checked. Parts that are
+  missing in the file are not checked either.
 
   Args:
     folder: the run's folder.
-    current: the digests that `compute` returns, and the digests of the tokenizers.
+    current: the digests that `compute` returns, and the digests of the tokenizers under the key `TOKENIZERS`.
 
   Raises:
-    ValueError: if the digests differ, or the record is damaged.
+    ValueError: if the digests differ, or frozen.json is damaged.
   """
   path = workdir.frozen_path(folder)
   if not path.exists():
@@ -53,12 +54,12 @@ def check(folder: Path, current: dict[str, list[str]]) -> None:
     if name in recorded and recorded[name] != digest:
       what = "tokenizers" if name == TOKENIZERS else f"frozen parameters ({name})"
       raise ValueError(
-        f"Got {what} that differ from those of earlier training in {folder}; expected the same files. Restore the files that"
-        " they are loaded from, or start a new run in another --workdir."
+        f"Got {what} that differ from those of earlier training in {folder}; expected the same files. Restore the files"
+        " that they are loaded from, or start a new run in another --workdir."
       )
 
 
 def write(folder: Path, current: dict[str, list[str]]) -> None:
-  """Write the digests of a run (see `check`), unless there are none."""
+  """Write the digests of a run to frozen.json, unless there are none."""
   if current and jax.process_index() == 0:
     sealed.write_json(workdir.frozen_path(folder), current)

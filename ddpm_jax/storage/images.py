@@ -44,11 +44,12 @@ def as_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def displayable(images: np.ndarray) -> np.ndarray:
-  """Return images [..., H, W, C] uint8 with a number of channels that a picture can show.
+  """Convert images, uint8 [..., H, W, C], to images with 1, 3 or 4 channels.
 
-  A picture has 1 (gray), 3 (RGB) or 4 (RGB with opacity) channels. For any other number, each channel becomes a gray
-  tile of one larger image. The tiles are arranged row by row in an approximately square grid, with a dark line of one
-  pixel between them. For example, 8x8x5 becomes 17x26x1: three tiles above two.
+  Images with 1 (gray), 3 (RGB) or 4 (RGB with opacity) channels are returned unchanged. In images with any other number
+  of channels, each channel becomes a gray tile of one larger image. The tiles are arranged row by row in an
+  approximately square grid, with dark lines of one pixel between tiles. For example, an image of 8x8x5 becomes 17x26x1:
+  a row of three tiles above a row of two.
   """
   height, width, channels = images.shape[-3:]
   if channels in (1, 3, 4):
@@ -69,11 +70,11 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
     images: uint8 [N, h, w, C].
     columns: the number of columns; None for an approximately square grid.
     tile: the target length of an image's longer side, in pixels. Smaller images are enlarged by the largest integer
-      factor with which the longer side is at most this length. If `displayable` splits an image into one tile for each
+      factor that keeps the longer side at or below this length. If `displayable` splits an image into one tile for each
       channel, this length applies to each of these tiles.
 
   Returns:
-    uint8 [H, W, C] with 1, 3 or 4 channels.
+    The picture, uint8 [H, W, C] with 1, 3 or 4 channels.
   """
   factor = max(1, tile // max(images.shape[1:3]))
   images = displayable(images)
@@ -93,7 +94,7 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> np.n
 
 
 def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) -> None:
-  """Write images, uint8 [N, h, w, C], to a PNG file as a `grid`. The write is atomic."""
+  """Arrange images, uint8 [N, h, w, C], with `grid`, and write the picture to a PNG file atomically."""
   from PIL import Image
 
   picture = grid(images, columns)
@@ -102,9 +103,10 @@ def save_grid(path: str | Path, images: np.ndarray, columns: int | None = None) 
 
 
 def save_with_text(path: str | Path, image: np.ndarray, notes: Mapping[str, str]) -> None:
-  """Write an image, uint8 [h, w, C], to a PNG file with texts as its metadata. The write is atomic.
+  """Write an image, uint8 [h, w, C], and named texts to a PNG file atomically.
 
-  Texts that Latin-1 can encode become chunks of type tEXt, and other texts become chunks of type iTXt.
+  The texts become metadata of the file. Texts that Latin-1 can encode are stored in chunks of type tEXt, and all other
+  texts in chunks of type iTXt.
   """
   from PIL import Image, PngImagePlugin
 
@@ -117,10 +119,10 @@ def save_with_text(path: str | Path, image: np.ndarray, notes: Mapping[str, str]
 
 
 def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:
-  """Write the first samples, uint8 [N, h, w, C], to a PNG file.
+  """Write a picture of the first of the samples, uint8 [N, h, w, C], to a PNG file.
 
-  The picture shows up to 64 samples. If the classes [N] of the samples repeat with a period of 2 to 20 samples, the
-  picture instead has one column for each sample of a period, and up to 10 rows.
+  The picture shows at most 64 samples. But if the classes [N] of the samples repeat with a period of 2 to 20 samples,
+  each row shows one period, and the picture has at most 10 rows.
   """
   columns, num_shown = None, SHOWN
   if classes is not None:

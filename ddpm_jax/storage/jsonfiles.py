@@ -1,4 +1,4 @@
-"""Read and check JSON files of other tools."""
+"""Read JSON files that other tools wrote, and check the types of their values."""
 
 import contextlib
 import json
@@ -63,13 +63,13 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
 
   Args:
     content: the JSON object.
-    kinds: the types that the value of each key may have. A bool is not a number.
+    kinds: a dict from each key to the types that its value may have. Other keys of the object are not checked.
     name: the name of the object in error messages.
     required: whether all keys of `kinds` must be present.
 
   Raises:
-    ValueError: if a value has another type, a number is out of range, or a required key is missing. The message names
-      the key.
+    ValueError: if a value has none of the types of its key, a number is out of range, or a required key is missing. The
+      message names the key.
   """
   missing = [key for key in kinds if key not in content] if required else []
   if missing:
@@ -81,9 +81,10 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
 
 
 def matches(value: Any, kind: Any) -> bool:
-  """Return whether a value is of a kind.
+  """Return whether a value has a type.
 
-  A number must be finite and in the range of float32. An integer must also fit into 64 bits.
+  A list of types stands for a list of values, each of one of these types. The type `float` also allows integers, but a
+  bool is not a number. A number must be finite and in the range of float32. An integer must also fit into 64 bits.
   """
   if isinstance(kind, list):
     return isinstance(value, list | tuple) and all(any(matches(item, option) for option in kind) for item in value)
@@ -97,7 +98,7 @@ def matches(value: Any, kind: Any) -> bool:
 
 
 def kind_name(kind: Any, *, plural: bool = False) -> str:
-  """Return the name of a kind for a message, in the singular or the plural."""
+  """Return the name of a type for messages, in the singular or the plural."""
   if isinstance(kind, list):
     items = " or ".join(kind_name(option, plural=True) for option in kind)
     return f"lists of {items}" if plural else f"a list of {items}"
@@ -105,13 +106,13 @@ def kind_name(kind: Any, *, plural: bool = False) -> str:
 
 
 def shorten(value: Any) -> str:
-  """Return a short text of a value for a message, even if the value is large or deeply nested."""
+  """Format a value for a message as a short text, even if the value is large or deeply nested."""
   return _SHOWN.repr(value)
 
 
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-  """Add the file name to a ValueError of the block, unless the message already contains it."""
+  """Add a path to the message of a ValueError that the block raises, unless the message already contains the path."""
   try:
     yield
   except ValueError as error:

@@ -17,14 +17,14 @@ from ddpm_jax.storage import files, sealed, workdir
 class MetricLog:
   """Log metrics and images of a run.
 
-  A resumed run continues the log from the step of its checkpoint. Entries of later steps are dropped from
-  metrics.jsonl, and hidden by TensorBoard.
+  A resumed run continues the log from the step of its checkpoint. Entries of later steps are removed from
+  metrics.jsonl, and TensorBoard hides them.
 
   Args:
     folder: the run's folder.
     step: the step that the run starts from.
     wandb: the wandb project that also receives the log; empty for no wandb.
-    config: the run's config for wandb.
+    config: the run's config, to store in wandb.
   """
 
   def __init__(self, folder: str | Path, step: int, *, wandb: str = "", config: Mapping[str, Any] | None = None):
@@ -85,7 +85,7 @@ class MetricLog:
 class _Board:
   """Write a TensorBoard event file in the calling thread.
 
-  The background writer of tensorboardX hangs on a full disk.
+  This class replaces the background writer of tensorboardX, which hangs on a full disk.
   """
 
   def __init__(self, folder: Path, step: int):
@@ -124,16 +124,17 @@ def check_wandb(project: str) -> None:
   """Raise a ValueError if a wandb project is set but wandb is not installed."""
   if project and importlib.util.find_spec("wandb") is None:
     raise ValueError(
-      f"Got config.training.wandb={project!r}, but wandb is not installed. Install it: pip install 'ddpm_jax[wandb]'; or"
-      " unset config.training.wandb."
+      f"Got config.training.wandb={project!r}, but wandb is not installed. Install it: pip install 'ddpm_jax[wandb]';"
+      " or unset config.training.wandb."
     )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
   """Return the lines of a metrics.jsonl file as dicts of numbers, each with the key "step".
 
-  A damaged log must not stop a run. A missing file gives an empty list, and so does an unreadable file, with a warning.
-  Incomplete or damaged lines are skipped with one warning.
+  A damaged log must not stop a run, so this function raises no error. If the file is missing, the list is empty. If the
+  file cannot be read, the list is empty and a warning is printed. Incomplete or damaged lines are skipped with one
+  warning.
   """
   try:
     lines, skipped = _split(path.read_bytes())
@@ -155,7 +156,7 @@ def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-  """Return a parsed line, or None if the line is not an object of numbers with an integer step of at least 0."""
+  """Parse a line, or return None if it is not a JSON object of numbers with an integer "step" of at least 0."""
   try:
     content = json.loads(line.decode("utf-8"))
     for value in content.values():

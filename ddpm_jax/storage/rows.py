@@ -18,14 +18,14 @@ _HASH_BYTES = 2**26
 class ResumableArray:
   """Store an array on disk while its rows are computed in order.
 
-  Rows are written to `<path>.partial.npy`, and the number of rows and the caller's notes to `<path>.partial.json`. The
-  finished array is in `<path>.npz`. A damaged file is moved to the folder `damaged` with a warning, and the rows are
-  computed again.
+  The rows are written to `<path>.partial.npy`. The number of stored rows, and notes that the caller chooses, are
+  written to `<path>.partial.json`. The finished array is in `<path>.npz`. A damaged file is moved to the folder
+  `damaged` with a warning, and the array starts again with no stored rows.
 
   Args:
     path: the path without a suffix.
-    identity: everything that the rows depend on, a dict of JSON values. Stored rows with another identity are
-      discarded.
+    identity: a dict of JSON values with everything that the rows depend on. Rows that were stored with another identity
+      are discarded.
     name: the name of the array in `<path>.npz`.
     shape: the shape [N, ...] of the full array.
     dtype: the type of the array.
@@ -36,7 +36,7 @@ class ResumableArray:
 
   Attributes:
     done: the number of rows that are already stored.
-    notes: the notes from the most recent call of `write`, a dict of JSON values.
+    notes: the notes that the most recent call of `write` stored, a dict of JSON values.
   """
 
   def __init__(
@@ -139,7 +139,7 @@ class ResumableArray:
   def finish(self, **extra: np.ndarray) -> np.ndarray:
     """Write the array to `<path>.npz`, and return it as a memory map.
 
-    An archive that is already written does not change.
+    If the array is already finished, its archive does not change.
 
     Args:
       **extra: additional arrays to store in the archive by name.

@@ -1,4 +1,4 @@
-"""Store the scores of a run in eval.json, with the versions and the device that produced them."""
+"""Store the scores of a run in eval.json, with the software versions and the device that produced them."""
 
 import platform
 import subprocess
@@ -23,7 +23,7 @@ def path_of(folder: Path) -> Path:
 def read(folder: Path) -> dict[str, Any] | None:
   """Return the content of eval.json, or None if there is no valid file.
 
-  A damaged file is moved away with a warning.
+  A damaged file is moved to the run's folder for damaged files, with a warning.
   """
   path = path_of(folder)
   try:
@@ -36,14 +36,14 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any]:
-  """Write scores to eval.json atomically, with the versions and the device that produced them.
+  """Write scores to eval.json atomically, with the software versions and the device that produced them.
 
-  Only the value of "times" differs between identical runs.
+  The files of identical runs differ only in the value of "times", which is the date and the duration of the evaluation.
 
   Args:
     folder: the run's folder.
     report: the scores.
-    seconds: the duration of the evaluation.
+    seconds: the duration of the evaluation, in seconds.
 
   Returns:
     The content of the file.
@@ -63,7 +63,10 @@ def write(folder: Path, report: dict[str, Any], seconds: float) -> dict[str, Any
 
 
 def _commit() -> str | None:
-  """Return the git commit of the code, with a plus if tracked files have changed since, or None if it is unknown."""
+  """Return the git commit of the code, or None if the commit is unknown.
+
+  If tracked files have changed since the commit, a plus follows the commit.
+  """
   package = Path(ddpm_jax.__file__).parent
 
   def git(*arguments: str) -> str:

@@ -32,12 +32,12 @@ class ChangedError(DamagedFileError):
 
 
 def digest(*arrays: np.ndarray) -> str:
-  """Return the SHA-256 of the types, shapes and bytes of arrays."""
+  """Return one SHA-256 of the types, shapes and bytes of all arrays."""
   return digest_all(arrays)
 
 
 def digest_all(arrays: Iterable[np.ndarray]) -> str:
-  """Return the same digest as `digest`, of arrays that need not be in memory at the same time."""
+  """Return the digest that `digest` returns, but take the arrays from an iterable one after the other."""
   total = hashlib.sha256()
   for array in arrays:
     total.update(f"{array.dtype}{array.shape}".encode())
@@ -47,7 +47,7 @@ def digest_all(arrays: Iterable[np.ndarray]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, exclude: str = "", sort_keys: bool = False) -> None:
-  """Write a JSON object and its digest atomically, with the digest under the key "sha256".
+  """Write a JSON object to a file atomically, with its digest under the key "sha256".
 
   Args:
     path: the file.
@@ -60,11 +60,11 @@ def write_json(path: Path, content: Mapping[str, Any], *, exclude: str = "", sor
 
 
 def read_json(path: Path, *, exclude: str = "", required: bool = True) -> dict[str, Any]:
-  """Read an object that `write_json` wrote, and return it without its digest.
+  """Return a JSON object that `write_json` wrote, without its digest.
 
   Args:
     path: the file.
-    exclude: the same key as in `write_json`.
+    exclude: the value of `exclude` in the call of `write_json`.
     required: whether a missing digest is an error. A digest in the file is always checked.
 
   Raises:
@@ -129,7 +129,7 @@ def check_tensors(sums: Mapping[str, str], metadata: Mapping[str, str]) -> None:
     metadata: the metadata of the file.
 
   Raises:
-    DamagedFileError: if the digest in the metadata does not match.
+    DamagedFileError: if the digest in the metadata does not match the tensors and the other metadata.
   """
   about = {key: value for key, value in metadata.items() if key != KEY}
   if KEY in metadata and metadata[KEY] != _digest_tensors(sums, about):
@@ -181,7 +181,7 @@ def copy_aside(path: Path, folder: Path) -> Path:
 def unused_path(path: Path, folder: Path) -> Path:
   """Create a folder if it is missing, and return an unused path in it.
 
-  The file name is that of `path`. If the folder has such a file, a number is added to the name.
+  The result has the file name of `path`. If the folder already has a file of this name, a number is added to the name.
   """
   folder.mkdir(parents=True, exist_ok=True)
   names = itertools.chain([path.name], (f"{path.stem}_{number}{path.suffix}" for number in itertools.count(2)))
@@ -194,7 +194,7 @@ def warn(text: str) -> None:
 
 
 def digest_json(content: Mapping[str, Any], exclude: str = "") -> str:
-  """Return the SHA-256 of the JSON text of an object, without the value of the key `exclude`."""
+  """Return the SHA-256 of the JSON text of an object, with the key `exclude` left out."""
   content = {key: value for key, value in json.loads(json.dumps(content)).items() if key != exclude}
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

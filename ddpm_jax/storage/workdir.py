@@ -46,7 +46,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 def snapshot_folder(workdir: Path) -> Path:
   """Return the folder of a run's EMA snapshots.
 
-  EMAs of other widths can be reconstructed from them.
+  From these snapshots, an EMA of another width can be computed after training.
   """
   return workdir / "ema_snapshots"
 
@@ -69,8 +69,8 @@ def locked(workdir: Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise ValueError(
-        f"Got --workdir={workdir}, but {file.read().strip() or 'another process'} trains in this folder; expected an unused folder."
-        " Wait for the process, stop it, or set another --workdir."
+        f"Got --workdir={workdir}, but {file.read().strip() or 'another process'} trains in this folder; expected an"
+        " unused folder. Wait for the process, stop it, or set another --workdir."
       ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -114,7 +114,7 @@ def start_folder(workdir: Path) -> Path:
 
 
 def frozen_path(workdir: Path) -> Path:
-  """Return the path of the digests of a run's frozen parameters."""
+  """Return the path of the file with the digests of a run's frozen parameters and tokenizers."""
   return workdir / "frozen.json"
 
 

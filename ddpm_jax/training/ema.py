@@ -1,4 +1,4 @@
-"""Average parameters during training (EMA), and reconstruct averages of any length after training."""
+"""Average parameters during training (EMA), and compute averages with other decays after training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,8 +37,8 @@ def params_ema(*decays: Decay) -> optax.GradientTransformation:
   these, so the updates must be final.
 
   Args:
-    *decays: one function for each average, from `fixed`, `half_life`, `power` or your own. `decay(s)` in [0, 1] is the
-      weight of the old average at step s = 0, 1, ... (an int32 scalar).
+    *decays: one function for each average: the result of `fixed`, `half_life` or `power`, or your own function.
+      `decay(s)` is the weight, in [0, 1], of the old average at step s = 0, 1, ... (an int32 scalar).
 
   Raises:
     ValueError: if there is no decay, or a decay is not a function.
@@ -96,13 +96,13 @@ def fixed(decay: float, warmup: bool = True) -> Decay:
 
 
 def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> Decay:
-  """Return a decay with a half-life in training images (Karras et al. 2022, appendix F.2, and their code).
+  """Return a decay whose half-life is a number of training images (Karras et al. 2022, appendix F.2, and their code).
 
   Args:
-    images: the half-life in training images, above 0; 500,000 on CIFAR-10 in the paper.
+    images: the half-life in training images, above 0. The paper uses 500,000 on CIFAR-10.
     batch_size: the number of images in a step, above 0.
-    ramp_up: limits the half-life to this fraction of the images seen before the step, so that the average forgets the
-      initial parameters quickly; None for no limit.
+    ramp_up: the maximum half-life at each step, as a fraction of the number of images in all earlier steps. With this
+      limit the average forgets the initial parameters quickly. None for no limit.
 
   Raises:
     ValueError: if a value is not above 0.
@@ -127,13 +127,13 @@ def half_life(images: float, batch_size: int, ramp_up: float | None = 0.05) -> D
 def power(std: float) -> Decay:
   """Return the decay of a power-function average (Karras et al. 2024, EDM2).
 
-  The weight of the parameters of step t is proportional to t^gamma, so the length of the average grows with training.
-  The decay of the t-th step is (1 - 1/t)^(gamma + 1) (equation 127), where t is 1 for the first step. After the first
-  step, the average equals the parameters.
+  The weight of the parameters after step t is proportional to t^gamma, so the average covers more and more steps as
+  training goes on. The decay of step t is (1 - 1/t)^(gamma + 1) (equation 127), where t is 1 for the first step. After
+  the first step, the average equals the parameters.
 
   Args:
-    std: the relative width of the average, in (0, 1/sqrt(12)). It is the standard deviation of t under these weights,
-      divided by the length of training, and determines gamma (see `gamma_of`). The paper uses 0.05 to 0.10.
+    std: the relative width of the average, in (0, 1/sqrt(12)): the standard deviation of t under these weights, divided
+      by the number of steps so far. The width determines gamma (see `gamma_of`). The paper uses 0.05 to 0.10.
 
   Raises:
     ValueError: if the width is out of range.
@@ -183,7 +183,7 @@ def ema_params(opt_state: PyTree, index: int = 0) -> PyTree | None:
 
   Args:
     opt_state: the state of an optimizer, in which `params_ema` may be nested.
-    index: the index of the average, in the order of the decays.
+    index: the index of the average. The averages are in the order of the decays of `params_ema`.
 
   Raises:
     ValueError: if the index is out of range, or the state has more than one `params_ema`.
@@ -197,10 +197,10 @@ def ema_params(opt_state: PyTree, index: int = 0) -> PyTree | None:
 
 
 def split(opt_state: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
-  """Split an optimizer's state into the state without its averages, and the averages.
+  """Return an optimizer's state without the averages, and the averages.
 
   The returned state has an empty tuple in place of the averages. A checkpoint stores the averages as a separate item.
-  `join` is the inverse. Leaves may be arrays or their shapes (`jax.ShapeDtypeStruct`).
+  `join` is the inverse of this function. The leaves of the state may be arrays or `jax.ShapeDtypeStruct`.
 
   Raises:
     ValueError: if the state has more than one `params_ema`.
@@ -217,7 +217,8 @@ def join(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
   """
   if _find(opt_state) is None and averages:
     raise ValueError(
-      f"Got {len(averages)} averages for a state without params_ema; expected the state of an optimizer with params_ema, as split() returns it."
+      f"Got {len(averages)} averages for a state without params_ema; expected the state of an optimizer with"
+      " params_ema, as split() returns it."
     )
   return _replace(opt_state, tuple(averages))
 
@@ -246,21 +247,25 @@ def reconstruction_weights(
 ) -> np.ndarray:
   """Compute weights of stored averages to approximate an average of another width (Karras et al. 2024, algorithm 3).
 
-  The power-function profile of width `std` at step T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. The
-  weights are those of the least-squares approximation of p by the snapshots' profiles, divided by their sum. The
-  inner product of a profile with gamma_a at step T_a and one with gamma_b at step T_b is (equation 151)
+  The profile of a power-function average is the weight p(t) of the parameters after step t. For an average at step T,
+  p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T], and gamma depends on the width (see `gamma_of`). A least-squares
+  fit approximates the profile of the new average by a weighted sum of the snapshots' profiles. The weights of this fit
+  are divided by their sum.
+
+  The fit needs the inner product of two profiles, which is the integral of their product. For a profile with exponent
+  gamma_a at step T_a and a profile with exponent gamma_b at step T_b, the inner product is (equation 151)
 
     (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (m / T_a)^gamma_a (m / T_b)^gamma_b / M
 
-  where m is the smaller and M the larger of T_a and T_b. This is the integral of the product of both profiles.
+  where m is the smaller and M the larger of T_a and T_b.
 
   Args:
-    snapshot_steps: the number of averaged steps (`ParamsEmaState.steps`) at each snapshot, above 0. If one
-      step has averages of several widths, each of them is a separate snapshot.
+    snapshot_steps: the number of averaged steps (`ParamsEmaState.steps`) at each snapshot, above 0. If one step has
+      averages of several widths, each of these averages counts as a separate snapshot.
     snapshot_stds: the width of each snapshot, as in `power`.
     step: the step of the new average, above 0 and not after the last snapshot.
     std: the width of the new average, in (0, 1/sqrt(12)). The approximation is good for widths inside or slightly
-      outside the range of the snapshots.
+      outside the range of `snapshot_stds`.
 
   Returns:
     Weights [len(snapshot_steps)] in float64 with a sum of 1, so constant parameters are preserved. Some weights may be

@@ -20,8 +20,9 @@ class Callback(NamedTuple):
   """Describe a function to call during training.
 
   Attributes:
-    every: the number of steps between two calls. The function is also called after step `num_steps`.
-    run: the function `run(step, state, metrics)`, with the most recently logged metrics.
+    every: the number of steps between two calls. The function is also called after the last step, `num_steps` of `fit`.
+    run: the function, called as `run(step, state, metrics)` with the number of finished steps, the current state and
+      the most recently logged metrics.
   """
 
   every: int
@@ -32,9 +33,10 @@ class Hooks(NamedTuple):
   """Hold functions that connect the training loop to its environment.
 
   Attributes:
-    wait_seconds: returns the total seconds spent waiting for data so far.
-    should_stop: returns whether to stop after a step, given its number; for example if the machine is preempted.
-    before_step: called with the number of a step before it starts; for example to start a trace.
+    wait_seconds: returns the total time, in seconds, that training has waited for data so far.
+    should_stop: called as `should_stop(number)` with the number of finished steps. It returns whether to stop, for
+      example because the machine is preempted.
+    before_step: called before each step with the number of this step, for example to start a trace.
   """
 
   wait_seconds: Callable[[], float] = lambda: 0.0
@@ -57,32 +59,34 @@ def fit(
   rescue: Callable[[int, TrainState], None] = lambda number, state: None,
   quiet: bool = False,
 ) -> TrainState:
-  """Train from the current step of a state to `num_steps`.
+  """Train from the step of the initial state to step `num_steps`.
 
   Args:
-    state: the initial state. It is donated to `step`, so do not use it afterwards.
+    state: the initial state. Its buffers are donated to `step`, so do not use this state afterwards.
     step: the compiled step, `step(state, batch) -> (state, metrics)`, or `step(state, batch, frozen)` if `frozen` is
       not None.
     batches: the batches, pytrees of arrays [B, ...]. Training stops when there are no more batches.
     frozen: parameters that never change, with the shardings that the step expects; None for none.
-    num_steps: the step to stop at.
-    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`. Each metric is averaged
-      over the steps since the last log, except steps whose loss or gradient norm is not finite. `skipped` is the total
-      number of skipped steps. The loop adds `images_per_second`, `seconds_per_step` and `input_wait`, the fraction of
-      the time spent waiting for data. These three are measured in wall-clock time since the last log, including
+    num_steps: the number of the last step, counted from the start of training.
+    log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`, where `number` is the
+      number of finished steps. Each metric is averaged over the steps since the last log, except steps whose loss or
+      gradient norm is not finite. Only `skipped` is not averaged: it is the total number of skipped steps. The loop
+      adds `images_per_second`, `seconds_per_step` and `input_wait` (the fraction of the time in which training waited
+      for data). These three metrics are based on the wall-clock time since the last log, including the time of
       callbacks.
     log_every: the number of steps between two logs.
-    callbacks: functions to call during training, in order.
-    max_skipped: the number of consecutive skipped steps that raises an error. A step is skipped if its gradients
-      or updates are not finite and the optimizer skips such steps (see `optim.skip_nonfinite`).
+    callbacks: functions to call during training. Functions that are due at the same step are called in this order.
+    max_skipped: the number of consecutive skipped steps after which `fit` raises an error. A step is skipped if its
+      gradients or updates are not finite and the optimizer skips such steps (see `optim.skip_nonfinite`).
     hooks: functions that connect the loop to its environment.
-    rescue: called as `rescue(number, state)` with the last finished step and its state, if loading the next batch
-      raises an error. `fit` then raises this error. `rescue` is not called if no step has finished, or if the check of
-      the last step raises a FloatingPointError, which `fit` raises instead.
+    rescue: called as `rescue(number, state)` if loading the next batch raises an error, with the number of finished
+      steps and the current state, for example to save this state. Then `fit` raises the error. If this call of `fit`
+      has not finished a step, `rescue` is not called. If the last step fails the check for finite values, `rescue` is
+      not called either, and `fit` raises the FloatingPointError of the check instead.
     quiet: whether to hide the progress bar.
 
   Returns:
-    The state at `num_steps`, or earlier if training was stopped or the batches ended.
+    The state after step `num_steps`, or an earlier state if training was stopped or the batches ended.
 
   Raises:
     FloatingPointError: if too many consecutive steps were skipped, or the loss or the gradient norm is not finite and
@@ -153,7 +157,7 @@ class _Window:
     self._steps.append(jax.device_get(metrics))
 
   def close(self) -> dict[str, float]:
-    """Return the metrics of the window, and start a new window."""
+    """Return the metrics of the window, averaged over its steps, and start a new window."""
     seconds = time.perf_counter() - self._start
     finite = [
       metrics for metrics in self._steps if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
@@ -202,15 +206,15 @@ def _check_finite(number: int, metrics: Metrics, max_skipped: int) -> None:
     row = int(metrics["skipped_in_a_row"])
     if row >= max_skipped:
       raise FloatingPointError(
-        f"The gradients or updates of {row} steps in a row, {number - row + 1:,} to {number:,}, were not finite (the last loss is"
-        f" {float(metrics['loss'])}). Skipped steps change no parameters; {int(metrics['skipped']):,} were skipped in all."
-        " Restart training with a lower --config.optimizer.learning_rate or clip_norm, or resume with a higher"
-        " --config.training.max_skipped."
+        f"The gradients or updates of {row} steps in a row, {number - row + 1:,} to {number:,}, were not finite (the"
+        f" last loss is {float(metrics['loss'])}). Skipped steps change no parameters; {int(metrics['skipped']):,} were"
+        " skipped in all. Restart training with a lower --config.optimizer.learning_rate or clip_norm, or resume with a"
+        " higher --config.training.max_skipped."
       )
     return
   for name in ("loss", "grad_norm"):
     if not math.isfinite(metrics[name]):
       raise FloatingPointError(
-        f"The {name} is {float(metrics[name])} at step {number:,}. Restart training with a lower learning rate or with gradient"
-        " clipping, or skip such steps (optim.skip_nonfinite)."
+        f"The {name} is {float(metrics[name])} at step {number:,}. Restart training with a lower learning rate or with"
+        " gradient clipping, or skip such steps (optim.skip_nonfinite)."
       )

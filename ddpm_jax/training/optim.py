@@ -38,9 +38,9 @@ def schedule(
 
   - `constant`: the peak.
   - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak at the end
-    of the warm-up to `final_factor` times the peak at `decay_steps`, then constant.
+    of the warm-up to `final_factor` times the peak at step `decay_steps`, then constant.
   - `inverse_sqrt`: the peak until step t_ref = max(decay_steps, warmup_steps, 1), then the peak times sqrt(t_ref / t)
-    at the t-th step (Karras et al. 2024, equation 67).
+    at step t = 1, 2, ... (Karras et al. 2024, equation 67).
 
   Args:
     peak: the rate after the warm-up, above 0.
@@ -52,7 +52,7 @@ def schedule(
     final_factor: the final rate of `cosine` and `linear` divided by the peak, in [0, 1].
 
   Returns:
-    `rate(step)`, a float32 scalar.
+    A function `rate(step)` that returns a float32 scalar.
 
   Raises:
     ValueError: if the name is unknown or a value is out of its range.
@@ -61,13 +61,13 @@ def schedule(
     raise ValueError(f"Got {name!r} as a schedule; expected one of {', '.join(SCHEDULES)}.{hint(name, SCHEDULES)}")
   if not (peak > 0 and warmup_steps >= 0 and decay_steps >= 0 and 0 <= final_factor <= 1):
     raise ValueError(
-      f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor}; expected"
-      " the rate above 0, the steps at least 0 and the factor from 0 to 1."
+      f"Got learning_rate={peak}, warmup_steps={warmup_steps}, decay_steps={decay_steps}, final_factor={final_factor};"
+      " expected the rate above 0, the steps at least 0 and the factor from 0 to 1."
     )
   if name in ("cosine", "linear") and decay_steps <= warmup_steps:
     raise ValueError(
-      f"Got decay_steps={decay_steps} for a {name} schedule with warmup_steps={warmup_steps}; expected more than warmup_steps."
-      " Set it to the step, counted from the start of training, at which the decay ends."
+      f"Got decay_steps={decay_steps} for a {name} schedule with warmup_steps={warmup_steps}; expected more than"
+      " warmup_steps. Set decay_steps to the step, counted from the start of training, at which the decay ends."
     )
   # Use at least 1, because optax warns about 0 even if the result is not used.
   span, start = max(decay_steps - warmup_steps, 1), max(decay_steps, warmup_steps, 1)
@@ -88,16 +88,18 @@ def schedule(
 
 
 def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.GradientTransformation:
-  """Return an optimizer of optax by name.
+  """Make an optax optimizer from its name, a learning rate and other arguments.
 
   Args:
-    name: the name of an optax optimizer that takes a learning rate, such as adam, adamw, lion or sgd (`OPTIMIZERS`).
+    name: the name of an optax optimizer that takes a learning rate, such as adam, adamw, lion or sgd. `OPTIMIZERS` has
+      all of these optimizers.
     rate: the learning rate, either a number above 0 or a function of the step.
-    arguments: the other arguments of the optimizer by name.
+    arguments: a dict from the names of the optimizer's other arguments to their values.
 
   Raises:
     ValueError: if the name or an argument is unknown, a value is out of range, or `rate` is a function but the
-      optimizer needs a number. Also if the optimizer needs more than gradients and parameters, as a line search does.
+      optimizer needs a number. Optimizers that need more inputs than gradients and parameters, such as a line search,
+      raise a ValueError too.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"Got {name!r} as an optimizer; expected one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
@@ -123,12 +125,12 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
   except Exception as error:
     if callable(rate) and _works(name, 1e-3, arguments):
       raise ValueError(
-        f"Got a learning rate that depends on the step, but {name} needs a constant; expected a constant schedule without"
-        " warm-up. Set optimizer.schedule=constant and optimizer.warmup_steps=0, or choose another optimizer."
+        f"Got a learning rate that depends on the step, but {name} needs a constant; expected a constant schedule"
+        " without warm-up. Set optimizer.schedule=constant and optimizer.warmup_steps=0, or choose another optimizer."
       ) from error
     raise ValueError(
-      f"Got {name} with {arguments or 'no arguments'} ({error}); expected valid arguments, and an optimizer that makes a"
-      " step from gradients and parameters alone. Set other arguments, or choose another optimizer, such as adam."
+      f"Got {name} with {arguments or 'no arguments'} ({error}); expected valid arguments, and an optimizer that makes"
+      " a step from gradients and parameters alone. Set other arguments, or choose another optimizer, such as adam."
     ) from error
 
 
@@ -194,9 +196,9 @@ class SkipState(NamedTuple):
 def global_norm(tree: PyTree) -> Array:
   """Compute the Euclidean norm of all leaves together, a scalar in float32 or wider.
 
-  Squares are summed by a product of each leaf with itself. Otherwise XLA's CPU backend would recompute the leaf inside
-  the sum. On CPUs, leaves of one shape are also stacked, so that XLA compiles one sum for each shape instead of one for
-  each leaf.
+  The sum of the squares of a leaf is computed as the inner product of the leaf with itself. In an ordinary sum, XLA's
+  CPU backend would compute the values of the leaf again. On CPUs, leaves of equal shape are also stacked, so that XLA
+  compiles one sum for each shape instead of one sum for each leaf.
   """
   leaves = widen(*jax.tree.leaves(tree))
 
@@ -217,7 +219,7 @@ def _sum_of_squares(leaves: Sequence[Array]) -> Array:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """Scale updates down to a global norm of at most `max_norm` (Pascanu et al. 2013).
 
-  This transformation is equivalent to `optax.clip_by_global_norm`, but the norm compiles faster (see `global_norm`).
+  This transformation gives the results of `optax.clip_by_global_norm`, but compiles faster (see `global_norm`).
 
   Args:
     max_norm: the maximum norm, above 0.
@@ -242,8 +244,8 @@ def freeze_untrained(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTra
   Put this transformation after the optimizer. Otherwise weight decay would change untrained parameters.
 
   Args:
-    trainable: `trainable(updates) -> booleans`, a tree with the structure of the updates, such as
-      `networks.trainable_mask`.
+    trainable: a function such as `networks.trainable_mask`. `trainable(updates)` returns a tree with the structure of
+      the updates: True for each trained parameter, and False for each untrained parameter.
   """
 
   def update(updates, state, params=None):
@@ -256,12 +258,12 @@ def freeze_untrained(trainable: Callable[[PyTree], PyTree]) -> optax.GradientTra
 
 
 def apply_to_part(name: str, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Apply a transformation to one part of a dict of parameters, and leave the updates of other parts unchanged.
+  """Apply a transformation to one part of a dict of parameters, and leave the updates of all other parts unchanged.
 
   The state of the transformation covers this part only.
 
   Args:
-    name: the name of the part, such as "model" or "extra" in a train step that trains extra parameters.
+    name: the name of the part. If an objective has extra parameters, the parts are "model" and "extra".
     transformation: the transformation, such as `optax.adam(1e-4)`.
   """
 
@@ -281,8 +283,8 @@ def _part_of(tree: PyTree, name: str) -> PyTree:
   if isinstance(tree, dict) and name in tree:
     return tree[name]
   raise ValueError(
-    f"Got parameters without a part {name!r}, but an optimizer for this part; expected a dict with this part. Only objectives with extra"
-    " parameters have parts. For other objectives, omit `extra` in optim.chain."
+    f"Got parameters without a part {name!r}, but an optimizer for this part; expected a dict with this part. Only"
+    " objectives with extra parameters have parts. For other objectives, omit `extra` in optim.chain."
   )
 
 
@@ -296,10 +298,11 @@ def skip_nonfinite(
 
   Args:
     *steps: one or more transformations that form the optimizer.
-    averages: averages of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
-    check_updates: whether to check the updates too, before anything is written. On CPUs, this check computes the
-      updates twice. Use False if finite gradients always give finite updates. Without the check, a step is one pass
-      over gradients, parameters, state and averages.
+    averages: the transformation that averages the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for no
+      averages.
+    check_updates: whether to check the norm of the updates too; the norm of the gradients is always checked. On CPUs,
+      the check of the updates computes them twice. Use False if finite gradients always give finite updates. Then a
+      step reads and writes each array only once.
 
   Raises:
     ValueError: if there is no optimizer.
@@ -343,9 +346,9 @@ def skip_nonfinite(
 
 
 def skip_counts(opt_state: PyTree) -> tuple[Array, Array] | None:
-  """Return the numbers of skipped steps in total and in a row, or None without `skip_nonfinite`.
+  """Return the numbers of skipped steps, in total and in a row, from the state of an optimizer.
 
-  Both numbers are int32 scalars.
+  Both numbers are int32 scalars. The result is None if the optimizer does not use `skip_nonfinite`.
   """
   nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SkipState))
   return next(((node.skipped, node.in_a_row) for node in nodes if isinstance(node, SkipState)), None)
@@ -363,21 +366,24 @@ def chain(
 ) -> optax.GradientTransformation:
   """Chain clipping by the global norm, an optimizer and averages of the parameters, and skip non-finite steps.
 
-  For Lion, and for Adam and AdamW with an `eps` of 1e-16 or more, finite gradients always give finite updates, so a
-  step is one pass over all arrays. For other optimizers, and with `extra`, the updates are checked too (see
-  `skip_nonfinite`).
+  The gradients are always checked. For Lion, and for Adam and AdamW with an `eps` of 1e-16 or more, finite gradients
+  always give finite updates, so the updates need no check. For other optimizers, and if there is an optimizer `extra`,
+  the updates are checked too (see `check_updates` of `skip_nonfinite`).
 
   Args:
-    rate: the learning rate, either a number or a function of the step with finite values, such as a `schedule`.
+    rate: the learning rate, either a number or a function of the step, such as a `schedule`. All its values must be
+      finite.
     name: the name of the optimizer (see `optimizer`).
     arguments: the arguments of the optimizer.
-    clip_norm: the maximum global norm of a gradient; None for no clipping.
-    averages: averages of the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for none.
+    clip_norm: the maximum global norm of the gradients; None for no clipping.
+    averages: the transformation that averages the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for no
+      averages.
     trainable: a function that returns which parameters are trained (see `freeze_untrained`), such as
       `networks.trainable_mask`; None if all are trained.
     extra: the optimizer of the objective's extra parameters, such as `optax.adam(1e-4)`; None if the objective has no
       extra parameters. With `extra`, the parameters are a dict `{"model": ..., "extra": ...}`, and all other arguments
-      apply to the model only. A step that is not finite in one part is skipped in both.
+      apply to the part "model" only. If the gradients or updates of one part are not finite, the step is skipped for
+      both parts.
 
   Raises:
     ValueError: if a value is out of range, or a name is unknown.
@@ -395,8 +401,8 @@ def chain(
 def _keeps_finite(name: str, arguments: dict[str, Any]) -> bool:
   """Return whether finite gradients always give finite updates at finite rates, for any state of the optimizer.
 
-  For Adam, if the norm of the gradients is finite, their squares are finite, and so are the averages of the squares.
-  Adam never divides an average of gradients by less than `eps`.
+  For Adam, if the norm of the gradients is finite, the squares of the gradients are finite, and so are the averages of
+  these squares. Adam never divides an average of gradients by less than `eps`.
   """
   return name == "lion" or (name in ("adam", "adamw") and arguments.get("eps", 1e-8) >= 1e-16)
 
@@ -411,9 +417,9 @@ def adam(
   clip_norm: float | None = 1.0,
   ema_decay: float = 0.9999,
 ) -> optax.GradientTransformation:
-  """Return a `chain` of Adam with warm-up, clipping and one average with a fixed decay.
+  """Return a `chain` with Adam, a warm-up, clipping, and one average with a fixed decay.
 
-  It is a good default for small models.
+  This optimizer is a good default for small models.
 
   Raises:
     ValueError: if a value is out of range.

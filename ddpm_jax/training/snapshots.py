@@ -1,4 +1,4 @@
-"""Reconstruct averages of any length from stored snapshots of averages (Karras et al. 2024, section 3.2)."""
+"""Compute averages of other widths from stored snapshots of averages (Karras et al. 2024, section 3.2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,20 +20,22 @@ def reconstruct(
   stds: Sequence[float],
   length: float,
 ) -> tuple[PyTree, int, int]:
-  """Compute an average of another length as a weighted sum of snapshots.
+  """Compute an average of another width as a weighted sum of the averages in snapshots.
 
-  Damaged snapshots are skipped with a warning.
+  All widths are relative widths of power-function averages (see `ema.power`). Damaged snapshots are skipped with a
+  warning.
 
   Args:
-    snapshots: the stored snapshots. Each has the averages as its item "ema", and the number of averaged steps in its
-      data under "steps".
-    templates: the shapes and shardings of a snapshot's trees by name.
+    snapshots: the stored snapshots. Each snapshot has the averages as its item "ema", and the number of averaged steps
+      under "steps" in its data.
+    templates: a dict from the name of each item of a snapshot to a tree with the shapes and shardings of its arrays.
     steps: the steps of the snapshots, in rising order.
-    stds: the relative widths of the averages in a snapshot, in order. They are the same for all snapshots.
-    length: the relative width of the new average.
+    stds: the width of each average in a snapshot. All snapshots have averages of the same widths, in the same order.
+    length: the width of the new average.
 
   Returns:
-    The averaged parameters, the step of the last undamaged snapshot, and the number of undamaged snapshots.
+    The averaged parameters at the step of the last undamaged snapshot, this step, and the number of undamaged
+    snapshots.
 
   Raises:
     ValueError: if all snapshots are damaged, or a width is out of range.

@@ -28,10 +28,10 @@ class TrainState(NamedTuple):
   Attributes:
     step: the number of finished steps, an int32 scalar.
     params: the model's parameters.
-    extra: extra parameters of the objective; an empty tuple for none.
-    memory: the memory of the objective; an empty tuple for none.
+    extra: trained parameters of the objective, besides the model's; an empty tuple for none.
+    memory: arrays that the objective keeps from step to step; an empty tuple for none.
     opt_state: the optimizer's state, including the EMA of the model's parameters.
-    key: the run's random key. The key of a step is this key folded with the step.
+    key: the run's random key. `jax.random.fold_in(key, step)` is the key of a step.
   """
 
   step: Array
@@ -54,13 +54,13 @@ def init_state(
   Args:
     key: the run's random key.
     init: `init(key) -> params` makes the model's parameters.
-    optimizer: the optimizer chain, the same as for `train_step`.
-    objective: the objective to minimize. It may have extra parameters and a memory.
-    frozen: parameters that never change, the same as for `train_step`.
+    optimizer: the optimizer chain. Pass the same chain to `train_step`.
+    objective: the objective to minimize. It may have extra parameters and a memory (see `TrainState`).
+    frozen: parameters that never change. Pass the same parameters to `train_step`.
 
   Raises:
     ValueError: if the optimizer averages extra parameters of the objective, if the chain has an optimizer for extra
-      parameters but the objective has none, or if the objective's frozen parameters are missing.
+      parameters but the objective has no extra parameters, or if the objective's frozen parameters are missing.
   """
   init_key, train_key = jax.random.split(key)
   params = init(init_key)
@@ -73,8 +73,8 @@ def init_state(
   structures: list[Any] = [jax.tree.structure(tree) for tree in (average, params)]
   if average is not None and structures[0] != structures[1]:
     raise ValueError(
-      "Got an optimizer with an average of the objective's extra parameters; expected an average of the model's parameters only."
-      " Use optim.chain(..., extra=optax.adam(1e-4))."
+      "Got an optimizer with an average of the objective's extra parameters; expected an average of the model's"
+      " parameters only. Use optim.chain(..., extra=optax.adam(1e-4))."
     )
   return TrainState(jnp.zeros((), jnp.int32), params, extra, memory, opt_state, train_key)
 
@@ -113,7 +113,10 @@ def _objective_frozen(objective: Objective, frozen: Frozen | None) -> PyTree:
 
 
 def _optimized_tree(params: PyTree, extra: PyTree) -> PyTree:
-  """Return the tree that the optimizer updates: the model's parameters, or a dict of these and extra parameters."""
+  """Return the tree that the optimizer updates.
+
+  The tree is `params`, or `{"model": params, "extra": extra}` if the objective has extra parameters.
+  """
   return {"model": params, "extra": extra} if jax.tree.leaves(extra) else params
 
 
@@ -133,34 +136,37 @@ def train_step(
   """Compute one optimization step, a pure function of the state, the batch and the frozen parameters.
 
   Sample i of the global batch gets its own key from the run's key, the step and i. So the result does not depend on how
-  the batch is split.
+  the batch is split into shards and parts.
 
   Args:
     state: the state before the step, from `init_state` with the same objective and optimizer.
     batch: a dict of arrays [B, ...]. Under `pmap`, B is the size of this device's shard.
-    frozen: parameters that never change, as a dict by name; None for none. `encode` gets all of them, and the objective
-      gets `frozen["objective"]`. They are an argument, because a closure would make them constants of the compiled
-      program.
+    frozen: a dict from names to parameters that never change; None for none. `encode` gets the full dict, and the
+      objective gets `frozen["objective"]`. Frozen parameters are an argument, because in a closure they would become
+      constants of the compiled program.
     objective: the objective to minimize, such as `losses.denoising(apply, process, prediction)`.
     optimizer: the optimizer chain for the model's parameters, or for `{"model": ..., "extra": ...}` if the objective
       has extra parameters (see `optim.chain`).
-    encode: `encode(frozen, keys, batch) -> batch` with keys [B] converts data to the inputs of the objective: `x`, and
-      the network's conditions by name in `given`. It runs before the loss, outside the gradient and outside
-      `distribute`.
+    encode: `encode(frozen, keys, batch) -> batch` converts data to the inputs of the objective: `x`, and `given`, a
+      dict of the network's conditions. `keys` [B] has one random key for each sample. The conversion runs before the
+      gradient function that `distribute` decorates, so its gradient is not computed.
     accumulate: the number of parts into which each device's shard is split, to save memory. The parts are processed
       one after the other, and their gradients are averaged.
     unroll: whether to unroll the loop over these parts. On a CPU, gradients of convolutions take many times as long
       inside a loop as outside.
-    distribute: a decorator that computes gradients on all devices under `jit`, such as `parallel.shard_gradient(mesh)`.
+    distribute: under `jit`, a decorator that makes the function of the loss's gradient run on all devices, such as
+      `parallel.shard_gradient(mesh)`.
     axis_name: under `pmap`, the mapped axis over which gradients are averaged; None under `jit`.
 
   Returns:
-    The state after the step, and the metrics: `loss` and `grad_norm` (of all trained parameters, before clipping) as
-    float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps (`optim.skip_nonfinite`); and the
-    metrics of `objective.summarize`. A skipped step changes only the step number and the counts of skipped steps.
+    The state after the step, and the metrics: `loss` and `grad_norm` (the norm of all gradients together, before
+    clipping) as float32 scalars; `skipped` and `skipped_in_a_row` if the optimizer skips steps
+    (`optim.skip_nonfinite`); and the metrics of `objective.summarize`. A skipped step changes only the step number and
+    the counts of skipped steps.
 
   Raises:
-    ValueError: if the objective's frozen parameters are missing, or its memory changes in structure, shape or type.
+    ValueError: if the objective's frozen parameters are missing, or the structure, a shape or a type in the
+      objective's memory changes.
   """
   context = Context(state.step, _objective_frozen(objective, frozen), ema.ema_params(state.opt_state), state.memory)
   size = jax.tree.leaves(batch)[0].shape[0]
@@ -208,15 +214,15 @@ def _check_memory(new: PyTree, old: PyTree) -> None:
   new_types, old_types = (jax.tree.map(lambda leaf: jax.typeof(leaf).str_short(), memory) for memory in (new, old))
   if new_types != old_types:
     raise ValueError(
-      f"Got the memory {new_types} from the objective's update; expected the same structure, shapes and types as before:"
-      f" {old_types}."
+      f"Got the memory {new_types} from the objective's update; expected the same structure, shapes and types as"
+      f" before: {old_types}."
     )
 
 
 def _gradient(
   loss_fn: Callable, trained: PyTree, context: Context, keys: Array, batch: PyTree, accumulate: int, unroll: bool
 ) -> tuple[Array, PyTree, PyTree]:
-  """Compute the loss, its details and its gradient, for one part of the batch after the other."""
+  """Compute the loss, its details and its gradients, for one of the `accumulate` parts of the batch at a time."""
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate == 1:
     (loss, details), grads = value_and_grad(trained, context, keys, batch)
@@ -250,6 +256,7 @@ def check_accumulate(batch_size: int, num_devices: int, accumulate: int) -> None
   """
   if accumulate < 1 or batch_size % (num_devices * accumulate):
     raise ValueError(
-      f"Got training.accumulate={accumulate} with a batch of {batch_size} on {num_devices} device(s), {batch_size // num_devices} samples each;"
-      " expected a number that divides the samples of each device into equal parts."
+      f"Got training.accumulate={accumulate} with a batch of {batch_size} on {num_devices} device(s),"
+      f" {batch_size // num_devices} samples each; expected a number that divides the samples of each device into equal"
+      " parts."
     )

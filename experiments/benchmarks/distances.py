@@ -2,9 +2,10 @@
 
 python experiments/benchmarks/distances.py [--count=10000] [--dimensions=2048] [--rounds=3] [--json=<file>]
 
-The data are two sets of feature vectors in float32. Our code streams the first set in batches, as an evaluation does,
-and compares it with the Gaussian of the second set through a symmetric matrix root. The SciPy code uses np.cov and
-scipy.linalg.sqrtm of the product of the covariances.
+The data are two sets of feature vectors in float32. The mean and covariance of the second set are computed in advance.
+Our code accumulates the mean and covariance of the first set in batches, as an evaluation does, and computes the
+distance with the root of a symmetric matrix. The SciPy code uses np.cov for the first set, and scipy.linalg.sqrtm for
+the root of the product of the two covariances.
 
 The two functions run alternately, so a drift of the machine's speed affects both. The script prints the median over
 rounds of the ratio of our time to theirs. Below 1, ours is faster.
@@ -19,7 +20,7 @@ from ddpm_jax import metrics
 
 
 def make(seed, count, dimensions):
-  """Sample image-like features: correlated, with a nonzero mean and variances over six orders of magnitude."""
+  """Sample correlated vectors with a nonzero mean and variances that span six orders of magnitude."""
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(count, dimensions)) * np.geomspace(1, 1e-3, dimensions)
   # A reflection along an oblique axis mixes all dimensions.

@@ -1,12 +1,12 @@
-"""Compare the speed of our Inception network for FID with torch-fidelity in PyTorch.
+"""Compare the speed of our Inception network for FID with the speed of torch-fidelity's network in PyTorch.
 
 pip install '.[peers]' && pip install --no-deps torch-fidelity==0.4.0
 python experiments/benchmarks/features.py [--batch=16] [--size=32] [--rounds=5] [--json=<file>]
 
-Both networks load the same random weights from one file, and the script compares their features first. The times
-include resizing, in float32 on any device. The two networks run alternately, so a drift of the machine's speed affects
-both. The script prints the median over rounds of the ratio of our images per second to theirs. Above 1, ours is faster.
-Absolute times are not comparable between machines.
+Both networks load the same random weights from one file, and the script first checks that their features agree. The
+times include the resizing of images. All computations use float32, on a GPU too. The two networks run alternately, so a
+drift of the machine's speed affects both. The script prints the median over rounds of the ratio of our images per
+second to theirs. Above 1, ours is faster. Absolute times are not comparable between machines.
 """
 
 import functools
@@ -28,7 +28,7 @@ PARTS = ("", ".transforms", ".transforms.functional", ".datasets", ".models", ".
 
 
 class FakeTorchvision(types.ModuleType):
-  """Replace torchvision in the imports of torch-fidelity, if torchvision cannot be imported."""
+  """Replace torchvision in the imports of torch-fidelity if torchvision cannot be imported."""
 
   __path__ = []
 

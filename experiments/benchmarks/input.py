@@ -4,12 +4,13 @@ python experiments/benchmarks/input.py [--limit=0.01] [--batch=128] [--json=<fil
 
 The images are crops of two photographs from scikit-learn. The script writes them in every format: arrays in memory,
 folders of PNG and JPEG files, packed records (--mode=prepare --output), and TFDS as ArrayRecord (PNG). `data.batches`
-reads them with threads and with worker processes, and shuffles, flips and scales them.
+reads, shuffles, flips and scales the images, once with threads and once with worker processes. The first table shows
+records per second.
 
-The second table shows `Batches.wait_seconds` as a share of wall-clock time, for batches of 128 images of 32x32x3, with
-two kinds of steps. The first kind leaves the cores idle, like a step on an accelerator (a sleep of 50 ms, about the
-time of DDPM's U-Net on a fast GPU). The second kind is a train step of a small U-Net on the same cores. The script
-fails if a share exceeds the limit.
+The second table shows `Batches.wait_seconds` as a share of wall-clock time, for batches of --batch images of 32x32x3.
+The table has two kinds of steps. The first kind is a sleep of 50 ms, about the time of DDPM's U-Net on a fast GPU. A
+sleep leaves the cores idle, like a step on an accelerator. The second kind is a train step of a small U-Net on the same
+cores. The script fails if a share exceeds the limit.
 """
 
 import argparse
@@ -89,9 +90,9 @@ def sources(root: Path, count: int, size: int) -> dict:
 
 
 def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> float:
-  """Return records per second.
+  """Return the records that `data.batches` reads from a source per second.
 
-  Three batches are read before the measurement, so that the time to start threads or workers does not count.
+  The measurement starts after three batches, so the time to start threads or workers does not count.
   """
   batches = data.batches(source, batch_size, seed=0, flip=True, **kwargs)
   for _ in range(3):
@@ -127,7 +128,7 @@ def small_step():
 
 
 def wait_share(batches: data.Batches, step, steps: int) -> tuple[float, float]:
-  """Return the share of time spent waiting for batches, and the seconds per step."""
+  """Return the share of time that the steps wait for batches, and the seconds per step including the wait."""
   for _ in range(3):
     step(next(batches))
   waited, start = batches.wait_seconds, time.perf_counter()

@@ -1,4 +1,4 @@
-r"""Compare the learning curves of our trainer with those of a plain PyTorch loop that uses diffusers.
+r"""Compare the learning curves of our trainer and of a plain PyTorch loop that uses diffusers.
 
 pip install '.[peers]' matplotlib
 python experiments/benchmarks/learning_curve.py --output=<folder> [--steps=3000] [--parts=8] [--seeds=1] [--json=<file>]
@@ -6,14 +6,14 @@ python experiments/benchmarks/learning_curve.py --output=<folder> --config=confi
   --data=<folder of images> --steps=20000 --compile
 
 Both trainers start from the same weights and use the same images, digits by default. They share the recipe's batch
-size, Adam, warm-up, gradient clipping and EMA. Ours runs `stepping.step` and `training.fit`, like the command line.
-Theirs follows the example of unconditional training in diffusers.
+size, Adam, warm-up, gradient clipping and EMA. Our trainer runs `stepping.step` and `training.fit`, like the command
+line. The PyTorch loop follows diffusers' example of unconditional training.
 
-The trainers take turns, one part of the training at a time, so a drift of the machine's speed affects both. The
-training time includes compilation but not scoring. Our DDIM sampler runs both models with the same noise, and the
-samples are scored against held-out images. The script writes a figure with curves and samples, and prints scores after
-the same number of images and after the same time. Scores of a single run vary. With several --seeds, the script repeats
-everything with other weights, data order and noise.
+The training is divided into parts (--parts), and the trainers take turns after each part, so a drift of the machine's
+speed affects both. The training time includes compilation but not scoring. Our DDIM sampler runs both models with the
+same noise, and the samples are scored against held-out images. The script writes a figure with curves and samples, and
+prints scores after the same number of images and after the same time. Scores of a single run vary. With --seeds=3, the
+script repeats everything for three seeds, which change the initial weights, the data order and the noise.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def unsupported(experiment):
 
 
 class Ours:
-  """Train in parts with the trainer of the command line."""
+  """Run the trainer of the command line, some steps at a time."""
 
   def __init__(self, experiment, source):
     start = time.perf_counter()
@@ -115,7 +115,7 @@ class Ours:
 
 
 class Theirs:
-  """Train in parts with the loop of diffusers' example of unconditional training."""
+  """Run the loop of diffusers' example of unconditional training, some steps at a time."""
 
   def __init__(self, experiment, source, folder, device, compiled):
     start = time.perf_counter()
@@ -141,7 +141,7 @@ class Theirs:
         yield torch.where(flip, batch.flip(-1), batch).to(self.device)
 
   def step(self, clean, noise, t):
-    """Update the parameters and their EMA, and return the loss before the update."""
+    """Update the parameters and their EMA, and return the loss of the old parameters."""
     noisy = self.scheduler.add_noise(clean, noise, t)
     with torch.autocast(self.device, torch.bfloat16, enabled=scoring.dtype_of(self.experiment) == "bfloat16"):
       output = self.run(noisy, t).sample
@@ -219,7 +219,7 @@ def make_scorer(experiment, source, held_out, count):
 
 
 def train_alternately(experiment, source, score, device, steps, parts, compiled):
-  """Train both models from the same weights, and return losses, scores after each part, and samples by name."""
+  """Train both models from the same weights, and return their curves and their last samples."""
   ours = Ours(experiment, source)
   with tempfile.TemporaryDirectory() as folder:
     # Both start from these weights, in float32.

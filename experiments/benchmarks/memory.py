@@ -1,4 +1,4 @@
-"""Measure the memory of a recipe's train step by data type, rematerialization, batch size and fsdp.
+"""Measure how a train step's memory depends on data type, rematerialization, batch size and fsdp.
 
 python experiments/benchmarks/memory.py [configs/cifar10_vp.py ...]
 python experiments/benchmarks/memory.py --devices=8 --batches=16,128,1024 [configs/cifar10_vp.py ...]
@@ -13,11 +13,12 @@ The second command splits the step over several devices (simulated if necessary)
 needs for its shard of the state and the activations of its images.
 
 With --compile, the third command also compiles the step for each configuration, and prints the compiler's estimate of
-arguments and temporaries. On a GPU, the step really uses this memory. On a CPU, the compiler undoes rematerialization,
-so only the size of the state is meaningful.
+the memory for arguments and temporaries. On a GPU, the step really uses this memory. On a CPU, the compiler undoes
+rematerialization, so only the size of the state is meaningful.
 
-The last command compiles the step for one chip. This takes minutes for large networks. It prints the temporaries,
-including gradients and scratch memory, in megabytes for a batch of --images. --json=<file> saves the results.
+The last command compiles the step for one chip. This takes minutes for large networks. It prints the size of the
+temporaries, which include gradients and scratch memory, in megabytes for a batch of 16 images. With --json=<file>,
+every command saves its results.
 """
 
 import argparse
@@ -38,7 +39,7 @@ POLICIES = ("none", "blocks", "everything")
 
 
 def activation_bytes(experiment, images=2):
-  """Return the bytes per image that the forward pass stores for the backward pass, without the parameters."""
+  """Return the bytes of activations per image that the forward pass stores for the backward pass."""
   key = jax.eval_shape(jax.random.key, 0)
   params = jax.eval_shape(experiment.model.init, key)
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
@@ -53,14 +54,14 @@ def activation_bytes(experiment, images=2):
 
 
 def temporary_bytes(experiment, topology):
-  """Compile the step for a topology and return the bytes of its temporaries."""
+  """Compile the train step for a topology, and return the bytes of the step's temporaries."""
   with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table only
     plan = runs.run_plan(experiment.tree, topology_name=topology, num_devices=None)
   return plan.temporary_bytes if plan.temporary_bytes is not None else float("nan")
 
 
 def device_bytes(experiment, devices, fsdp, should_compile):
-  """Return the bytes on one device for the state, the activations and, if compiled, the step."""
+  """Return the bytes on one device for the state, for the activations and, if compiled, for the compiled step."""
   state, traced = trace_step(experiment, devices, fsdp)
   images = experiment.training.batch_size / len(devices)
   sizes = {"state": plan.state_bytes(state), "activations": activation_bytes(experiment) * images}
@@ -72,13 +73,13 @@ def device_bytes(experiment, devices, fsdp, should_compile):
 
 
 def load_variant(path, dtype, policy, batch=None, kernels="plain"):
-  """Load a recipe with a data type, a rematerialization policy, a batch size and kernels."""
+  """Load a recipe, and replace its data type, rematerialization policy, batch size and choice of kernels."""
   changes = {"model__network__dtype": dtype, "model__network__remat": policy, "model__network__kernels": kernels}
   return load(path, **changes, **({} if batch is None else {"training__batch_size": batch}))
 
 
 def by_batch(args, types):
-  """Report the gigabytes on one device for all recipes."""
+  """Report the gigabytes that each recipe needs on one device, for every batch size."""
   devices, batches = topology.simulate_devices(args.devices), args.batches
   rows = []
   for path in args.configs:

@@ -1,4 +1,4 @@
-"""Load the same U-Net in our code and in diffusers with PyTorch."""
+"""Make pairs of U-Nets with equal weights, one in our code and one in diffusers with PyTorch."""
 
 import tempfile
 from pathlib import Path
@@ -26,7 +26,7 @@ MODELS = {
 
 
 class Pair(NamedTuple):
-  """Hold both networks and the shape of their data."""
+  """Store our network, the network of diffusers, and the shape of their data."""
 
   network: UNet
   params: Any
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def make(name: str) -> Pair:
-  """Make both networks of an entry of `MODELS` with the same weights."""
+  """Make our network and the network of diffusers with equal weights, for a name in `MODELS`."""
   recipe_model = recipe.load(MODELS[name]).model
   shape, process = recipe_model.data_shape, processes.discrete(schedules.linear())
   network = recipe_model.network.module.clone(
@@ -67,10 +67,11 @@ def channels_first(x: np.ndarray) -> torch.Tensor:
 
 
 def check_outputs(ours: Any, theirs: torch.Tensor, tolerance: float) -> float:
-  """Return the root mean square difference of two outputs, relative to their standard deviation.
+  """Return the root mean square difference of two outputs, divided by the standard deviation of `theirs`.
 
   Raises:
-    SystemExit: if the difference exceeds the tolerance. The networks are then different and cannot be compared.
+    SystemExit: if the difference exceeds the tolerance. The two networks then compute different functions, so their
+      times cannot be compared.
   """
   expected = np.moveaxis(theirs.float().cpu().numpy(), 1, -1)
   error = float(np.sqrt(np.mean((np.asarray(ours, np.float32) - expected) ** 2)) / np.std(expected))

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def read(path: Path) -> ConfigDict:
-  """Return the config of a recipe, a Python file."""
+  """Return the config that a recipe file defines."""
   if not path.is_file():
     raise SystemExit(f"Got the recipe {path}; expected an existing file, such as {CONFIGS / 'digits_vp.py'}.")
   return runpy.run_path(str(path))["get_config"]()
@@ -29,7 +29,7 @@ def load(path: Path, **changes: Any) -> Experiment:
 
   Args:
     path: the recipe file.
-    **changes: values for config keys, with two underscores instead of each dot.
+    **changes: new values by config key. Each dot of a key becomes two underscores, as in `training__batch_size=8`.
   """
   tree = config.to_tree(read(path))
   for name, value in changes.items():
@@ -38,7 +38,7 @@ def load(path: Path, **changes: Any) -> Experiment:
 
 
 def loss_of(experiment: Experiment) -> Callable[[Any, jax.Array, dict[str, Any]], jax.Array]:
-  """Return the training loss `loss(params, keys, batch)` with one key per sample [B]."""
+  """Return the training loss as a function `loss(params, keys, batch)`, with one random key per sample [B]."""
   objective = experiment.objective
 
   def loss(params, keys, batch):

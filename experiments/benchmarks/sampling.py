@@ -1,17 +1,17 @@
-"""Compare the time of our sampling with diffusers' pipelines in PyTorch, and with bare network calls.
+"""Compare the time of our samplers with diffusers' pipelines in PyTorch, and with bare network calls.
 
 pip install '.[peers]'
 python experiments/benchmarks/sampling.py [--model=ddpm] [--batches=1,16] [--rounds=1] [--compile] [--json=<file>]
 python experiments/benchmarks/sampling.py --batches=1,16,256 --rounds=5      # on a GPU
 
-The samplers are DDIM with 50 steps and DPM-Solver++(2M) with 20 steps, from noise to images in host memory. All
-networks have the same weights. Our code and theirs run alternately. The table lists the median ratio of our time to
-theirs (below 1, ours is faster), and images per second. It also lists the ratio of our time to the time of the
-sampler's jitted network calls alone.
+The samplers are DDIM with 50 steps and DPM-Solver++(2M) with 20 steps. Each starts with noise, and ends with images in
+host memory. All networks have the same weights. Our code and theirs run alternately. The table lists the median ratio
+of our time to theirs (below 1, ours is faster), and images per second. It also lists the ratio of our time to the time
+of the sampler's jitted network calls alone.
 
 On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU everything
-runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and compiled. `sampling_overhead.py` measures
-the overhead of every sampler.
+runs in bfloat16. PyTorch uses channels-last memory, and runs both in eager mode and compiled. `sampling_overhead.py`
+measures the overhead of every sampler.
 """
 
 import os
@@ -37,7 +37,7 @@ TASKS = {
 
 
 def make_ours(networks, dtype, rule, steps, batch):
-  """Return a function that samples to host memory, and a function that makes the same number of network calls."""
+  """Return a function that samples to host memory, and a function that makes only the sampler's network calls."""
   process, options = processes.discrete(schedules.linear()), parallel.compiler_options()
   network, shape = networks.network.clone(dtype=dtype), (batch, *networks.shape)
   sampler, times = rule(process), sampling.grids.trailing(process, steps)

@@ -1,16 +1,17 @@
-r"""Measure how the work of a train step divides over devices, and compute rooflines of TPU slices.
+r"""Measure how the work of a train step is divided among devices, and compute rooflines of TPU slices.
 
 python experiments/benchmarks/scaling.py [--config=configs/digits_vp.py] [--recipes=cifar10_vp.py,...] \
   [--json=<file>]
 
 The first part compiles the train step of a recipe for 1 to 8 simulated devices, with the batch sharded across them.
-Like `--mode=plan`, it reports FLOPs, bytes and collectives of one device. The script fails if a device does not have
-its share of the work.
+Like `--mode=plan`, it reports the FLOPs, memory and collectives of one device. The script fails unless the FLOPs of all
+devices together are 0.95 to 1.1 times the FLOPs of a single device for the same batch.
 
-The second part computes lower bounds of the time of a step on v5e and v6e slices of 1 to 256 chips. They follow from
-the FLOPs and gradients of the recipe and from the published peaks of the chips. The tables show the time of computation
-and communication, the cost of a million images, and the smallest batch per chip at which computation can hide
-communication. This part compiles nothing; `--mode=plan --topology=v5e:16x16` does.
+The second part computes lower bounds of the time of a step on v5e and v6e slices of 1 to 256 chips. The bounds follow
+from the recipe's FLOPs, the size of its gradients, and the published peaks of the chips. The tables show the times of
+computation and of communication, the chip-seconds for a million images, and the smallest batch per chip at which
+computation can hide communication. This part compiles nothing. To compile a step for a TPU slice, use `--mode=plan
+--topology=v5e:16x16`.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def plan_step(experiment, devices, fsdp):
 
 
 def simulate(experiment, max_devices):
-  """Return a row for each number of devices, with data parallelism and with fsdp."""
+  """Return two rows for each number of devices: one with data parallelism, and one with fsdp."""
   devices = topology.simulate_devices(max_devices)
   rows, single_flops = [], None
   for count in (2**power for power in range(int(math.log2(max_devices)) + 1)):
@@ -77,7 +78,7 @@ def work_of(experiment):
 
 
 def roofline(work, generation, batch):
-  """Return the time bounds for each slice size, with replicated parameters and one all-reduce of the gradients."""
+  """Return lower bounds of a step's time by slice size, for replicated parameters and one all-reduce of gradients."""
   chip, (flops, gradients, dtype) = hardware.chip_of(CHIPS[generation]), work
   peak, rows = hardware.peak(chip, dtype), []
   for count in SLICES:

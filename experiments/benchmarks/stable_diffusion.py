@@ -3,19 +3,18 @@
 python experiments/benchmarks/stable_diffusion.py [--tasks=encode,decode,unet,load] [--sizes=256,512] [--rounds=1]
   [--tiles=1024] [--json=<file>]
 
-The networks are those of Stable Diffusion 1.5 with random parameters: an autoencoder of 83.7 million parameters, and a
-U-Net of 859.5 million. Each measurement runs in a new process, with either our compiled code or the same module of
-diffusers in eager PyTorch. Both use the same device and float32.
+The networks have the architecture of Stable Diffusion 1.5 and random parameters: an autoencoder of 83.7 million
+parameters, and a U-Net of 859.5 million. Each measurement runs in a new process, with either our compiled code or the
+same module of diffusers in eager PyTorch. Both use the same device and float32.
 
-- encode, decode: --batch images of each of --sizes. With --tiles, both libraries also decode images of this size in
-  tiles of 64 latents.
-- unet: one forward pass for 2 latents of each of --sizes, with 77 tokens of 768 features.
-- load: reading the U-Net's parameters from a file, in float32 and bfloat16. The increase is the peak memory minus the
-  peak after the imports. Compare the increase with the bytes of the parameters.
+- encode, decode: a batch of --batch images, for each side length in --sizes. With --tiles=1024, both libraries also
+  decode images with a side of 1024 pixels in tiles of 64x64 latents.
+- unet: one forward pass for the latents of 2 images, for each side length in --sizes, with 77 tokens of 768 features.
+- load: reading the U-Net's parameters from a file, in float32 and bfloat16. Compare the increase of the peak memory
+  with the bytes of the parameters.
 
-The peak memory is the process's memory on the host, with everything that it imports and compiles. The last column of
-the table shows by how much loading, compiling and computing increase this peak. --small uses tiny networks, to test
-this file.
+The peak memory is the host memory of the process, including imports and compilation. The last column of the table, the
+increase, is this peak minus the peak right after the imports. --small uses tiny networks, to test this file.
 """
 
 import json
@@ -35,7 +34,7 @@ TASKS = ("encode", "decode", "unet", "load")
 
 
 def peak_bytes():
-  """Return the peak memory of this process."""
+  """Return the peak host memory of this process in bytes."""
   status = Path("/proc/self/status")
   if status.exists():
     return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
@@ -68,7 +67,7 @@ def write_weights(root, tasks, small):
 
 
 def make_inputs(task, size, batch):
-  """Return random inputs of a task."""
+  """Return random inputs for a task."""
   generator = np.random.default_rng(1)
   if task == "encode":
     return (generator.uniform(-1, 1, (batch, size, size, 3)).astype(np.float32),)
@@ -134,7 +133,7 @@ def load(library, root, dtype):
 
 
 def import_library(library):
-  """Import what a library needs to load a network, so that this does not count as an increase."""
+  """Import a library before the measurement, so that the increase of memory does not include imports."""
   if library == "ours":
     import jax
 
@@ -172,7 +171,7 @@ def measure_here(library, root, task, size, batch, tile, output):
 
 
 def measure(library, root, task, size, args, tile=0):
-  """Run `measure_here` in a new process, and return the values that it prints and the result that it saves."""
+  """Run `measure_here` in a new process, and return its printed values and its saved result."""
   import jax
 
   output = Path(root) / f"{library}.npy"
@@ -190,7 +189,7 @@ def measure(library, root, task, size, args, tile=0):
 
 
 def compare(root, task, size, args, tile=0):
-  """Return the median times and peaks of both libraries, and print them."""
+  """Measure a task with both libraries, print their median times and peaks, and return the medians of all values."""
   rounds = []
   for _ in range(args.rounds):
     rounds.append({library: measure(library, root, task, size, args, tile) for library in LIBRARIES})

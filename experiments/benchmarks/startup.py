@@ -2,10 +2,10 @@
 
 python experiments/benchmarks/startup.py [configs/digits_vp.py configs/cifar10_vp.py] [--rounds=1] [--json=<file>]
 
-For recipes with digits, which need no download, each round runs the command line twice in new processes: first with an
-empty cache, then with the cache of the first run. The time ends when the metrics of the first step are on disk. For
-every recipe, the script also traces, lowers and compiles the train step in new processes, on a CPU with at most 16
-images. The times in seconds are only comparable on the same machine.
+For recipes whose names start with `digits`, which need no download, each round runs the command line twice in new
+processes: first with an empty cache, then with the cache of the first run. The time ends when the metrics of the first
+step are on disk. For every recipe, the script also traces, lowers and compiles the train step in new processes, on a
+CPU with at most 16 images. The times in seconds are only comparable on the same machine.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def environment(cache):
 
 
 def first_step(config, folder, cache):
-  """Return the seconds from the command until the metrics of the first step are written."""
+  """Return the seconds from the start of a training command until the metrics of its first step are on disk."""
   command = [sys.executable, "-m", "ddpm_jax.main", f"--config={config}", f"--workdir={folder}"]
   start = time.perf_counter()
   with subprocess.Popen(
@@ -54,7 +54,7 @@ def first_step(config, folder, cache):
 
 
 def compile_here(config):
-  """Print the seconds of tracing, lowering and compiling as JSON, in a new process."""
+  """Print the seconds of tracing, lowering and compiling a recipe's train step as JSON."""
   heap.raise_gc_threshold()  # same setting as on the command line
   import jax
 

@@ -20,7 +20,7 @@ Times = dict[str, list[float]]
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-  """Return the seconds per call of a function that waits for its device."""
+  """Call a function that waits for its device, and return the seconds per call."""
   start = time.perf_counter()
   for _ in range(repeats):
     function()
@@ -43,13 +43,14 @@ def time_alternately(
   Args:
     functions: a dict from names to the functions to time.
     rounds: the number of rounds.
-    min_seconds: repeat a function until a measurement takes at least this long, for functions of a few milliseconds.
-    warm_up: whether to make an untimed call before each measurement. The previous function changes caches and memory:
-      the first train step after another program takes a third longer because its pages must be zeroed again.
+    min_seconds: the minimum duration of a measurement. Functions of a few milliseconds are repeated to reach it.
+    warm_up: whether to make an untimed call before each measurement. Without this call, the previous function affects
+      the time through caches and memory. For example, the first train step after another program takes a third longer,
+      because its memory pages must be zeroed again.
     quiet: whether to print nothing.
 
   Returns:
-    A dict from each function's name to its seconds per call in every round.
+    A dict from each function's name to a list with the seconds per call in each round.
   """
   times: Times = {name: [] for name in functions}
   repeats = dict.fromkeys(functions, 1)
@@ -73,7 +74,7 @@ def time_alternately(
 
 
 def ratio(times: Times, numerator: str, denominator: str) -> tuple[float, float, float]:
-  """Return the lower quartile, the median and the upper quartile over rounds of the ratio of two times."""
+  """Return three quantiles over rounds of a ratio of times: the lower quartile, the median and the upper quartile."""
   low, median, high = np.quantile(np.divide(times[numerator], times[denominator]), [0.25, 0.5, 0.75])
   return float(low), float(median), float(high)
 
@@ -85,7 +86,7 @@ def format_quartiles(values: tuple[float, float, float], digits: int = 2) -> str
 
 
 def matmul_peak(dtype: Any, size: int = 0) -> float:
-  """Measure the FLOP/s of large matrix products, the reference for the utilization of a program."""
+  """Measure the FLOP/s of large matrix products, as the reference for a program's utilization."""
   size = size or (8192 if jax.default_backend() == "gpu" else 2048)
   a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
   product = jax.jit(jnp.matmul)

@@ -1,4 +1,4 @@
-"""Configure digits with a network that compiles in seconds, for tests of the benchmarks."""
+"""Configure a tiny digits recipe for tests of the benchmarks, with a network that compiles in seconds."""
 
 import recipe
 

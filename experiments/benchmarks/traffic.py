@@ -4,14 +4,16 @@ python experiments/benchmarks/traffic.py [--parts=residual,attention] [--types=b
 python experiments/benchmarks/traffic.py --topology=v5e:2x4 --types=bfloat16 --batch=1024 configs/cifar10_vp.py
 
 The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. Each
-takes seconds to a minute. The second command compiles train steps of recipes. Each takes minutes. Both commands
-need libtpu (pip install '.[plan]'). These columns are in gigabytes (1e9 bytes) per chip, except for the ratios:
+compilation takes between a few seconds and a minute. The second command compiles train steps of recipes. Each
+compilation takes minutes. Both commands need libtpu (pip install '.[plan]').
+The tables have the following columns, in gigabytes (1e9 bytes) per chip except for the
+ratios:
 
-- minimum: the bytes that every program must move. The backward pass needs activations. Every program writes each
-  activation once and reads it once. It also reads the weights once, in the data type of the computation. A block also
-  reads its inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A
-  train step also reads and writes its state once. Activations that follow from others by elementwise operations do not
-  count.
+- minimum: the bytes that every program must move. Every program writes each activation for the backward pass once and
+  reads it once. Every program also reads the weights once, in the data type of the computation. A block also reads its
+  inputs and the gradients of its outputs once, and writes its outputs and the gradients of its inputs once. A train
+  step also reads and writes its state once. An activation does not count if elementwise operations can compute it from
+  other activations.
 - memory: the bytes that all operations of the compiled program read from and write to the chip's memory
   (costs.operations).
 - XLA: "bytes accessed" as counted by XLA. This number also includes copies to on-chip memory (128 MB on a v5e) and
@@ -49,7 +51,7 @@ COLUMNS = ["minimum", "memory", "ratio", "XLA", "ratio", "temporaries", "ms, est
 
 
 class Block(nn.Module):
-  """Make a module from a function whose arguments are a network's options and data."""
+  """Make a module from a function in `BLOCKS`, which takes a network's options and the data."""
 
   function: object
   dtype: object
@@ -84,17 +86,17 @@ BLOCKS = {
 
 
 def activations(jaxpr, batch):
-  """Return the bytes of the results of matrix products and convolutions that a backward pass needs.
+  """Return the total bytes of the matrix products and convolutions whose results the backward pass needs.
 
-  All other values that a backward pass needs follow from these by elementwise operations. The sum excludes the
+  Elementwise operations can compute all other values for the backward pass from these results. The sum excludes the
   shortcut of a residual block. It also excludes attention scores, because queries and keys are enough to recompute
-  them. If a layer adds the results of several convolutions, they count once.
+  them. If a layer adds the results of several convolutions, only one of these results counts.
   """
   return sum(dict(products(jaxpr, batch)).values())
 
 
 def products(jaxpr, batch, path=""):
-  """Yield a key and the bytes of the result for each product that depends on the batch."""
+  """Yield a key and the result's bytes for each matrix product or convolution that depends on the batch."""
   for number, equation in enumerate(jaxpr.eqns):
     name, params, aval = equation.primitive.name, equation.params, equation.outvars[0].aval
     layer = f"{path}/{equation.source_info.name_stack}"
@@ -126,7 +128,7 @@ def nbytes(tree, dtype=None):
 
 
 def compile_block(name, dtype, images, device):
-  """Return the compiled block, its minimum bytes, and the seconds of compilation."""
+  """Return the compiled block, the minimum bytes that it must move, and the seconds of compilation."""
   function, shapes = BLOCKS[name]
   module = Block(function, dtype)
   arguments = [jax.ShapeDtypeStruct((images, 512), dtype), jax.ShapeDtypeStruct((images, 2), jnp.uint32)]
@@ -168,7 +170,7 @@ def compile_on(devices, traced):
 
 
 def compile_train_step(path, dtype, batch, devices):
-  """Return the compiled train step, its minimum bytes on one device, and the seconds of compilation."""
+  """Return the compiled train step, the minimum bytes that one device must move, and the seconds of compilation."""
   changes = {"training__batch_size": batch} if batch else {}
   experiment = load(path, model__network__dtype=jnp.dtype(dtype).name, **changes)
   images = experiment.training.batch_size // len(devices)
@@ -183,7 +185,7 @@ def compile_train_step(path, dtype, batch, devices):
 
 
 def measure(compiled, minimum, seconds):
-  """Return the numbers of a row, and the operations of the program."""
+  """Return the numbers of the program's table row, and the program's operations."""
   operations = costs.operations(compiled.as_text())
   memory, xla = sum(operation.bytes for operation in operations), compiled.cost_analysis()["bytes accessed"]
   cycles = sum(operation.times * operation.cycles for operation in operations)

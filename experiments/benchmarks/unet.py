@@ -4,15 +4,15 @@ pip install '.[peers]'
 python experiments/benchmarks/unet.py [--model=ddpm] [--batches=16] [--rounds=5] [--compile] [--json=<file>]
 python experiments/benchmarks/unet.py --model=adm64 --batches=16,32,64,128,256      # on a GPU
 
-Both networks load the same weights from one folder, and the script compares their outputs first. A train step consists
-of the loss, its gradient and Adam. Our code and theirs run alternately, so a drift of the machine's speed affects both.
-The table lists the median ratio of our time to theirs (below 1, ours is faster), images per second, and FLOP/s as a
-share of the measured peak of matrix products. The script tries the batch sizes in increasing order until memory is
-exhausted, and compares the best throughput at the end.
+Both networks load the same weights from one folder, and the script first checks that their outputs agree. A train step
+consists of the loss, its gradient and Adam. Our code and theirs run alternately, so a drift of the machine's speed
+affects both. The table lists the median ratio of our time to theirs (below 1, ours is faster), images per second, and
+FLOP/s as a share of the measured peak of matrix products. The script tries the batch sizes in increasing order until
+memory is exhausted, and finally compares our best throughput with the best throughput of PyTorch.
 
 On a CPU everything runs in float32. PyTorch runs in eager mode and, with --compile, also compiled. On a GPU, which both
-JAX and PyTorch must support, everything runs in bfloat16. PyTorch uses channels-last memory and runs in eager mode and
-compiled. --plain disables the XLA options of `parallel.compiler_options`.
+JAX and PyTorch must support, everything runs in bfloat16. PyTorch uses channels-last memory, and runs both in eager
+mode and compiled. --plain disables the XLA options of `parallel.compiler_options`.
 """
 
 import os
@@ -37,7 +37,7 @@ PASSES = ("forward", "train step")
 class Implementation:
   """Hold the forward pass and the train step of one implementation.
 
-  The functions wait for the device.
+  Each of the two functions returns after the device has finished.
   """
 
   def __init__(self, forward, train, output, memory):
@@ -46,7 +46,7 @@ class Implementation:
 
 
 def make_ours(networks, batch, dtype, options):
-  """Return our implementation, and the FLOPs of both passes."""
+  """Return our implementation, and the FLOPs of its forward pass and its train step."""
   network = networks.network.clone(dtype=dtype)
   x, time, target = (jnp.asarray(batch[key], jnp.float32) for key in ("x", "t", "target"))
   optimizer = optax.adam(2e-4)
@@ -124,7 +124,7 @@ def make_theirs(model, batch, gpu, compiled):
 
 
 def measure(networks, size, args, peak, gpu):
-  """Return a row of results for each pass at one batch size."""
+  """Return two rows of results at one batch size: one for the forward pass, and one for the train step."""
   batch = pair.batch_of(size, networks.shape)
   dtype = jnp.bfloat16 if gpu else jnp.float32
   print(f"batch {size}: compiling ...", flush=True)

@@ -4,11 +4,12 @@ Each file starts with the plain form, which calls JAX directly. The tuned forms 
 
 Every operation takes the argument `kernels`, which selects the forms that the operation may use:
 
-- "plain": the plain form on every platform. Use it as a reference, or on a CPU to plan the memory of another platform.
-- "tuned": the form tuned for the platform of the program. It suits every program.
-- "single_device": like "tuned", for programs that run on one device. On a CPU it adds a form of convolution that would
-  hang in a program that spans several devices.
-- "loop": like "tuned", with convolution gradients that stay fast inside loops on a CPU. Its convolutions have no
+- "plain": the plain form on every platform. Use it as a reference, or to estimate on a CPU how much memory a program
+  would take on another platform.
+- "tuned": the form tuned for the platform that runs the program. This choice suits every program.
+- "single_device": like "tuned", but only for programs that run on one device. On a CPU, a faster form of convolution
+  is then also allowed, which would hang in a program that spans several devices.
+- "loop": like "tuned", but gradients of convolutions stay fast inside loops on a CPU. These convolutions have no
   forward-mode derivatives (`jax.jvp`).
 """
 

@@ -1,7 +1,7 @@
 """Compute attention in a plain form, a CPU form without large transposes, and a TPU form that splits the batch.
 
-If the matrix of scores would need much memory, `attend` computes it for one block of queries after another, except with
-cuDNN and in the plain form.
+If the scores of all queries would need much memory, `attend` computes the scores of one block of queries after another.
+It does not do this with cuDNN or in the plain form.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def attend(
   If the scores q k^T would exceed 256 MiB, they are computed for one block of queries after another, forward and
   backward, so that no array of scores exceeds 64 MiB (Rabe and Staats 2021). On a TPU, the batch is split first, and
   queries are split only if the scores of one part are still too large. The implementation "cudnn" never stores the
-  scores.
+  scores, and the plain form never splits them.
 
   Args:
     q: queries [B, N, heads, C].
@@ -86,11 +86,11 @@ def attend(
     implementation: the implementation of `jax.nn.dot_product_attention`, "xla" or "cudnn". None selects the tuned form
       on CPUs and TPUs, and lets JAX choose on other platforms.
     kernels: the allowed forms (see `networks.kernels`).
-    bias: floats that are added to the scores: an array of four axes, each of size 1 or of the size in
-      [B, heads, N, M]. A mask is a bias of 0 for visible keys and -inf for hidden keys (see `mask_bias`). Numbers below
-      -1e30 act as -1e30. So if all keys are hidden from a query, the result is the mean of their values (in causal
-      attention, of the values up to the query).
-    scale: the factor of the scores. None for 1 / sqrt(C).
+    bias: floats that are added to the scores, in an array of four axes that broadcasts to [B, heads, N, M]. A mask is
+      a bias of 0 for visible keys and -inf for hidden keys (see `mask_bias`). Numbers below -1e30 act as -1e30. So if
+      all keys are hidden from a query, the result for this query is the mean of all values, or in causal attention the
+      mean of the values up to its position.
+    scale: the factor that multiplies q k^T. None for 1 / sqrt(C).
     causal: whether query n attends only to keys 0 to n.
 
   Returns:
@@ -130,7 +130,7 @@ def attend(
 def mask_bias(mask: Array | None) -> Array | None:
   """Return the bias [B, 1, 1, M] that hides the keys where a mask [B, M] is 0 or False.
 
-  None stands for no hidden keys, in the mask and in the result.
+  If the mask is None, no keys are hidden, and the result is None too.
   """
   return None if mask is None else jnp.where(mask.astype(bool), 0.0, -jnp.inf).astype(jnp.float32)[:, None, None]
 
@@ -140,8 +140,8 @@ def _check_bias(bias: Array, q: Array, k: Array) -> None:
   fits = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape, scores, strict=True))
   if not fits or not jnp.issubdtype(bias.dtype, jnp.floating):
     raise ValueError(
-      f"Got a bias of shape {bias.shape} and type {bias.dtype}; expected floats whose shape broadcasts to [B, heads, N, M] ="
-      f" {list(scores)}, with four axes. For a mask, pass jnp.where(mask, 0.0, -jnp.inf)."
+      f"Got a bias of shape {bias.shape} and type {bias.dtype}; expected floats whose shape broadcasts to [B, heads, N,"
+      f" M] = {list(scores)}, with four axes. For a mask, pass jnp.where(mask, 0.0, -jnp.inf)."
     )
 
 
@@ -215,10 +215,10 @@ def _attend_in_blocks(
   attend: Callable[..., Array],
   limits: tuple[int, int] | None = None,
 ) -> Array:
-  """Apply attention to one block of queries after another, if all scores would exceed the first limit in bytes.
+  """Apply attention to one block of queries after another, if the scores would exceed `limits[0]` bytes.
 
-  The scores of a block take at most the second limit. The default limits are `_MAX_BATCH_BYTES` and `_BLOCK_BYTES`. The
-  backward pass recomputes the scores of a block.
+  The scores of a block take at most `limits[1]` bytes. The default limits are `_MAX_BATCH_BYTES` and `_BLOCK_BYTES`.
+  The backward pass recomputes the scores of each block.
   """
   most, block = limits or (_MAX_BATCH_BYTES, _BLOCK_BYTES)
   batch, queries, heads, channels = q.shape
@@ -285,7 +285,7 @@ def _attend_tuned_tpu(
 
 
 def _exceeds_chip_memory(q: Array, k: Array) -> bool:
-  """Return whether a batch has several samples and their scores do not fit in a TPU's on-chip memory."""
+  """Return whether a batch has several samples whose scores together do not fit in a TPU's on-chip memory."""
   return len(q) > 1 and len(q) * _score_bytes(q, k) > _MAX_SCORE_BYTES
 
 

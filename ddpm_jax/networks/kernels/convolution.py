@@ -1,4 +1,4 @@
-"""Convolve in a plain form, a CPU form that works by tiles, and a form with fast gradients inside loops."""
+"""Convolve in a plain form, in a CPU form that splits the data into tiles, and in a form for gradients inside loops."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, kern
     kernels: the allowed forms (see `networks.kernels`).
 
   Returns:
-    An array [B, *space, C'] of the type of x. The strides and the padding set its sides.
+    An array with C' channels, of the type of x. Its sides depend on the window, the strides and the padding.
 
   Raises:
     ValueError: if the shapes, types, strides or padding do not fit each other.
@@ -78,8 +78,8 @@ def _pads(x: Array, kernel: Array, strides: Sequence[int], padding: Any) -> tupl
 def _is_faster_by_tiles(x: Array, kernel: Array, strides: Sequence[int], pads: Pads) -> bool:
   """Return whether `_convolve_by_tiles` supports the arguments and takes less time than the plain form.
 
-  The form by tiles computes fewer products but writes and reads four times the data. The minimum numbers of channels
-  and positions come from measurements.
+  `_convolve_by_tiles` computes fewer products than the plain form, but it writes and reads arrays that are four times
+  as large as the data. The minimum numbers of channels and positions come from measurements.
   """
   batch, *space, channels = x.shape
   return (
@@ -109,10 +109,10 @@ def _convolve_by_tiles(x: Array, kernel: Array) -> Array:
   """Convolve data of even sides with a 3x3 kernel, computing only 4/9 of the products.
 
   This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016, section 4.1). A tile has 4x4 numbers and overlaps its neighbors
-  by half. The numbers of a tile are combined into 16 sums, and the weights of the kernel into 16 sums. Each sum of the
-  tile is multiplied by the corresponding sum of the kernel, in a matrix product over channels. The 16 products are
-  combined into 2x2 sums, the results in the middle of the tile. Every inner function computes its sums along one axis,
-  and is applied to both axes.
+  by half. The numbers of a tile are combined into 16 sums, and the weights of the kernel into 16 other sums. Each sum
+  of the tile is multiplied by the corresponding sum of the kernel, in a matrix product over channels. The 16 products
+  are combined into 2x2 sums, which are the results in the middle of the tile. Every inner function computes sums along
+  one axis, and is applied along each of the two axes in turn.
   """
   batch, height, width, channels = x.shape
   h, w = height // 2, width // 2

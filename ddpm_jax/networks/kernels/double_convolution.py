@@ -25,10 +25,10 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
 
   For every output row, two of the kernel's three rows multiply the same row of x, so the tuned forms add those two rows
   first. In two dimensions this leaves 4/9 of the products. The CPU form computes the even and the odd output rows by
-  separate convolutions of x, with kernels of two rows. The TPU form inserts zeros between the values of x and convolves
-  the result with one larger kernel. Doubling puts every value at several places (two along each axis), and the larger
-  kernel is the sum of as many shifted copies of `kernel`. A TPU skips products with the inserted zeros. Other platforms
-  double the data.
+  separate convolutions of x, whose kernels have two rows. The TPU form inserts zeros between the values of x and
+  convolves the result with one larger kernel. Doubling puts every value at 2^n places for n spatial axes, so the larger
+  kernel is the sum of 2^n shifted copies of `kernel`. A TPU skips products with the inserted zeros. Platforms other
+  than CPUs and TPUs double the data.
 
   Args:
     x: the data [B, *space, C].
@@ -44,7 +44,8 @@ def double_and_convolve(x: Array, kernel: Array, kernels: str = "tuned") -> Arra
   axes = x.ndim - 2
   if kernel.shape[:-2] != (3,) * axes:
     raise ValueError(
-      f"Got a kernel of shape {kernel.shape} for data of shape {x.shape}; expected 3 rows along each of the {axes} spatial axes."
+      f"Got a kernel of shape {kernel.shape} for data of shape {x.shape}; expected 3 rows along each of the {axes}"
+      " spatial axes."
     )
   plain = partial(_double_and_convolve_plain, kernels=kernels)
   if kernels == "plain":

@@ -1,4 +1,4 @@
-"""Halve and double every spatial axis, by slices in the plain forms and by convolutions on a TPU."""
+"""Halve and double every spatial axis in plain forms, and in TPU forms that are convolutions."""
 
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -28,9 +28,10 @@ def halve(x: Array, weights: Sequence[float], *, padded: bool = False, kernels: 
   """Filter and halve every spatial axis, [B, *space, C] -> [B, *space / 2, C].
 
   Args:
-    x: the data. Zeros are added at the edges unless `padded` is set.
-    weights: the filter's weights along an axis, an even number of them. They are scaled to sum to 1.
-    padded: whether x already includes the filter's margin at every edge, which is n / 2 - 1 values for n weights.
+    x: the data.
+    weights: the filter's n weights along an axis, where n is even. They are scaled to sum to 1.
+    padded: whether x already has the margin that the filter needs, n / 2 - 1 values at every edge. Otherwise a margin
+      of zeros is added.
     kernels: the allowed forms (see `networks.kernels`).
   """
   margin = 0 if padded else len(weights) // 2 - 1
@@ -64,7 +65,7 @@ def double(x: Array, weights: Sequence[float] = (1, 1), kernels: str = "tuned") 
   """Double and filter every spatial axis, [B, *space, C] -> [B, *2 space, C].
 
   `weights` are the filter's 2 or 4 weights along an axis. They are scaled to sum to 2, so that local means do not
-  change, except near the edges. Beyond the edges, the data are zeros. The weights (1, 1) repeat each value
+  change, except near the edges. The filter takes zeros for data beyond the edges. The weights (1, 1) repeat each value
   (nearest neighbor).
   """
   normalized = [2 * weight / sum(weights) for weight in weights]

@@ -2,8 +2,9 @@
 
 These two operations are adjoint to each other.
 
-On a CPU, XLA fuses a sum into the computation of its operand and then adds one number after another. A barrier stores
-the operand first and makes the sum many times faster. The gradient of a repeated value is also such a sum.
+On a CPU, XLA fuses a sum into the computation of its operand and then adds one number after another. With a barrier
+(`jax.lax.optimization_barrier`), XLA stores the operand first, and the sum is many times faster. The gradient with
+respect to a repeated value is such a sum too.
 """
 
 import math
@@ -47,10 +48,10 @@ def _sum_tuned_jvp(primals, tangents):
 
 @trace_once
 def _sum_tangent(x: Array) -> Array:
-  """Compute `sum_positions`, on a CPU as a matrix product.
+  """Compute the same sums as `sum_positions`, on a CPU by a matrix product.
 
-  The transpose of this sum repeats values. With a barrier here, the transpose would store the repeated values. With a
-  product, XLA repeats the values where they are used.
+  The transpose of this function repeats values. With a barrier in place of the product, the transpose would store the
+  repeated values. With the product, XLA repeats the values where they are used.
   """
 
   def product(x: Array) -> Array:
@@ -70,9 +71,9 @@ def _repeat_plain(x: Array, shape: Sequence[int]) -> Array:
 
 
 def repeat_positions(x: Array, shape: Sequence[int], kernels: str = "tuned") -> Array:
-  """Repeat values at all positions of an array of `shape` [B, *space, C].
+  """Repeat values x at all positions of a new array of `shape` [B, *space, C].
 
-  Values [B, C] differ between samples. Values [C] are the same for all samples.
+  Each sample has its own values if x has the shape [B, C]. All samples have the same values if x has the shape [C].
   """
   return _repeat_plain(x, shape) if kernels == "plain" else _repeat_tuned(x, tuple(shape))
 
@@ -91,9 +92,9 @@ def _repeat_tuned_jvp(shape, primals, tangents):
 
 @partial(trace_once, static_argnums=1)
 def _repeat_tangent(x: Array, shape: Sequence[int]) -> Array:
-  """Compute `repeat_positions` in a form with a fast transpose.
+  """Compute the same array as `repeat_positions`, in a form whose transpose is fast on a CPU.
 
-  The transpose is the sum over positions.
+  The transpose sums over positions.
   """
 
   def stored(x: Array) -> Array:

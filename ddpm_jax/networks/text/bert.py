@@ -65,14 +65,17 @@ class BERT(nn.Module):
 
     Args:
       ids: integers [B, N] for N up to `positions`. Ids outside the vocabulary give NaN.
-      mask: 0 for the tokens [B, N] that no token attends to, usually the padding. None for no such tokens.
+      mask: an array [B, N], 0 for tokens that no token attends to (usually the padding) and 1 for other tokens. None
+        for no mask.
       types: the type of each token, integers [B, N]. None for the type 0.
-      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end.
+      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end:
+        -1 for the last layer.
       normed: has no effect, because each layer ends with a normalization.
-      all_layers: whether to return the states of all layers too.
+      all_layers: whether to return the states of all layers too, as `hidden`.
 
     Raises:
-      ValueError: if an option is invalid, the ids, the mask or the types have another shape, or there is no such layer.
+      ValueError: if an option is invalid, the ids, the mask or the types have the wrong shape, or there is no such
+        layer.
     """
     del normed
     blocks.check_network(self)
@@ -99,7 +102,9 @@ class BERT(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-  """Attend from every token to every token, and apply a feed-forward block, each followed by a normalization.
+  """Attend from every token to every token, and apply a feed-forward block.
+
+  Each of these two steps has a residual connection around it and a normalization after it.
 
   Attributes:
     heads: the number of heads.
@@ -117,7 +122,7 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, bias: Array | None) -> Array:
-    """Map x [B, N, C] to [B, N, C], with a bias of the scores (see `attention.attend`)."""
+    """Map x [B, N, C] to [B, N, C], with a bias that is added to the scores (see `attention.attend`)."""
     o, features = self.options, x.shape[-1]
     h = blocks.SelfAttention(features, self.heads, o, name="attention")(x, bias)
     x = o.layer_norm(self.epsilon, "norm1")(x + h)

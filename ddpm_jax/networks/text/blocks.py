@@ -38,8 +38,8 @@ class TextStates(NamedTuple):
   Attributes:
     tokens: a state [B, N, C] for each token, from the layer that the caller chose.
     pooled: one vector [B, C'] for each text. None for encoders without one.
-    hidden: with `all_layers`, the states [B, N, C] after the embeddings and after each layer, without the final
-      normalization. There is one array more than there are layers. Empty without `all_layers`.
+    hidden: if the caller set `all_layers`, the embeddings [B, N, C] and the states [B, N, C] after each layer, all
+      without the final normalization. Otherwise empty.
   """
 
   tokens: Array
@@ -48,14 +48,14 @@ class TextStates(NamedTuple):
 
 
 def sentence_vector(tokens: Array, mask: Array, *, unit: bool = True) -> Array:
-  """Average states [B, N, C] over the tokens of a mask [B, N], and return [B, C].
+  """Average states [B, N, C] over the tokens of each text, and return one vector for each text, [B, C].
 
-  This is the vector of sentence encoders such as all-MiniLM-L6-v2 (Reimers and Gurevych 2019, section 3).
+  Sentence encoders such as all-MiniLM-L6-v2 return this vector (Reimers and Gurevych 2019, section 3).
 
   Args:
     tokens: the states of the last layer.
-    mask: 1 for tokens of the text, 0 for padding. A text without tokens has the vector 0.
-    unit: whether to divide each vector by its length.
+    mask: an array [B, N], 1 for tokens of the text and 0 for padding. A text without tokens has the vector 0.
+    unit: whether to divide each vector by its Euclidean norm.
   """
   weights = mask.astype(tokens.dtype)[..., None]
   mean = jnp.sum(tokens * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
@@ -108,7 +108,7 @@ class Embedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Attend from every position to every position, or to the previous ones (Vaswani et al. 2017, section 3.2).
+  """Attend from every position of a sequence to every position (Vaswani et al. 2017, section 3.2).
 
   Attributes:
     features: the features of all heads together.
@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
     options: the options of all layers.
     use_bias: whether the linear layers have a bias.
     scale: see `attention.attend`.
-    causal: see `attention.attend`.
+    causal: whether a position attends only to itself and to earlier positions.
   """
 
   features: int
@@ -128,7 +128,7 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, bias: Array | None) -> Array:
-    """Map x [B, N, C] to [B, N, C], with a bias of the scores (see `attention.attend`)."""
+    """Map x [B, N, C] to [B, N, C], with a bias that is added to the scores (see `attention.attend`)."""
     o = self.options
 
     def project(name: str) -> Array:
@@ -150,10 +150,11 @@ def run_layers(
     x: the embeddings [B, N, C].
     layer: the number of layers after which to take the chosen states. A negative number counts from the end: -1 for
       the last layer.
-    all_layers: whether to return all states.
+    all_layers: whether to return all states too.
 
   Returns:
-    The chosen states, the states after the last layer, and all states if `all_layers`.
+    The chosen states, the states after the last layer, and a tuple. With `all_layers`, the tuple contains the
+    embeddings and the states after each layer. Otherwise it is empty.
 
   Raises:
     ValueError: if there is no such layer.
@@ -161,8 +162,8 @@ def run_layers(
   count = len(blocks)
   if not -count - 1 <= layer <= count:
     raise ValueError(
-      f"Got layer={layer} for a text encoder with {count} layers; expected {-count - 1} to {count}. -1 is the last layer, and 0 are the"
-      " embeddings."
+      f"Got layer={layer} for a text encoder with {count} layers; expected {-count - 1} to {count}. -1 is the last"
+      " layer, and 0 are the embeddings."
     )
   chosen, states = x, [x]
   for number, block in enumerate(blocks, 1):
@@ -178,8 +179,8 @@ def check_ids(ids: Array, mask: Array | None, positions: int | None = None) -> N
   """Check the shapes of ids and of a mask.
 
   Raises:
-    ValueError: if the ids are not integers [B, N], there are more than `positions` of them, or the mask has another
-      shape.
+    ValueError: if the ids are not integers [B, N], N is above `positions`, or the mask does not have the shape of the
+      ids.
   """
   if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(
@@ -187,8 +188,8 @@ def check_ids(ids: Array, mask: Array | None, positions: int | None = None) -> N
     )
   if positions is not None and ids.shape[1] > positions:
     raise ValueError(
-      f"Got {ids.shape[1]} ids for each text; expected at most {positions}, because the text encoder has no more positions. Truncate"
-      " the texts."
+      f"Got {ids.shape[1]} ids for each text; expected at most {positions}, because the text encoder has no more"
+      " positions. Truncate the texts."
     )
   if mask is not None and mask.shape != ids.shape:
     raise ValueError(f"Got a mask of shape {mask.shape} for ids of shape {ids.shape}; expected the same shape.")

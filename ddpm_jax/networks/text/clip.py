@@ -24,7 +24,7 @@ class CLIPText(nn.Module):
   The defaults are those of Stable Diffusion 1. Stable Diffusion uses these states:
 
       encoder.apply(variables, ids).tokens                          # 1.x and 2.x: the last layer, normalized
-      encoder.apply(variables, ids, layer=-2).tokens                # 1.x with "clip skip" 1
+      encoder.apply(variables, ids, layer=-2).tokens                # 1.x with clip_skip=1 in diffusers
       encoder.apply(variables, ids, layer=-2, normed=False).tokens  # XL, from both of its encoders
       encoder.apply(variables, ids, layer=-2, normed=False).pooled  # XL, from its second encoder
 
@@ -38,8 +38,9 @@ class CLIPText(nn.Module):
     projection: the number of features to which a matrix maps the vector of a text. 0 for no matrix.
     activation: the activation of the feed-forward blocks (see `blocks.ACTIVATIONS`).
     epsilon: the constant added to the variance in every normalization.
-    end: the id of the end-of-text token. The vector of a text is taken from its first position with this id, or from
-      position 0 if there is none. With 2, the position of the largest id is taken: this value in old configs is wrong.
+    end: the id of the end-of-text token. The vector of a text is taken from the first position with this id, or from
+      position 0 if no position has it. The configs of OpenAI's models contain the wrong id 2. So 2 selects the position
+      of the largest id, which is the actual end-of-text token of these models.
     dtype: the type of the computation. Results are float32.
     attention: see `networks.UNet`.
     kernels: see `networks.UNet`.
@@ -67,14 +68,15 @@ class CLIPText(nn.Module):
 
     Args:
       ids: integers [B, N] for N up to `positions`. Ids outside the vocabulary give NaN.
-      mask: 0 for the tokens [B, N] that no token attends to. None for no such tokens: Stable Diffusion attends to
-        padding too.
-      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end.
-      normed: whether the final normalization is applied to `tokens`. It is always applied before pooling.
-      all_layers: whether to return the states of all layers too.
+      mask: an array [B, N], 0 for tokens that no token attends to and 1 for other tokens. None for no mask, as in
+        Stable Diffusion, where tokens attend to padding too.
+      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end:
+        -1 for the last layer.
+      normed: whether the final normalization is applied to `tokens`. It is always applied to `pooled`.
+      all_layers: whether to return the states of all layers too, as `hidden`.
 
     Raises:
-      ValueError: if an option is invalid, the ids or the mask have another shape, or there is no such layer.
+      ValueError: if an option is invalid, the ids or the mask have the wrong shape, or there is no such layer.
     """
     blocks.check_network(self)
     blocks.check_ids(ids, mask, self.positions)

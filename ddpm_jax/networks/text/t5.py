@@ -19,11 +19,12 @@ Array = jax.Array
 class T5Encoder(nn.Module):
   """Encode texts by the encoder of T5 (Raffel et al. 2020, section 2.1) or T5 v1.1 (Shazeer 2020).
 
-  The network is a Transformer without biases, and with RMS normalization before each block. A learned number for each
-  head and distance is added to the scores. All layers share these numbers. The scores are not scaled.
+  The network is a Transformer without biases, and with RMS normalization before each block. The attention scores are
+  not scaled. A number that depends on the head and on the distance between query and key is added to each score. These
+  numbers are learned, and all layers share them.
 
-  The defaults are those of T5 v1.1 XXL, the third encoder of Stable Diffusion 3. Original T5 has activation="relu" and
-  gated=False.
+  The defaults are those of T5 v1.1 XXL, the third encoder of Stable Diffusion 3. The original T5 has activation="relu"
+  and gated=False.
 
   Attributes:
     vocabulary: the number of tokens.
@@ -35,7 +36,7 @@ class T5Encoder(nn.Module):
     activation: the activation of the feed-forward blocks (see `blocks.ACTIVATIONS`).
     gated: whether the feed-forward blocks multiply the activation by a second linear map.
     buckets: the number of ranges of distances. Each range has one learned number for each head.
-    max_distance: the distance from which on all distances are in the last range.
+    max_distance: the distance up to which ranges differ. Larger distances in the same direction are all in one range.
     epsilon: the constant added to the mean square in every normalization.
     dtype: the type of the computation. Results are float32.
     attention: see `networks.UNet`.
@@ -65,17 +66,18 @@ class T5Encoder(nn.Module):
 
     Args:
       ids: integers [B, N]. Ids outside the vocabulary give NaN.
-      mask: 0 for the tokens [B, N] that no token attends to, usually the padding. None for no such tokens: Stable
-        Diffusion 3 attends to padding too.
-      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end.
+      mask: an array [B, N], 0 for tokens that no token attends to (usually the padding) and 1 for other tokens. None
+        for no mask, as in Stable Diffusion 3, where tokens attend to padding too.
+      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end:
+        -1 for the last layer.
       normed: whether the final normalization is applied to `tokens`.
-      all_layers: whether to return the states of all layers too.
+      all_layers: whether to return the states of all layers too, as `hidden`.
 
     Returns:
-      The states, without a vector for each text.
+      The states. `pooled` is None, because T5 has no vector for a text.
 
     Raises:
-      ValueError: if an option is invalid, the ids or the mask have another shape, or there is no such layer.
+      ValueError: if an option is invalid, the ids or the mask have the wrong shape, or there is no such layer.
     """
     blocks.check_network(self)
     _check_buckets(self.buckets, self.max_distance)
@@ -107,7 +109,7 @@ class T5Encoder(nn.Module):
     return blocks.TextStates((norm(chosen) if normed else chosen).astype(jnp.float32), None, hidden)
 
   def _positions(self, count: int) -> Array:
-    """Return the bias [1, heads, N, N] of relative positions."""
+    """Return the bias [1, heads, N, N] that depends on the distances between N positions."""
     distances = np.arange(1 - count, count)
     table = blocks.Embedding(self.buckets, self.heads, name="distances")(
       jnp.asarray(buckets_of(distances, self.buckets, self.max_distance), jnp.int32)
@@ -118,13 +120,14 @@ class T5Encoder(nn.Module):
 
 
 def buckets_of(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
-  """Return the range, an integer from 0 to `buckets` - 1, of each distance from a query to a key.
+  """Return the index of the range that contains each distance, an integer from 0 to `buckets` - 1.
 
-  Keys before the query have the first half of the ranges, keys after it the second half. In each half, one half of the
-  ranges are single distances, and the other ranges grow exponentially up to `max_distance`.
+  A distance is the position of a key minus the position of a query. Distances of 0 or less use the first `buckets` / 2
+  ranges, and positive distances use the others. In each direction, half of the ranges contain one short distance each.
+  The other ranges contain longer distances, and become exponentially wider up to `max_distance`.
 
   Raises:
-    ValueError: if there are fewer than 4 ranges, or `max_distance` is at most a quarter of their number.
+    ValueError: if `buckets` is below 4, or `max_distance` is at most `buckets` / 4, rounded down.
   """
   _check_buckets(buckets, max_distance)
   half = buckets // 2
@@ -140,8 +143,8 @@ def buckets_of(distances: np.ndarray, buckets: int, max_distance: int) -> np.nda
 def _check_buckets(buckets: int, max_distance: int) -> None:
   if buckets < 4 or max_distance <= buckets // 4:
     raise ValueError(
-      f"Got buckets={buckets} and max_distance={max_distance}; expected buckets of 4 or more, and a max_distance above a"
-      " quarter of them."
+      f"Got buckets={buckets} and max_distance={max_distance}; expected buckets of 4 or more, and a max_distance above"
+      " a quarter of them."
     )
 
 

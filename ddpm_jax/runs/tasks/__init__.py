@@ -1,4 +1,4 @@
-"""Define the tasks of runs, one module each.
+"""Define the tasks of runs, with one module for each task.
 
 A task checks the experiment, makes previews during training, and scores and reports the result.
 """

@@ -82,8 +82,8 @@ class Scorer:
     num_classes: the number of classes.
 
   Raises:
-    ValueError: if there are fewer held-out images than the experiment's number of samples, or if the
-      experiment has scores during training.
+    ValueError: if there are fewer held-out images than `config.evaluation.num_samples`, or if the config asks for
+      scores during training (`config.evaluation.every`).
   """
 
   def __init__(self, run: Run, num_classes: int):
@@ -100,7 +100,7 @@ class Scorer:
     self._run, self._num_classes = run, num_classes
 
   def check_scores(self) -> None:
-    """Raise a ValueError if there is nothing to score against."""
+    """Raise a ValueError if there are no held-out images."""
     if self._run.held_out is None:
       raise ValueError(
         "Got no held-out images; expected some to score the classifier on. Set --config.data.source.eval_split or --config.data.hold_out."
@@ -119,7 +119,7 @@ class Scorer:
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
     """Write the accuracy and cross-entropy on held-out images at each noise level to eval.json.
 
-    Each image counts once at each level.
+    Each image is classified once at each noise level.
     """
     del variants
     start, run = time.perf_counter(), self._run
@@ -149,7 +149,10 @@ class Scorer:
 
 
 def noise_levels(process: Process) -> np.ndarray:
-  """Return the times to score classifiers at, from noise to the process's t_min, where data are nearly clean."""
+  """Return the times to score classifiers at, in the order of decreasing noise.
+
+  The last time is the process's t_min, where the noisy data are nearly clean.
+  """
   low, high = (float(process.log_snr(jnp.asarray(t, jnp.float32))) for t in (process.t_max, process.t_min))
   inner = [float(process.time_of(level)) for level in _LOG_SNRS if low < level < high]
   return np.array([*inner, process.t_min], np.float32)
@@ -158,7 +161,7 @@ def noise_levels(process: Process) -> np.ndarray:
 def _classify(
   experiment: Experiment, mesh: jax.sharding.Mesh, held_out: data.Source, weights: Weights, times: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return log-probabilities [levels, N, K] of N noisy held-out images, and their classes [N].
+  """Return the log-probabilities [levels, N, K] of K classes for N noisy held-out images, and the true classes [N].
 
   The noise of image i depends only on the seed, the level and i.
   """

@@ -1,4 +1,4 @@
-"""Define the task of models that draw pairs of digits from captions."""
+"""Define the task of models that generate images of two digits from captions."""
 
 from typing import Any
 
@@ -21,10 +21,11 @@ class Scorer(scoring.Scorer):
   """Score samples, and compare the digits that a classifier sees in them with the digits in their captions."""
 
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
-    """Return the share of samples whose digits and their order agree with the captions, under the name "agreement".
+    """Return the share of images that show the digits of their captions in the right order, as "agreement".
 
-    The report has a share for training pairs and one for held-out pairs, both for the samples and for real images. Only
-    the classifier's errors keep the shares of real images below 1.
+    Samples and real held-out images have separate shares. Each share is computed once for the pairs of digits that
+    occur in the training data, and once for all other pairs. A share of real images is below 1 only if the classifier
+    makes errors.
     """
     classifier, held_out = self._classifier(), self._run.held_out
     report = {"samples": _agreement(classifier, samples, inputs["text"])}
@@ -37,7 +38,10 @@ class Scorer(scoring.Scorer):
     return {"agreement": report}
 
   def _classifier(self) -> Any:
-    """Return a function from images of digits to log-probabilities, trained on the digits of the training pairs."""
+    """Return a trained classifier of digits, as a function from images to log-probabilities.
+
+    The training images are the MNIST digits that the training pairs consist of.
+    """
     digits, c = data.read_mnist(), self._run.experiment.evaluation
     images, classes = digits.images[: -pairs.NUM_HELD_OUT], np.asarray(digits.classes)[: -pairs.NUM_HELD_OUT]
     path = self._run.folder / "digits.safetensors"
@@ -67,7 +71,7 @@ class DigitPairs(Denoise):
     """Return the scorer of the run's samples.
 
     Raises:
-      ValueError: if the data are not pairs of digits with captions of the form that `data.digit_pairs` has.
+      ValueError: if the data are not pairs of digits with captions like the captions of `data.digit_pairs`.
     """
     shape = run.experiment.data.shape
     if shape != (_SIDE, 2 * _SIDE, 1) or "text" not in run.experiment.model.conditions:
@@ -87,5 +91,8 @@ class DigitPairs(Denoise):
 
 
 def digit_pairs() -> DigitPairs:
-  """Return the task of models that draw pairs of digits from captions, with their agreement as a score."""
+  """Return the task of models that generate images of two digits from captions.
+
+  Its additional score is the share of images that agree with their captions.
+  """
   return DigitPairs()

@@ -17,14 +17,14 @@ from ddpm_jax.runs.reading import Run
 class Scorer(Protocol):
   """Score the weights of a run.
 
-  The constructor raises a ValueError if the scores that the config asks for cannot be computed.
+  The constructor raises a ValueError if the scores in the config cannot be computed.
   """
 
   def check_scores(self) -> None:
-    """Raise a ValueError if there is nothing to score against."""
+    """Raise a ValueError if the run lacks the data that its scores need."""
 
   def check_best_metric(self, metric: str) -> None:
-    """Raise a ValueError if training does not compute this metric."""
+    """Raise a ValueError if `metric` is not the name of a score that training computes."""
 
   def training_scores(self, parameters: Parameters) -> dict[str, float]:
     """Score a few samples during training, and return the scores under names that start with "eval/".
@@ -49,7 +49,7 @@ class Task(Protocol):
   """Define the checks, previews, scores and reports of a run.
 
   In a config, a task is a function that returns a `Task`. A user's own task may inherit from this class, and must
-  define `scorer`. The other methods have defaults: no previews, no needed classes, and all models accepted.
+  define `scorer`. By default, a task makes no previews, needs no classes, and accepts all models.
   """
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
