@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Apply gated units between two linear layers (GEGLU; Shazeer 2020, equation 6)."""
+  """Apply gated units between two linear layers (GEGLU, Shazeer 2020, equation 6)."""
 
   options: layers.BlockOptions
 
