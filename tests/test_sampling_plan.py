@@ -171,7 +171,7 @@ def test_the_command_plans_a_folder_without_weights(tmp_path):
   assert code == 0, output
   config = json.loads((tmp_path / "model" / "vqvae" / "config.json").read_text())
   assert config["latent_channels"] == 4
-  for text in ("2 x cpu", "4 images a batch", "FLOPs to decode"):
+  for text in ("2 x cpu", "batches of 4", "FLOPs to decode"):
     assert text in output
   shutil.rmtree(tmp_path / "model" / "vqvae")
   assert_refused(*call("--mode=plan", f"--pretrained={tmp_path / 'model'}", "--devices=2"), "which lacks vqvae")

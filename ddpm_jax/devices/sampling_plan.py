@@ -188,7 +188,7 @@ def table(p: SamplingPlan) -> str:
   number = plan.format_number
   calls = "as many network calls as the data need" if p.calls is None else f"{p.calls:,} network calls"
   rows: list[tuple[str, str, str]] = [
-    ("devices", f"{p.num_devices} x {p.chip}", f"{p.dtype}, {p.batch_size:,} images a batch"),
+    ("devices", f"{p.num_devices} x {p.chip}", f"{p.dtype}, batches of {p.batch_size:,}"),
     ("parameters", number(p.parameters), "of the network"),
     ("frozen parameters", number(p.frozen_parameters), "of the codec, the conditions and the models that guide"),
     ("steps", f"{p.steps:,}", calls),
@@ -219,8 +219,8 @@ def _time_rows(p: SamplingPlan) -> list[tuple[str, str, str]]:
     return [("a step takes at least", "unknown", f"no known peaks of {p.chip!r}, {p.dtype}")]
   covered = "one loop over the steps" if p.calls is None else "all steps and the decoding"
   return [
-    ("a step takes at least", number(p.step_seconds, "s"), f"for {p.batch_size:,} images; real steps take longer"),
-    ("decoding at least", number(p.decode_seconds, "s"), f"for {p.batch_size:,} images"),
+    ("a step takes at least", number(p.step_seconds, "s"), "for a batch; real steps take longer"),
+    ("decoding at least", number(p.decode_seconds, "s"), "for a batch"),
     ("a batch at least", number(p.batch_seconds, "s"), f"{covered}; the largest of the three times below"),
     ("  computing", number(p.compute_seconds, "s"), "at the peak"),
     ("  memory", number(p.memory_seconds, "s"), "to read the parameters for each network call"),
