@@ -63,7 +63,7 @@ def all_components():
 
 
 class Called(BaseException):
-  """Report the arguments of a call from inside the component under test."""
+  """Stop the build when the component under test is called, and carry the arguments of that call."""
 
 
 def arguments_of(full_name, component, tree, key, monkeypatch):

@@ -2,9 +2,9 @@
 
 The denoiser is the exact denoiser of MIXTURE. diffusers and k-diffusion (the peers) call it through NumPy. Deviations
 are relative to the largest entry of the peer's state at the same step. In float32 the peers run unchanged. The
-schedulers of diffusers store their tables and some of their states in float32 for every input. In the float64 tests,
-`float32` therefore means float64 inside the modules of diffusers, so that the tests compare the rules and not the
-rounding of tables.
+schedulers of diffusers store their tables and some of their states in float32, even if the input is float64. In the
+float64 tests, `float32` therefore means float64 inside the modules of diffusers, so that the tests compare the rules
+and not the rounding of tables.
 """
 
 import itertools

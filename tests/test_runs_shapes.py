@@ -1,4 +1,4 @@
-"""Test runs of non-square images with any number of channels, from reading to the report, in one process."""
+"""Test complete runs on non-square images with different numbers of channels."""
 
 import json
 

@@ -87,7 +87,7 @@ def run(args: flags.Args) -> None:
   path, choices = flags.pretrained_choices(args)
   interop.hub.use_token(args.token)
   if args.pretrained is None:
-    model = runs.sampling_plan.ModelChoice(flags.read_config(args, keys))
+    model = runs.sampling_plan.ModelChoice(flags.read_config(args, keys), folder=args.workdir)
   else:
     folder = args.workdir or Path.cwd()
     tree = config.read(args.config, keys, folder, default={})

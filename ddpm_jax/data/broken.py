@@ -129,7 +129,10 @@ class SkipBroken:
         return self.source[other], errors
       except BrokenImage as error:
         errors.append(error)
-    raise broken_error(errors, len(errors))
+    where = "" if self.groups is None else " of a bucket (config.data.buckets)"
+    raise ValueError(
+      f"Cannot decode any of the {len(errors):,} images{where}:\n{_list(errors)}\nReplace or remove them."
+    )
 
   def _from(self, index: int) -> Iterable[int]:
     """Return `index`, then the higher and finally the lower indices of the same group.

@@ -8,10 +8,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.data.broken import BrokenImage, broken_error
-from ddpm_jax.data.fitting import check_image_size
+from ddpm_jax.data.fitting import check_image_size, crop_box
 from ddpm_jax.data.sources import Source, is_resizable, known_texts
 
 Size = tuple[int, int]
+# The number of images that a thread reads in one task.
+_CHUNK = 256
 
 
 class Buckets:
@@ -25,6 +27,7 @@ class Buckets:
     sizes: the height and width in pixels of each bucket.
     broken: how to treat images that cannot be opened: "stop" to raise an error, or "skip" to put them into the bucket
       with the most images, where `SkipBroken` replaces them.
+    crop: the `crop` of the source. Images must not be smaller than the crop box of their bucket.
 
   Attributes:
     sizes: the argument `sizes`.
@@ -32,11 +35,11 @@ class Buckets:
     classes: the classes [N] of the source.
 
   Raises:
-    ValueError: if the images cannot be read at any size, `sizes` are wrong (see `check_buckets`), or images cannot be
-      opened and `broken` is "stop".
+    ValueError: if the images cannot be read at any size, `sizes` are wrong (see `check_buckets`), an image is smaller
+      than the crop box, or images cannot be opened and `broken` is "stop".
   """
 
-  def __init__(self, source: Source, sizes: Sequence[Size], broken: str = "stop"):
+  def __init__(self, source: Source, sizes: Sequence[Size], broken: str = "stop", crop: int = 0):
     if not is_resizable(source):
       raise ValueError(
         "Got config.data.buckets with a data source whose images have one size; expected a folder of image files. Set"
@@ -45,7 +48,10 @@ class Buckets:
     self.source: Any = source
     self.sizes = check_buckets(sizes)
     self.classes = getattr(source, "classes", None)
-    self.groups = _nearest(_image_sizes(source, broken), self.sizes)
+    image_sizes = _image_sizes(source, broken)
+    self.groups = _nearest(image_sizes, self.sizes)
+    if crop:
+      _check_crop(image_sizes, self.sizes, self.groups, crop)
 
   def __len__(self) -> int:
     return len(self.source)
@@ -84,21 +90,40 @@ def _image_sizes(source: Any, broken: str) -> np.ndarray:
   If `broken` is "skip", the height and width of a broken image are 0.
   """
   errors: list[BrokenImage] = []
-
-  def read(index: int) -> Size:
-    try:
-      return source.image_size(index)
-    except BrokenImage as error:
-      errors.append(error)
-      return 0, 0
-
   count = len(source)
-  with ThreadPoolExecutor() as pool:
-    results = pool.map(read, range(count), chunksize=64)
-    sizes = list(tqdm(results, total=count, desc="reading sizes", unit=" images", disable=count < 5000))
+  sizes = np.zeros((count, 2), np.int32)
+
+  def read(first: int) -> None:
+    for index in range(first, min(first + _CHUNK, count)):
+      try:
+        sizes[index] = source.image_size(index)
+      except BrokenImage as error:
+        errors.append(error)
+
+  # The pool stores an object for each task, so each task reads many images.
+  with (
+    ThreadPoolExecutor() as pool,
+    tqdm(total=count, desc="reading sizes", unit=" images", disable=count < 5000) as bar,
+  ):
+    for _ in pool.map(read, range(0, count, _CHUNK)):
+      bar.update(min(_CHUNK, count - bar.n))
   if errors and (broken == "stop" or len(errors) == count):
     raise broken_error(errors, count)
-  return np.array(sizes)
+  return sizes
+
+
+def _check_crop(image_sizes: np.ndarray, sizes: Sequence[Size], groups: np.ndarray, crop: int) -> None:
+  """Raise a ValueError if an image is smaller than the crop box of its bucket."""
+  boxes = np.array([crop_box(size, crop) for size in sizes])[groups]
+  is_small = np.any((image_sizes < boxes) & (image_sizes > 0), axis=1)
+  if np.any(is_small):
+    index = int(np.argmax(is_small))
+    (height, width), (box_height, box_width) = image_sizes[index], boxes[index]
+    raise ValueError(
+      f"Got {np.sum(is_small):,} of {len(groups):,} images that are smaller than the crop box of their bucket, such as one of"
+      f" {height}x{width} for data.crop={crop}, a box of {box_height}x{box_width}; expected larger images. Lower data.crop, or"
+      " set it to 0."
+    )
 
 
 def _nearest(image_sizes: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:

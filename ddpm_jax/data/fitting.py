@@ -148,8 +148,14 @@ class _Box(NamedTuple):
     return _Box(outer.top + self.top * down, outer.left + self.left * across, self.height * down, self.width * across)
 
 
+def crop_box(image_size: tuple[int, int], crop: int) -> tuple[int, int]:
+  """Return the height and width of the box of the original image that `crop` keeps, see `Fit`."""
+  height, width = (round(crop * side / min(image_size)) for side in image_size)
+  return height, width
+
+
 def _crop(image: Any, target: Fit, box: _Box) -> tuple[Any, _Box]:
-  height, width = (round(target.crop * side / min(target.image_size)) for side in target.image_size)
+  height, width = crop_box(target.image_size, target.crop)
   if width > image.width or height > image.height:
     raise ValueError(
       f"Got an image of {image.width}x{image.height} for data.crop={target.crop}, a box of {width}x{height}; expected"

@@ -57,7 +57,7 @@ class WeightedTokens(NamedTuple):
 def parse(prompt: str) -> list[Piece]:
   """Return the pieces of a prompt in order, with neighbors of equal weight merged.
 
-  The joined texts of the pieces are the prompt without its marks, which are brackets, weights and backslashes.
+  The joined texts of the pieces are the prompt without weights, the brackets around them, and escaping backslashes.
 
   Raises:
     ValueError: if a weight is above 100 or below -100, or if the prompt has text that would change between sampling

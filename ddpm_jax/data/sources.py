@@ -23,7 +23,8 @@ Besides a length and items, a source may have these methods and attributes:
 - A method `texts(name, indices)` returns the texts that the items at `indices` have under `name`, or None if the
   texts are not known without reading images.
 - An attribute `groups` [N] holds an integer for each item, if the images have several shapes. The arrays
-  of one key have the same shape in all items of a group. A batch holds items of one group.
+  of one key have the same shape in all items of a group. `batches` takes all items of a batch from one group. Functions
+  that split or cache a source do not support groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -231,7 +232,7 @@ class InMemory:
     return {name: array[indices] for name, array in self._items.items()}
 
   def texts(self, name: str, indices: np.ndarray) -> list[str] | None:
-    """Return the texts that items have under `name`, or None if items do not have this name."""
+    """Return the texts named `name` of the items at `indices`, or None if the source has no texts of this name."""
     return [str(text) for text in self._items[name][indices]] if name in self._items else None
 
 

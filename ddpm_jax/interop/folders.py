@@ -204,7 +204,7 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "", *, n
       if len(matches) > 1:
         raise ValueError(
           f"Got {folder} with several weights files: {', '.join(file.name for file in matches)}; expected one of them."
-          " Remove the others, or choose a variant."
+          " Remove the others, or choose a variant where the function or the command has such an argument."
         )
       if matches:
         return matches[0]

@@ -66,7 +66,7 @@ def of_process(process: Process) -> np.ndarray:
     else:
       inputs = np.asarray(process.time_input(jnp.linspace(0, process.t_max, 11)), np.float64)
       if not np.allclose(inputs, np.linspace(0, inputs[-1], 11)) or not 100 <= inputs[-1] <= 2000:
-        raise _not_discrete("its time input does not count steps")
+        raise _not_discrete("its time input is not a step number")
       # Time input 0 means no noise at all, and a discrete model has no such step. Use the smallest valid time instead.
       times = np.maximum(np.arange(round(inputs[-1]) + 1) / inputs[-1] * process.t_max, process.t_min)
     alpha, sigma = (np.asarray(value(jnp.asarray(times)), np.float64) for value in (process.alpha, process.sigma))

@@ -164,8 +164,8 @@ def _prediction(file: tensors.TensorFile, version: int, prediction: str) -> str:
     named = "v" if "v_pred" in file.shapes else "" if version == 2 else "epsilon"
   if named not in _PREDICTIONS:
     raise ValueError(
-      f"Got {file.path}, a model of Stable Diffusion {version} with prediction={named!r}; expected 'epsilon' or"
-      " 'v_prediction'. Pass prediction=..., because the shapes in the file do not tell it."
+      f"Got {file.path}, a model of Stable Diffusion {'XL' if version == _XL else version} with prediction={named!r}; expected 'epsilon' or"
+      " 'v_prediction'. Pass prediction=..., because the file does not say what the model predicts."
     )
   return _PREDICTIONS[named]
 

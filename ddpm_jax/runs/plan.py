@@ -32,11 +32,8 @@ def run_plan(
   """
   devices = choose_devices(topology_name, num_devices)
   # Building components starts JAX, so choose the devices first.
-  if folder is not None and pretrained.has_started(tree, folder):
-    tree, start = pretrained.restore_init_from(tree, folder), None
-  else:
-    tree, start = pretrained.load_init_from(tree, weights=False)
-  experiment = build(tree, devices, None if start is None else start.model)
+  tree, model = pretrained.read_init_from(tree, folder)
+  experiment = build(tree, devices, model)
   pretrained.check_shape(experiment)
   mesh, shapes, batch, frozen_shapes = _layout(experiment, devices)
   step = parallel.jit_step(stepping.step(experiment, mesh), mesh, shapes, frozen_shapes)

@@ -182,6 +182,28 @@ def load_init_from(tree: Tree, *, weights: bool = True) -> tuple[Tree, Pretraine
   return _read(tree, path, f"config.init_from={path!r}", weights=weights)
 
 
+def read_init_from(tree: Tree, folder: Path | None) -> tuple[Tree, Model | None]:
+  """Return the config and the model of `init_from` without reading weights, for a plan.
+
+  If the run in `folder` has copied the config files of the model, the returned config reads the copies. Then, and
+  without `init_from`, the model is None.
+  """
+  if folder is not None and has_started(tree, folder):
+    return restore_init_from(tree, folder), None
+  tree, start = load_init_from(tree, weights=False)
+  return tree, None if start is None else start.model
+
+
+def check_start(tree: Tree, folder: Path) -> None:
+  """Raise a ValueError if a new run would use the copy of a model that another run started from."""
+  copy = workdir.start_folder(folder)
+  if tree.values["init_from"] and copy.exists() and not has_started(tree, folder):
+    raise ValueError(
+      f"Got --workdir={folder}, where {copy.name}/ is the copy of a model that another run started from; expected a"
+      f" folder without it. Remove {copy}, or use another --workdir."
+    )
+
+
 def copy_config(tree: Tree, folder: Path) -> Tree:
   """Copy the config files of the `init_from` model into a run's folder, and return the config with the copy's path."""
   if not tree.values["init_from"]:

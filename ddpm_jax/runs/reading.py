@@ -17,6 +17,8 @@ from ddpm_jax.runs import limits
 _RESERVED = ("x", "given", "times", data.LATENT)
 # The number of training texts whose lengths are checked. A thousand take about 0.1 s.
 _CHECKED_TEXTS = 10_000
+# How broken images may be treated.
+_TREATMENTS = ("stop", "skip")
 
 
 class Run(NamedTuple):
@@ -83,13 +85,14 @@ def read_buckets(experiment: Experiment, splits: data.Splits) -> data.Source | N
     splits: the splits that `read_sources` returned.
 
   Raises:
-    ValueError: if the source cannot read images at several sizes.
+    ValueError: if the source cannot read images at several sizes, or an image is smaller than the crop.
   """
   c = experiment.data
   if not c.buckets:
     return None
-  buckets = data.Buckets(data.split(splits, c.hold_out).train, c.buckets, c.broken)
-  return data.SkipBroken(buckets) if c.broken == "skip" else buckets
+  broken = choose(c.broken, _TREATMENTS, "config.data.broken")
+  buckets = data.Buckets(data.split(splits, c.hold_out).train, c.buckets, broken, c.crop)
+  return data.SkipBroken(buckets) if broken == "skip" else buckets
 
 
 def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data.Splits:
@@ -105,7 +108,7 @@ def read_data(experiment: Experiment, splits: data.Splits | None = None) -> data
     ValueError: if the data are missing or unreadable, or if they lack a condition of the model.
   """
   c, conditions = experiment.data, experiment.model.conditions
-  broken = choose(c.broken, ("stop", "skip"), "config.data.broken")
+  broken = choose(c.broken, _TREATMENTS, "config.data.broken")
   splits, check = splits or read_sources(experiment), check_of(experiment)
   splits = data.load(splits, broken=broken, hold_out=c.hold_out, check=check, shape=c.shape)
   item = data.read(splits.train, [0])

@@ -1,6 +1,7 @@
 """Plan the memory and the cost of sampling on devices that need not be present."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class ModelChoice(NamedTuple):
     is_recipe: whether the user chose a config file (see `recipe` in `pretrained.replace_model`).
     keys: the config keys that the user set.
     choices: options of the pretrained model (see `pretrained.replace_model`).
+    folder: the folder of the run (see `plan.run_plan`).
   """
 
   tree: Tree
@@ -40,6 +42,7 @@ class ModelChoice(NamedTuple):
   is_recipe: bool = True
   keys: Collection[str] = ()
   choices: Mapping[str, Any] = MappingProxyType({})
+  folder: Path | None = None
 
 
 def run_sampling_plan(
@@ -102,7 +105,8 @@ def run_sampling_plan(
 def _build(model: ModelChoice, devices: list[Any]) -> tuple[Experiment, PyTree]:
   """Build the experiment, and return it with the shapes and types of the network's parameters."""
   if not model.pretrained:
-    experiment = build(model.tree, devices)
+    tree, start = pretrained.read_init_from(model.tree, model.folder)
+    experiment = build(tree, devices, start)
     return experiment, _network_shapes(experiment.model)
   options: dict[str, Any] = {"keys": model.keys, "choices": model.choices}
   tree, read = pretrained.replace_model(model.pretrained, model.tree, recipe=model.is_recipe, weights=False, **options)

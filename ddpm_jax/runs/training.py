@@ -110,6 +110,8 @@ def _make_trainer(tree: Tree, folder: Path, resuming: bool) -> "_Trainer":
 
   Nothing is written, except that the folder is created.
   """
+  if not resuming:
+    pretrained.check_start(tree, folder)
   tree, start = (pretrained.restore_init_from(tree, folder), None) if resuming else pretrained.load_init_from(tree)
   tree = codecs.pin(tree, folder)
   config.check_same_run(folder, tree)

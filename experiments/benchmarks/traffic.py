@@ -88,9 +88,9 @@ BLOCKS = {
 def activations(jaxpr, batch):
   """Return the total bytes of the matrix products and convolutions whose results the backward pass needs.
 
-  Elementwise operations can compute all other values for the backward pass from these results. The sum excludes the
-  shortcut of a residual block. It also excludes attention scores, because queries and keys are enough to recompute
-  them. If a layer adds the results of several convolutions, only one of these results counts.
+  All other values that the backward pass needs are cheap to recompute from these results, so they do not count. The
+  shortcut of a residual block does not count either, nor do attention scores, which queries and keys determine. If a
+  layer adds the results of several convolutions, only one of these results counts.
   """
   return sum(dict(products(jaxpr, batch)).values())
 

@@ -191,19 +191,21 @@ def _is_long(q: Array, k: Array) -> bool:
 def _attend_by_head(
   q: Array, k: Array, v: Array, bias: Array | None, first: Array | None, attend: Callable[..., Array]
 ) -> Array:
-  """Apply attention to one head of one sample after another, in blocks of queries that stay in a CPU's cache."""
-  batch, _, heads, _ = q.shape
+  """Apply attention to one head after another, in blocks of queries that stay in a CPU's cache.
 
-  def split(x: Array) -> Array:
-    return jnp.swapaxes(x, 1, 2).reshape(batch * heads, 1, x.shape[1], 1, x.shape[-1])
+  A loop over samples too would gather a batch that is sharded over devices.
+  """
+
+  def split(x: Array, axis: int) -> Array:
+    return jnp.expand_dims(jnp.moveaxis(x, axis, 0), axis + 1)
 
   def attend_head(head: tuple[Array, Array, Array, Array | None]) -> Array:
     return _attend_in_blocks(*head, first, attend=attend, limits=(_CACHED_BYTES, _CACHED_BYTES))
 
   if bias is not None:
-    bias = jnp.broadcast_to(bias, (batch, heads, *bias.shape[2:])).reshape(batch * heads, 1, 1, *bias.shape[2:])
-  results = lax.map(attend_head, (split(q), split(k), split(v), bias))
-  return jnp.swapaxes(results.reshape(batch, heads, q.shape[1], v.shape[-1]), 1, 2)
+    bias = split(jnp.broadcast_to(bias, (len(bias), q.shape[2], *bias.shape[2:])), 1)
+  results = lax.map(attend_head, (split(q, 2), split(k, 2), split(v, 2), bias))
+  return jnp.moveaxis(results[..., 0, :], 0, 2)
 
 
 def _attend_in_blocks(
