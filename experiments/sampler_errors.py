@@ -92,14 +92,14 @@ SINGLESTEP = {
   "heun": Entry(sampling.heun, 2, "#d62728", "Standard in EDM and flow matching, no memory; 20 NFE and more"),
   "dpm_solver(order=2)": Entry(lambda p: sampling.dpm_solver(p, 2), 2, "#5a9bd4", "No memory; fails below 10 NFE"),
   "dpm_solver(order=3)": Entry(
-    sampling.dpm_solver, 3, "#08519c", "No memory; small errors from 30 NFE, fails below 15 NFE"
+    sampling.dpm_solver, 3, "#08519c", "No memory; small errors from 30 NFE on, fails below 15 NFE"
   ),
   "dpmpp_2s": Entry(sampling.dpmpp_2s, 2, "#9467bd", "No memory; less accurate than `dpmpp_2m` at equal NFE"),
 }
 MULTISTEP = {
   "dpmpp_2m": Entry(sampling.dpmpp_2m, 2, "#5fb562", "**The default**, 10 to 50 NFE"),
   "dpmpp_3m": Entry(
-    sampling.dpmpp_3m, 3, "#006d2c", "A third of the error of the default from 10 NFE, but not on rectified flow"
+    sampling.dpmpp_3m, 3, "#006d2c", "From 10 NFE on, about a third of the default's error, but not on rectified flow"
   ),
   "deis(order=2)": Entry(lambda p: sampling.deis(p, 2), 2, "#f0a050", "Between `ddim` and order 3"),
   "deis(order=3)": Entry(sampling.deis, 3, "#d94801", "Below 10 NFE, and rectified flow"),
@@ -110,7 +110,7 @@ MULTISTEP = {
     "#c51b8a",
     "**Smaller errors than the default**, especially with many steps; also on rectified flow",
   ),
-  "unipc(order=3)": Entry(sampling.unipc, 4, "#7a0177", "The smallest errors from 20 NFE, but not on rectified flow"),
+  "unipc(order=3)": Entry(sampling.unipc, 4, "#7a0177", "Least error from 20 NFE on, but not on rectified flow"),
   "plms": Entry(sampling.plms, 2, "#8c6d31", "PNDM, the default of Stable Diffusion 1"),
 }
 ODE = Entry(None, 5, GRAY, "The probability flow to a tolerance, for likelihoods, encoding and references")
