@@ -101,7 +101,7 @@ def test_batches_continue_where_they_stopped(folder):
   first.close()
   second.close()
   other = data.batches(data.Buckets(source_of(folder), SIZES[:2]), 4, seed=0)
-  with pytest.raises(ValueError, match="images of other sizes"):
+  with pytest.raises(ValueError, match="images whose sizes are not the same"):
     other.restore(first.state)
 
 
@@ -121,7 +121,7 @@ def test_a_broken_image_is_replaced_by_one_of_its_bucket(tmp_path):
   assert np.all(skipping[5]["image"] == 0)
   truncate(tmp_path / "0.png")
   truncate(tmp_path / "2.png")
-  with pytest.raises(ValueError, match="4 of 4"):
+  with pytest.raises(ValueError, match=r"any of the 4 images of a bucket(.|\n)*Replace or remove them\.$"):
     skipping[4]
 
 
@@ -136,6 +136,18 @@ def test_a_broken_image_is_replaced_by_one_of_its_bucket(tmp_path):
 def test_wrong_sizes_are_refused(folder, sizes, message):
   with pytest.raises(ValueError, match=message):
     data.Buckets(source_of(folder), sizes)
+
+
+def test_an_image_smaller_than_the_crop_of_its_bucket_is_refused(tmp_path):
+  for number, size in enumerate([(30, 24), (24, 30), (60, 20)]):
+    Image.new("L", size).save(tmp_path / f"{number}.png")
+  source = data.FolderSource(tmp_path, (8, 8), 1, 20)
+  # The crop boxes are 20x20 and 20x40 pixels.
+  sizes = [(8, 8), (8, 16)]
+  assert data.Buckets(source, sizes, crop=20)[2]["image"].shape == (8, 16, 1)
+  Image.new("L", (39, 20)).save(tmp_path / "3.png")
+  with pytest.raises(ValueError, match="1 of 4 images .* one of 20x39 for data.crop=20, a box of 20x40"):
+    data.Buckets(data.FolderSource(tmp_path, (8, 8), 1, 20), sizes, crop=20)
 
 
 def test_images_of_one_size_are_refused():
@@ -183,6 +195,16 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
     (
       {"model__network": spec("tests/parameters.py:dense_network"), "data__buckets": ((8, 8), (8, 16))},
       r"network cannot take x of shape \(8, 16, 1\)",
+    ),
+    (
+      {
+        "task": "classify",
+        "model__network": spec(
+          "networks.Classifier", out_channels=10, channels=32, multipliers=(1,), blocks=1, attention_levels=()
+        ),
+        "objective": "classification",
+      },
+      "network cannot take x",
     ),
     (
       {"model__conditions": {"sketch": spec("conditions.image", shape=(8, 8, 1))}},

@@ -129,7 +129,7 @@ MORE_BLOCKS = [
 
 # Limits that make blocks of at most 7 queries: of all heads together, or of one head after another on a CPU.
 TOGETHER = {"_MAX_BATCH_BYTES": 4 * 2 * 2 * 61 * 48 - 1, "_BLOCK_BYTES": 4 * 2 * 2 * 7 * 48}
-BY_HEAD = {"_MAX_HEAD_BYTES": 0, "_CACHED_BYTES": 4 * 7 * 48}
+BY_HEAD = {"_MAX_HEAD_BYTES": 0, "_CACHED_BYTES": 4 * 2 * 7 * 48}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,17 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, 
   assert ("scan" in unsplit, "scan" in blocks) == (False, True)
   for result, value in zip(results, expected, strict=True):
     np.testing.assert_allclose(result, value, rtol=1e-5, atol=2e-6 * max(1, np.abs(value).max()))
+
+
+def test_a_batch_that_is_split_over_devices_is_not_gathered(monkeypatch):
+  for limit, number in BY_HEAD.items():
+    monkeypatch.setattr(attention, limit, number)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  x = jax.ShapeDtypeStruct((8, 64, 2, 8), jnp.float32, sharding=split)
+  program = jax.jit(attend).lower(x, x, x).compile().as_text()
+  assert "while" in program
+  assert "all-gather" not in program
 
 
 def test_memory_does_not_grow_with_the_square_of_the_positions():

@@ -18,6 +18,7 @@ from ddpm_jax.config import recipes
 from ddpm_jax.devices import plan
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import plan as run_plans
+from ddpm_jax.runs import sampling_plan as run_sampling_plan
 from ddpm_jax.runs import pretrained, reading, stepping, training
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
@@ -137,6 +138,8 @@ def test_a_plan_of_a_fine_tuning_is_that_of_the_pipeline(root, monkeypatch, tmp_
   planned, model = runs.run_plan(tree_for(root), **devices), interop.diffusers.read(root / "pipeline")
   expected = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
   assert planned.parameters == sum(leaf.size for leaf in expected)
+  choice = run_sampling_plan.ModelChoice(tree_for(root))
+  assert runs.run_sampling_plan(choice, **devices, num_samples=1).parameters == planned.parameters
   wrong = tree_for(root, data__image_size=2 * SIZE * FACTOR)
   with pytest.raises(ValueError, match=r"with data of \(64, 64, 3\); expected the same shape"):
     runs.run_plan(wrong, **devices)

@@ -329,6 +329,11 @@ def test_changed_options_are_kept_when_a_run_resumes(exported, tmp_path):
   tmp_path.joinpath("run").mkdir()
   configs.write(tmp_path / "run", pretrained.copy_config(tree, tmp_path / "run"))
   config.model.network.update({"dropout": 0.3, "remat": "blocks"})
+  pretrained.check_start(tree, tmp_path / "run")
+  config.init_from = str(tmp_path)
+  with pytest.raises(ValueError, match="start/ is the copy of a model that another run started from"):
+    pretrained.check_start(tree_of(config), tmp_path / "run")
+  config.init_from = str(exported)
   restored = pretrained.restore_init_from(tree_of(config), tmp_path / "run").values["model"]
   saved = configs.read_run(tmp_path / "run")
   assert restored == saved.values["model"] | {"dropout": 0.3, "remat": "blocks"}
