@@ -199,6 +199,7 @@ def test_buckets_of_a_unet_change_only_the_shape_of_the_batch(folder):
     (
       {
         "task": "classify",
+        "data__buckets": ((8, 8), (8, 16)),
         "model__network": spec(
           "networks.Classifier", out_channels=10, channels=32, multipliers=(1,), blocks=1, attention_levels=()
         ),
