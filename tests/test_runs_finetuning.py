@@ -18,8 +18,8 @@ from ddpm_jax.config import recipes
 from ddpm_jax.devices import plan
 from ddpm_jax.models import inputs
 from ddpm_jax.runs import plan as run_plans
-from ddpm_jax.runs import sampling_plan as run_sampling_plan
 from ddpm_jax.runs import pretrained, reading, stepping, training
+from ddpm_jax.runs import sampling_plan as run_sampling_plan
 from tests import text_pipelines
 from tests.text_pipelines import FACTOR, SIZE, as_torch, noise
 
