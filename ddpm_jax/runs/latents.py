@@ -154,9 +154,9 @@ def settings_of(experiment: Experiment, frozen: PyTree | None) -> dict[str, Any]
 
 
 def storable_texts(experiment: Experiment) -> dict[str, Condition]:
-  """Select the text conditions that can be encoded before training, and return them by name.
+  """Return, by name, the text conditions that use frozen text encoders.
 
-  The values of such a condition are states, that is, the outputs of frozen text encoders.
+  The outputs of frozen encoders do not change, so they can be computed and stored before training.
   """
   return {name: one for name, one in experiment.model.conditions.items() if models.texts.is_storable(one)}
 
