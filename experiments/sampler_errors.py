@@ -196,8 +196,9 @@ def run_sampler(name, process, states, times, data=DATA):
   Args:
     name: the name of the sampler, a key of `ALL`.
     process: the forward process.
-    states: exact states [k, B, 2] at the first k times of the grid, for k from 1 to 3. The first state is the start.
-      The other states fill the memory of a multistep rule.
+    states: exact states [k, B, 2] at the first k times of the grid, for k from 1 to 3. Each of the first k steps starts
+      from the exact state, not from the result of the previous step. With k > 1, the first k - 1 steps only fill the
+      memory of a multistep rule.
     times: the grid [K + 1].
     data: the mixture.
 

@@ -20,7 +20,7 @@ NONE = len(MIXTURE.weights)
 
 
 def log_density(mixture, process, x, t):
-  """Return log q(x_t) of a mixture at times t [B]."""
+  """Return log q(x_t) [B] of a mixture at times t [B], without the constant -D/2 log(2 pi)."""
   t = jnp.broadcast_to(t, x.shape[:1])
   alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
   weights, means, stds = (value[None] for value in mixture)
