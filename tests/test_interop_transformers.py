@@ -296,9 +296,9 @@ BROKEN = {
   "code in a config": (
     "bert",
     set_config(auto_map={"AutoModel": "modeling.Model"}),
-    "auto_map=.*modeling.Model.*, which names code, and code from a folder never runs here",
+    "auto_map=.*modeling.Model.*, which refers to code in the folder",
   ),
-  "remote code": ("bert", set_config(trust_remote_code=True), "trust_remote_code=True, which names code"),
+  "remote code": ("bert", set_config(trust_remote_code=True), "trust_remote_code=True, which refers to code"),
   "a model for pictures and text": (
     "clip",
     set_config(architectures=["CLIPModel"]),

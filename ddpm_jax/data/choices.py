@@ -251,8 +251,8 @@ def _check_settings(source: PackedSource, fit: Fit, fields: Fields) -> None:
     )
   if fit.framing and FRAMING not in source.names:
     raise ValueError(
-      "Got packed images without the sizes that they had before they were cropped and resized, for a model with a"
-      " condition that needs them; expected a pack that --mode=prepare wrote with this model. Pack the images again."
+      "Got packed images without their original sizes, but a condition of the model needs these sizes; expected a"
+      " pack that --mode=prepare wrote with this model. Pack the images again."
     )
   # A config without fields accepts the fields of the pack.
   if settings != {key: value for key, value in settings.items() if key.startswith("fields.")} | expected:

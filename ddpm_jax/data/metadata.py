@@ -181,8 +181,8 @@ def _check_file(root: str, fields: Mapping[str, str]) -> None:
   if holders:
     raise ValueError(
       f"{problem}, but {', '.join(sorted(holders)[:_MAX_NAMES])}; expected {path}, or one in each split. Set"
-      " --config.data.source.path to the folder with the splits, --config.data.source.train_split and"
-      " --config.data.source.eval_split to their names, and the name of a split that does not exist to ''."
+      " --config.data.source.path to the folder with the splits. Set --config.data.source.train_split and"
+      " --config.data.source.eval_split to the names of the splits, or to '' if there is no such split."
     )
   above = os.path.join(os.path.dirname(root), FILE)
   if os.path.isfile(above):

@@ -99,8 +99,8 @@ def parse(prompt: str) -> list[Piece]:
 def _refuse_schedule(text: str, prompt: str) -> None:
   if _SCHEDULE.search(text):
     raise ValueError(
-      f"Got [{text}] in the prompt {prompt!r:.80}, text that would change between steps; expected text without it. For"
-      " a weight, write (word:1.3). For brackets in the text, write \\[ and \\]."
+      f"Got [{text}] in the prompt {prompt!r:.80}, text that would change between steps; expected a prompt without"
+      " such text. For a weight, write (word:1.3). For brackets in the text, write \\[ and \\]."
     )
 
 

@@ -259,8 +259,8 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
   if channels > config["in_channels"] or out_channels % (2 if learns_variance else 1):
     raise ValueError(
       f"Got {folder} with in_channels={config['in_channels']}, out_channels={out_channels} and a"
-      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels of at most in_channels, or an even"
-      " number of at most twice in_channels for variance_type learned_range."
+      f" {'learned' if learns_variance else 'fixed'} variance; expected out_channels of at most in_channels."
+      " With variance_type learned_range, expected an even number of at most twice in_channels."
     )
   return channels
 

@@ -160,8 +160,8 @@ def _check_code(content: Mapping[str, Any]) -> None:
     code.append(f"_class_name={jsonfiles.shorten(content['_class_name'])}")
   if code:
     raise ValueError(
-      f"Got a pipeline with {code[0]}, which names code, and code from a folder never runs here; expected parts of"
-      " diffusers and transformers. Use a model without code of its own."
+      f"Got a pipeline with {code[0]}, which refers to code in the folder or on the hub. ddpm_jax never runs such code;"
+      " expected only parts of diffusers and transformers. Use a model without custom code."
     )
 
 

@@ -120,8 +120,8 @@ def from_config(config: Mapping[str, Any]) -> TextEncoder:
   code = [key for key in _CODE if config.get(key)]
   if code:
     raise ValueError(
-      f"Got a text encoder with {code[0]}={jsonfiles.shorten(config[code[0]])}, which names code, and code from a folder never"
-      f" runs here; expected one of the classes {', '.join(_MODEL_TYPES)}. Use a model without code of its own."
+      f"Got a text encoder with {code[0]}={jsonfiles.shorten(config[code[0]])}, which refers to code in the folder. ddpm_jax"
+      f" never runs such code; expected one of the classes {', '.join(_MODEL_TYPES)}. Use a model without custom code."
     )
   name = _class_of(config)
   kind = _MODEL_TYPES[name]

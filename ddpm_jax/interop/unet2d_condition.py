@@ -352,8 +352,8 @@ def _check_embeddings(config: Config) -> None:
   total, each = c["projection_class_embeddings_input_dim"], c["addition_time_embed_dim"]
   if text_time and total <= each:
     raise ValueError(
-      f"Got a {NAME} with projection_class_embeddings_input_dim={total} and addition_time_embed_dim={each}; expected a"
-      " larger number for the first, because it counts the features of the text and of all sizes."
+      f"Got a {NAME} with projection_class_embeddings_input_dim={total} and addition_time_embed_dim={each}; expected"
+      " the first to be larger, because it counts the features of the text and of all embedded sizes."
     )
 
 

@@ -99,8 +99,8 @@ def autoencoding(
   )
   if error not in ("l1", "l2") or not 0 <= codebook_decay < 1 or codebook_restart >= 1:
     raise ValueError(
-      f"Got error={error!r}, codebook_decay={codebook_decay} and codebook_restart={codebook_restart}; expected 'l1' or 'l2',"
-      " and numbers of 0 or more and below 1."
+      f"Got error={error!r}, codebook_decay={codebook_decay} and codebook_restart={codebook_restart}; expected"
+      " error='l1' or 'l2', and codebook_decay and codebook_restart in [0, 1)."
     )
 
   def init(key: Array, params: PyTree, frozen: PyTree) -> tuple[PyTree, PyTree]:

@@ -103,7 +103,7 @@ def check_conditional(network: Any) -> None:
   if n.size_features and n.vector_embedding != "dense":
     raise ValueError(
       f"Got size_features={n.size_features} with vector_embedding={n.vector_embedding!r}; expected"
-      " vector_embedding='dense', because the sizes follow the vector."
+      " vector_embedding='dense', because the embedded sizes are appended to the vector."
     )
   for name, features in (("channels", n.channels), ("size_features", n.size_features or n.channels)):
     _check_sinusoids(name, features)
@@ -263,8 +263,8 @@ def check_precision(dtype: Any, attention: str) -> None:
     raise ValueError(f"Got dtype={name!r}; expected {' or '.join(map(repr, _TYPES[:2]))}.{hint(name, _TYPES)}")
   if attention == "cudnn" and jnp.dtype(dtype).itemsize != 2:
     raise ValueError(
-      f"Got attention='cudnn' with dtype={jnp.dtype(dtype).name}; expected dtype=bfloat16. Set it, or leave attention"
-      " empty."
+      f"Got attention='cudnn' with dtype={jnp.dtype(dtype).name}; expected dtype=bfloat16. Set dtype=bfloat16,"
+      " or leave attention empty."
     )
 
 
