@@ -228,9 +228,9 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
 def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condition:
   """Return the text condition of a pipeline.
 
-  The network of Stable Diffusion 1 and 2 receives the normalized output of the text encoder's last layer. The network of
-  XL receives the output of the second to last layer of every encoder, without normalization. It also receives the
-  pooled vector of the last encoder. No pipeline masks the padding of the prompts.
+  The network of Stable Diffusion 1 and 2 receives the normalized output of the text encoder's last layer. The network
+  of XL receives the output of the second to last layer of every encoder, without normalization, and also the pooled
+  vector of the last encoder. No pipeline masks the padding of the prompts.
 
   Args:
     encoders: see `Parts`.
