@@ -337,8 +337,8 @@ def discrete(betas: schedules.Betas, interpolation: str = "cubic") -> Process:
     interpolation: the values between the steps. With "cubic", -log(alpha_bar) is the monotone cubic through its values
       at all steps (Fritsch and Butland 1984). The chain is therefore a VP process with a continuous rate, evaluated at
       N points, and every continuous-time rule applies to it. With "linear", sigma / alpha is a straight line between
-      two steps. With "log_linear", log(sigma / alpha) is a straight line. The Euler and Heun schedulers of diffusers offer
-      both. The rate then jumps at every step, which misleads the error control of `sampling.ode`.
+      two steps. With "log_linear", log(sigma / alpha) is a straight line. The Euler and Heun schedulers of diffusers
+      offer both. The rate then jumps at every step, which misleads the error control of `sampling.ode`.
 
   Raises:
     ValueError: if the betas are not a one-dimensional table of 1 to 2^24 numbers, or if a beta is outside (0, 1). The
