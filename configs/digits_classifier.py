@@ -6,8 +6,8 @@ Hardware: 2 CPU cores. Time: 2 minutes, including compilation and scoring.
 Score: on the 500 held-out digits at log-SNR 4, 2, 0, -2 and -4,
 accuracy 0.99, 0.98, 0.79, 0.36, 0.17 (chance 0.13);
 cross-entropy 0.02, 0.07, 0.58, 1.86, 2.25 nats (chance 2.30).
-For comparison, a Parzen (kernel density) estimate from the training digits, whose kernel width was chosen on the
-held-out digits, has a cross-entropy of 0.07, 0.11, 0.56, 1.86, 2.25 nats at the same log-SNRs.
+For comparison, a Parzen (kernel density) estimate from the training digits has a cross-entropy of 0.07, 0.11, 0.56,
+1.86, 2.25 nats at the same log-SNRs. Its kernel width was chosen on the held-out digits.
 """
 
 from ddpm_jax.config import default_config, spec

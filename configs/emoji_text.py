@@ -13,9 +13,10 @@ python -m ddpm_jax.main --mode=sample --workdir=/tmp/emoji_text --prompt="red ap
 
 Data: 1,400 emoji to train on and 199 held out (see docs/data.md), with their names as captions. The folder that
 --mode=prepare writes also contains the text encoder's output for each caption, so training does not run the text
-encoder. Hardware: 2 CPU cores. Time: about 20 minutes of training at 0.3 seconds a step, after 16 minutes for the
-autoencoder. Score (real images in parentheses): for 199 samples of held-out captions, precision in pixel space 0.78
-(0.77) and recall 0.84 (0.78). Pictures: docs/text.md.
+encoder.
+Hardware: 2 CPU cores. Time: about 20 minutes of training at 0.3 seconds a step, after 16 minutes for the autoencoder.
+Score (real images in parentheses): for 199 samples of held-out captions, precision in pixel space 0.78 (0.77) and
+recall 0.84 (0.78). Pictures: docs/text.md.
 """
 
 from ddpm_jax.config import default_config, spec

@@ -7,10 +7,11 @@ Network: 83.7M parameters, with the settings of kl-f8 in the paper's appendix G 
 loss, a perceptual loss, and a KL divergence of weight 1e-6. From step 50,000, the loss also contains the adversarial
 loss of a patch discriminator, with 0.5 times the adaptive weight of Esser et al. 2021. The network computes in bfloat16
 and recomputes activations.
-Differences: the perceptual loss compares features of VGG16 without the learned weights of LPIPS, and is the mean over
-feature maps instead of the sum. The discriminator has group normalization. Gradients of the autoencoder are clipped.
+Differences from the paper: the perceptual loss compares features of VGG16 without the learned weights of LPIPS. It is
+the mean over feature maps instead of the sum. The discriminator has group normalization. Gradients of the autoencoder
+are clipped.
 Data: the folder has train/<class>/ and val/<class>/ with the original images of ImageNet. The paper trained on
-OpenImages. The weights are torchvision's state dict of VGG16.
+OpenImages. <file> is torchvision's state dict of VGG16.
 Hardware: 8 GPUs or a TPU slice. The paper trained for about 250,000 steps.
 Score: in the paper's repository, reconstructions have FID 0.90 and PSNR 24.2 dB. Not yet reproduced with this code.
 """

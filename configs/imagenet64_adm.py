@@ -14,7 +14,7 @@ original folder, but only as fast as the host decodes JPEG.
 To read imagenet2012 from TFDS instead, put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into the folder
 downloads/manual of TFDS. In both commands, replace --output and all --config.data.source flags by
 --config.data.source="tfds(name='imagenet2012', eval_split='validation')".
-For the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
+To resize images as in the down-sampled ImageNet of Chrabaszcz et al. 2017, add --config.data.resize=box.
 Hardware: a TPU slice or 8 GPUs. The paper trained for 540,000 steps with 2048 images per step.
 Score: in the paper, FID 2.07 without guidance, for 50,000 samples with 250 steps. Not yet reproduced with this code.
 """

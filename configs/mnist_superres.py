@@ -9,8 +9,8 @@ Network: trained with conditioning augmentation (Ho et al. 2022), so that it als
 configs/mnist8_cond.py.
 Hardware: 2 CPU cores. Time: 15 minutes, while another run trained on the same cores.
 Score (real images in parentheses): Frechet distance in pixel space 12.8 (22.9), precision 1.0 (0.96), recall 1.0
-(0.95), for 500 held-out digits that were downsampled and enlarged again with 30 steps of DDIM. The enlarged digits are
-compared with their own originals, so their scores may be better than the scores of different real digits.
+(0.95), for 500 held-out digits that were downsampled and enlarged again with 30 steps of DDIM. The reference
+images are the originals of the enlarged digits, so the scores may be better than the scores of real images.
 """
 
 from ddpm_jax.config import default_config, spec

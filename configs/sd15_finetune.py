@@ -7,8 +7,8 @@ python -m ddpm_jax.main --config=configs/sd15_finetune.py --workdir=<run> --conf
 python -m ddpm_jax.main --mode=sample --workdir=<run> --prompt="a red fox in snow"
 python -m ddpm_jax.main --mode=export --workdir=<run> --output=<new pipeline>
 
-Data: a folder of images with captions in metadata.jsonl, and a Stable Diffusion 1.5 pipeline: its folder, or its name
-on the Hugging Face hub. The autoencoder and the text encoder are frozen, and only the U-Net is trained.
+Data: a folder of images with captions in metadata.jsonl. <pipeline> is the folder of a Stable Diffusion 1.5 pipeline,
+or its name on the Hugging Face hub. The autoencoder and the text encoder are frozen, and only the U-Net is trained.
 The first command is optional. If you skip it, leave out --config.data.latents in the second command. Each train step
 then encodes images and captions.
 To train a U-Net from random weights, leave init_from out, and set model.codec.path and model.conditions.text.path to

@@ -119,8 +119,8 @@ def _hint(value: Any, kind: Any, function: Any) -> str:
 def _name(function: Any) -> str:
   """Return a function's public name.
 
-  For a function of ddpm_jax, the name starts with the package if the package exports the function, otherwise with the
-  module.
+  The name of a function of ddpm_jax starts with its package, as in `sampling.heun`, if the package exports the
+  function. Otherwise it starts with its module.
   """
   module, name = getattr(function, "__module__", None) or "", function.__qualname__
   if not module.startswith("ddpm_jax."):

@@ -174,8 +174,8 @@ def two_conditions(
   Args:
     conditional: the conditional model, as in `classifier_free`.
     condition: the first and the second condition, such as an instruction and the image to edit.
-    partial: the null value of the first condition, and the second condition.
-    negative: the null values of the first and of the second condition.
+    partial: the same as `condition`, but with the null value in place of the first condition.
+    negative: the same as `condition`, but with null values in place of both conditions.
     scale: the scale of the first condition.
     partial_scale: the scale of the second condition.
 
@@ -335,7 +335,7 @@ def _check_conditions(condition: PyTree, negative: PyTree) -> None:
 
 
 def _branches(conditional: Conditional, x_t: Array, t, *conditions: PyTree) -> list[Any]:
-  """Compute the estimates with several conditions in one call.
+  """Return a list of estimates, one for each condition, from a single network call.
 
   The batch of this call has one row for each sample and condition. The rows for one sample are adjacent, so each sample
   stays on its device if the batch is sharded over devices.

@@ -34,7 +34,9 @@ Denoise = Callable[[Array, Array], Any]
 
 
 def x_0_of(denoised) -> Array:
-  """Return the estimate of the data from the output of `denoise`, an array or a `Denoised`.
+  """Return the estimate of the data.
+
+  `denoised` is the output of `denoise`, either an array or a `Denoised`.
 
   Raises:
     ValueError: if `denoised` has a second estimate for the noise (CFG++), because that estimate would be lost.
@@ -66,7 +68,7 @@ def learned_fraction(denoised) -> Array | None:
 
 
 def map_x_0(function: Callable[[Array], Array], denoised):
-  """Apply a function to the estimates of the data.
+  """Apply a function to the estimates of the data in the output of `denoise`, and return the new output.
 
   A learned variance stays unchanged.
   """
@@ -166,9 +168,9 @@ def learned_range(prediction: Prediction) -> Prediction:
 
 
 def coefficients(process: Process, prediction: Prediction, t: Array, x: Array) -> tuple[Array, ...]:
-  """Return the arguments alpha and sigma of `target` and `to_x0` at times t [B], expanded to the rank of x [B, ...].
+  """Return the last arguments of `target` and `to_x0` at times t [B], expanded to the rank of x [B, ...].
 
-  If the prediction needs the slopes of alpha and sigma, they are also returned.
+  These are (alpha, sigma), or (alpha, sigma, alpha', sigma') if the prediction needs the slopes alpha' and sigma'.
   """
   slopes = process.slopes(t) if prediction.needs_slopes else ()
   values = (process.alpha(t), process.sigma(t), *slopes)

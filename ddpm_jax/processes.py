@@ -77,8 +77,8 @@ class Process(NamedTuple):
     sigma: the standard deviation of the noise, a function of time. It is 0 at t = 0 if the process starts from clean
       data.
     t_max: the time of the prior.
-    t_min: a small time above 0. It is the last time before 0 in the grids `log_snr` and `karras`, unless they are
-      called with another `t_min`. `losses.log_normal` and `losses.logit_normal` sample no times below `t_min`.
+    t_min: a small time above 0. By default, the grids `log_snr` and `karras` go from t_max down to t_min, and then to
+      0. `losses.log_normal` and `losses.logit_normal` sample no times below `t_min`.
     time_input: a function from time to the network's default time input.
     num_steps: the number N of steps of a discrete process, with step n at t = n/N. None for a continuous process.
   """
@@ -336,9 +336,9 @@ def discrete(betas: schedules.Betas, interpolation: str = "cubic") -> Process:
     betas: the betas [N].
     interpolation: the values between the steps. With "cubic", -log(alpha_bar) is the monotone cubic through its values
       at all steps (Fritsch and Butland 1984). The chain is therefore a VP process with a continuous rate, evaluated at
-      N points, and every continuous-time rule applies to it. With "linear" or "log_linear", sigma / alpha or its
-      logarithm is a straight line between two steps, as in the Euler and Heun schedulers of diffusers. The rate then
-      jumps at every step, which misleads the error control of `sampling.ode`.
+      N points, and every continuous-time rule applies to it. With "linear", sigma / alpha is a straight line between
+      two steps. With "log_linear", log(sigma / alpha) is a straight line. The Euler and Heun schedulers of diffusers
+      offer both. The rate then jumps at every step, which misleads the error control of `sampling.ode`.
 
   Raises:
     ValueError: if the betas are not a one-dimensional table of 1 to 2^24 numbers, or if a beta is outside (0, 1). The
@@ -422,9 +422,9 @@ def _ratio_lines(table: np.ndarray, in_logarithm: bool) -> tuple[TimeFn, TimeFn]
 # also fast outside of compiled programs.
 @functools.partial(jax.jit, static_argnums=1)
 def _step(t: Array, n: int) -> Array:
-  """Return n t, an exact integer k at step k.
+  """Return n t without the rounding error at the steps.
 
-  The product of n and k/n can miss k by a rounding error. A steep schedule would magnify that error.
+  At t = k/n the result is exactly k. The computed product can miss k, and a steep schedule would magnify that error.
   """
   position = t * n
   nearest = jnp.round(position)

@@ -36,7 +36,7 @@ SHARE = 8
 
 
 def read_package(folder, package, prefixes):
-  """Read an npm package, and return the contents of each file whose name starts with one of `prefixes`."""
+  """Return a dict from name to contents, for the files in an npm package whose names start with one of `prefixes`."""
   path = folder / f"{package.removeprefix('@').replace('/', '-').replace('@', '-')}.tgz"
   if not path.is_file():
     raise ValueError(
@@ -65,7 +65,7 @@ def key_of(code_points):
 
 
 def captions_of(package, available):
-  """Return a dict from key to metadata of all emoji with an image, in the order of emojibase's data file."""
+  """Return a dict from the key of each emoji with an image to its metadata, in the order of emojibase's data file."""
   groups = json.loads(package["meta/groups.json"])["groups"]
   captions = {}
   for emoji in json.loads(package["en/data.json"]):

@@ -80,7 +80,7 @@ def errors(sampler, denoiser, mean, covariance, count, times):
 
 
 def main(count: int = 20_000, steps: int = 50, **kwargs) -> dict[tuple[str, str], tuple[float, float]]:
-  """Print a table, and return the errors of the mean and covariance by problem and method."""
+  """Print a table, and return a dict from (problem, method) to (error of the mean, error of the covariance)."""
   times, results = sampling.grids.log_snr(PROCESS, steps), {}
   print(
     "| problem | method | network calls | error of the mean | error of the covariance |\n| --- | --- | ---: | ---: | ---: |"

@@ -45,10 +45,9 @@ def start(folder):
 
 
 def unfinished_checkpoints(folder):
-  """Return the names and inodes of unfinished checkpoints.
+  """Return a set with a pair (name, inode) for each unfinished checkpoint.
 
-  The inode distinguishes a checkpoint in progress from an older one of the same name, which an earlier kill
-  interrupted.
+  The inode distinguishes a checkpoint in progress from an older, interrupted checkpoint of the same name.
   """
   unfinished = set()
   for path in folder.glob("checkpoints/*.orbax-checkpoint-tmp*"):

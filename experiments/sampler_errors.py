@@ -164,7 +164,7 @@ GRIDS = {
 
 
 def grid_for(name, grid):
-  """Return a grid uniform in time for consistency models, and `grid` for other samplers."""
+  """Return the function `sampling.grids.uniform` on VP for consistency models, and `grid` for other samplers."""
   return functools.partial(sampling.grids.uniform, VP) if name == "multistep_consistency" else grid
 
 

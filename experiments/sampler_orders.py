@@ -227,9 +227,9 @@ def tables(results):
 
 
 def error_within(curve, budget):
-  """Return the error at the largest NFE of a curve that is at most `budget`.
+  """Return a curve's error at its largest NFE up to `budget`.
 
-  Return NaN if each NFE of the curve is larger.
+  If every NFE of the curve is larger, return NaN.
   """
   return curve.get(max((calls for calls in curve if calls <= budget), default=None), math.nan)
 

@@ -72,7 +72,7 @@ def run_command(folder, *flags):
 
 
 def score_guidance(args, classifier, held_out, flags):
-  """Return class agreement, precision and recall of samples at each guidance scale.
+  """Return a row (name, class agreement, precision, recall) for each guidance scale.
 
   Class agreement is the share of samples in which the classifier recognizes the requested class.
   """
@@ -92,9 +92,10 @@ def score_guidance(args, classifier, held_out, flags):
 
 
 def score_inpainting(args, classifier, held_out, flags):
-  """Return class agreement, precision and recall after each method inpaints the lower half of held-out digits.
+  """Return a row (method, class agreement, precision, recall) for each inpainting method.
 
-  Class agreement is the share of inpainted digits in which the classifier recognizes the class of the real digit.
+  Each method inpaints the lower half of held-out digits. Class agreement is the share of inpainted digits in which the
+  classifier recognizes the class of the real digit.
   """
   count, rows = min(args.count, len(held_out["image"])), []
   # Use only digits that the classifier recognizes before inpainting.

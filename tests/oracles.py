@@ -70,7 +70,7 @@ class Mixture(NamedTuple):
   def classify(self, process):
     """Return the exact classifier as a function of x_t and t.
 
-    It computes the logits of p(component | x_t) [B, K].
+    The classifier returns the logits [B, K] of p(component | x_t).
     """
     return lambda x, t: self._posterior(process, x, t)[0]
 

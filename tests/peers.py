@@ -89,7 +89,7 @@ def k_model():
 
 
 def run_diffusers(scheduler, process, network, x, times, *, before=None, **options):
-  """Run a scheduler of diffusers, and return the start and the state after each network call.
+  """Run a scheduler of diffusers, and return an array with the start and the state after each network call.
 
   The function calls the network at `times`, so `times` must match the scheduler's timesteps.
   """
@@ -105,9 +105,9 @@ def run_diffusers(scheduler, process, network, x, times, *, before=None, **optio
 
 
 def states_of_heun_steps(states):
-  """Return the start and the state after each Heun step.
+  """Return an array with the start and the state after each Heun step.
 
-  The argument `states` has the start and the state after each network call. Each step makes two calls, except that the
+  `states` is an array with the start and the state after each network call. Each step makes two calls, except that the
   last step, to 0, makes only one call.
   """
   return np.concatenate([states[::2], states[-1:]])
@@ -137,7 +137,7 @@ def run_k_diffusion(rule, x, sigmas, noises, **options):
 
 
 def noise_of_dpmpp_sde(sigmas, eta, dtype):
-  """Yield two unit-variance noises for each `dpmpp_sde` step, first for its first half and then for the entire step.
+  """Yield two unit-variance noises for each `dpmpp_sde` step: one for its first half, then one for the entire step.
 
   The noise of the entire step is a weighted sum of the noise of the first half and an independent noise.
   """
@@ -152,10 +152,11 @@ def noise_of_dpmpp_sde(sigmas, eta, dtype):
 def fixed_dpmpp_3m():
   """Return k-diffusion's DPM-Solver++(3M) with the missing factor 2 in the term of the second difference.
 
-  For u from 0 to h in lambda, the rule's estimate of x_0 is D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The
-  integral of exp(u - h) (u/h)^2 is 1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. The multistep rule in
-  diffusers and the multistep rule in the code of the paper's authors have the same error. The singlestep rule of the
-  authors has the factor 2. The missing term is of order h^3 in each step.
+  A step has length h in lambda. At the distance u from its start, the rule's estimate of x_0 is
+  D(u) = D(0) + d1 u/h + d2 (u/h)^2, with d2 = h^2 D''/2. The integral of exp(u - h) (u/h)^2 from 0 to h is
+  1 - 2 phi_2 / h = -2 phi_3. k-diffusion uses -phi_3 instead. The multistep rule in diffusers and the multistep rule in
+  the code of the paper's authors have the same error. The singlestep rule of the authors has the factor 2. The missing
+  term is of order h^3 in each step.
   """
   rule = k_diffusion.sample_dpmpp_3m_sde
   source, names = inspect.getsource(rule), dict(vars(k_diffusion))

@@ -63,9 +63,9 @@ def schedule():
 
 
 def neighbors(copied=1):
-  """Return digits that serve as samples, and other digits that serve as their nearest neighbors.
+  """Return a `report.Neighbors` with 8 digits as samples and 3 other digits as the neighbors of each sample.
 
-  The first `copied` samples are equal to their nearest neighbors.
+  For the first `copied` samples, the nearest neighbor is a copy of the sample.
   """
   images, _ = digits()
   distances = np.sort(np.random.default_rng(0).uniform(1.6, 3, (8, 3)), axis=1)

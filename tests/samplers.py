@@ -1,4 +1,4 @@
-"""List all samplers under test and the orders of the deterministic rules, and provide helpers to run samplers."""
+"""Define the samplers under test, the orders of deterministic rules, and functions that run samplers."""
 
 import itertools
 import math
@@ -143,8 +143,8 @@ def run_uncompiled(sampler, denoise, x, times, key=None, **kwargs):
 def run_from_exact_start(sampler, denoise, states, times, steps):
   """Take `steps` steps of a deterministic rule from exact first states, and return the last state.
 
-  The entries of `states` replace the start and the results of the first steps. The order of a multistep rule is defined
-  this way, because its first steps have lower order and would dominate the error.
+  The entries of `states` replace the start and the results of the first steps. Without exact states, the first steps of
+  a multistep rule would dominate the error, because their order is lower.
   """
   key = jax.random.key(0)
 
@@ -162,12 +162,13 @@ def run_from_exact_start(sampler, denoise, states, times, steps):
 def exact_moments(sampler, denoise, mean, variance, times, steps, digits=(3, 3)):
   """Return the mean and variance of the states after `steps` steps of a sampler, for one-dimensional Gaussian data.
 
-  The arguments `mean` and `variance` describe the Gaussian start. For Gaussian data, a step is affine in the state and
-  in each noise. So the results for the rows of a small batch give both moments without sampling. The first row starts
-  at the mean and has no noise. The second row starts one standard deviation above the mean and has no noise. Each
-  further row starts at the mean and sets one noise to 1. A key is represented by the tuple of integers that were folded
-  into it, so equal keys give equal noise. `digits[i]` must exceed the largest integer at position i of these tuples by
-  at least 2.
+  The arguments `mean` and `variance` describe the Gaussian start. Each step is affine in the state and in each noise.
+  So a small batch gives both moments without sampling. The first row of the batch starts at the mean and has no noise.
+  The second row starts one standard deviation above the mean and has no noise. Each further row starts at the mean and
+  sets one noise to 1.
+
+  A key is a tuple: the number of the step, and then the integers that the sampler folds in. So equal keys give equal
+  noise. The i-th of these integers must be at most `digits[i] - 2`.
   """
   rows = jnp.arange(2 + (len(times) - 1) * math.prod(digits))
 

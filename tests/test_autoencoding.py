@@ -274,7 +274,10 @@ def test_generator_and_discriminator_learn_from_their_own_losses_only():
 
 
 def train(objective, params, steps, *, accumulate=1, chain=None, x=None, mesh=None):
-  """Train for `steps` steps, and return the list of states, which starts with the initial state, and the metrics."""
+  """Train for `steps` steps, and return a list of states and a list of metrics.
+
+  The states start with the initial state. With a mesh, None replaces the initial state.
+  """
   has_critic = bool(jax.tree.leaves(objective.init(jax.random.key(0), params, ())[0]))
   extra = optax.sgd(0.1) if has_critic else None
   chain = chain or optim.chain(0.01, averages=ema.params_ema(ema.fixed(0.5)), extra=extra)

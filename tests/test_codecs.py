@@ -1,4 +1,4 @@
-"""Test codecs from runs of autoencoders: statistics, weights, errors, and the values that runs on latents store."""
+"""Test codecs that come from runs of autoencoders, and the codec values that runs on latents store."""
 
 import json
 import shutil

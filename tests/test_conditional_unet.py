@@ -41,7 +41,7 @@ INPUTS = {name: value.astype(np.float32) for name, value in INPUTS.items()}
 
 @pytest.fixture(autouse=True)
 def _strict():
-  """Make implicit promotion of types and ranks an error, because users may choose the same settings."""
+  """Make implicit promotion of types and ranks an error, because users of JAX may choose these strict settings."""
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
 

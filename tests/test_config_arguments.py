@@ -15,9 +15,9 @@ from tests.test_config_components import TREE, with_keys
 
 
 def make_value(annotation, number):
-  """Return a value of the annotated type that differs for each `number`.
+  """Return a value of the annotated type.
 
-  The value may be one that components refuse.
+  Different numbers give different values if the type allows it. Components may refuse the value.
   """
   kinds = values.members(annotation)
   if typing.get_origin(kinds[0]) is typing.Literal:
@@ -55,7 +55,7 @@ def has_no_required_key(name, slot):
 
 
 def all_components():
-  """Yield test parameters for each pair of a component of the package and a slot that the component fits."""
+  """Yield a test parameter (key, slot, name) for each key that is a slot and each component that fits the slot."""
   for path, parameter in TREE.parameters.items():
     key = f"{path}.some" if parameter.is_mapping else path
     for name in slots.names(parameter.slot) if parameter.slot else ():

@@ -1,4 +1,4 @@
-"""Test the original sizes, crop positions and final sizes of images, which Stable Diffusion XL has as a condition."""
+"""Test the size condition of Stable Diffusion XL: the original size, crop position and final size of an image."""
 
 import itertools
 

@@ -72,7 +72,7 @@ def test_arrays_are_not_resized(tmp_path):
 
 
 def wrong_inputs(tmp_path):
-  """Write inputs that cause errors, and return the path, size, channels and error message of each input."""
+  """Write inputs that cause errors, and return a list of tuples (path, size, channels, error message)."""
   for side in (4, 8):
     picture(tmp_path / "mixed" / f"{side}.png", (side, side))
   (tmp_path / "empty").mkdir()

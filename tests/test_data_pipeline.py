@@ -235,7 +235,7 @@ def test_canceling_ends_the_iteration():
 
 @pytest.mark.parametrize("stuck", [False, True])
 def test_a_dead_worker_is_an_error(stuck, monkeypatch):
-  """Either the queue reports the death, or the main process is stuck at a lock or at an incomplete message."""
+  """The error is raised even if the main process is stuck at a lock or at an incomplete message."""
   batches = data.batches(numbered(), 5, seed=0, num_workers=1)
   next(batches)
   (worker,) = batches._workers

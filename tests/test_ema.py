@@ -10,9 +10,9 @@ START = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(3, 2), "b": np.flo
 
 
 def follow(path, *decays):
-  """Return, for each decay, the averages [steps + 1, ...] along a path of parameters [steps + 1, ...].
+  """Return a list with the averages [steps + 1, ...] of each decay, for the parameters `path` [steps + 1, ...].
 
-  The first row of the path is the start, and the first row of the averages is equal to it.
+  The first row of `path` is the start, and is also the first row of the averages.
   """
   transform = ema.params_ema(*decays)
   path = jnp.asarray(path, jnp.float32)

@@ -103,9 +103,9 @@ def assert_close(ours, theirs, tolerance=1e-5):
 
 @functools.cache
 def ours_of(network):
-  """Return a compiled function of (params, x, z) that computes gradients and the outputs of encoder and decoder.
+  """Return a compiled function of (params, x, z) that returns (gradients, (encoder output, decoder output)).
 
-  The gradients are the gradients of a scalar that depends on both outputs.
+  A scalar depends on both outputs, and `gradients` has its gradients with respect to params, x and z.
   """
 
   def scalar(params, x, z):

@@ -1,4 +1,4 @@
-"""Compare how we read single-file checkpoints of Stable Diffusion with diffusers' converters."""
+"""Test that we read single-file checkpoints of Stable Diffusion as diffusers' converters do."""
 
 import jax
 import numpy as np

@@ -1,8 +1,7 @@
-"""Compare whole trajectories of our samplers with those of diffusers' schedulers, for the same scheduler config.
+"""Compare trajectories of our samplers with those of diffusers' schedulers, for the same scheduler configs.
 
-The network is exact for data from a mixture of Gaussians. diffusers' schedulers (the peers) call it through NumPy. In
-the float64 tests, the modules of the peers also compute in float64, so that the tests compare the rules and not the
-rounding of tables.
+The network is exact for data from a mixture of Gaussians. diffusers' schedulers (the peers) call the network through
+NumPy. In the float64 tests, the peers also compute their tables in float64.
 """
 
 import itertools
@@ -116,8 +115,8 @@ def read_schedule(name):
 def peer_trajectory(name, network, process, x, times, steps):
   """Run diffusers' scheduler from `x`, and return its states at `times` and its number of network calls.
 
-  The scheduler uses our noise and computes in the precision of `x`. `run_diffusers` checks that the scheduler calls the
-  network at the times that follow from `times`.
+  The scheduler uses our noise and computes in the precision of `x`. `run_diffusers` checks the times of the network
+  calls.
   """
   kind, options, _ = CASES[name]
   scheduler, dtype = getattr(diffusers, f"{kind}Scheduler"), str(x.dtype)
@@ -150,7 +149,10 @@ def peer_trajectory(name, network, process, x, times, steps):
 
 
 def trajectory(sampler, denoise, x, times):
-  """Return the states of our sampler at `times`, from one compiled step that grids of all lengths share."""
+  """Return the states of our sampler at `times`.
+
+  Each step runs the same compiled program.
+  """
   rule = sampler if sampler.prepare is None else sampler.prepare(len(times) - 1)
   step = jax.jit(rule.step, static_argnums=1)
   states, memory = [x], rule.init(x)

@@ -1,4 +1,4 @@
-"""Compare the betas, noise levels and samplers of diffusers' scheduler configs with ours, after reading and writing."""
+"""Test reading and writing diffusers' scheduler configs: betas, noise levels and samplers."""
 
 import inspect
 import json

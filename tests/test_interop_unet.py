@@ -147,7 +147,10 @@ WITH_GRADIENTS = (
 
 
 def run_peer(model, x, t, classes, weight):
-  """Return diffusers' output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
+  """Return a list of diffusers' output and the gradient of sum(output * weight) with respect to x.
+
+  If `weight` is None, the list has only the output.
+  """
   x = torch.tensor(x.transpose(0, 3, 1, 2)).requires_grad_(weight is not None)
   labels = None if classes is None else torch.tensor(classes)
   values = [model(x, torch.tensor(t), class_labels=labels).sample]
@@ -158,7 +161,10 @@ def run_peer(model, x, t, classes, weight):
 
 
 def run_ours(network, params, x, t, classes, weight):
-  """Return our output and, unless `weight` is None, the gradient of sum(output * weight) with respect to x."""
+  """Return a list of our output and the gradient of sum(output * weight) with respect to x.
+
+  If `weight` is None, the list has only the output.
+  """
   time = jnp.log(t) if network.time_embedding == "fourier" else t
   conditions = {"vector" if network.vector_embedding else "classes": classes}
 
@@ -205,7 +211,7 @@ def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_configs_are_read_back_unchanged(name):
-  """In diffusers, the config that we write for our network creates a model with the original model's tensor shapes."""
+  """diffusers also builds a model from our config, and its tensors have the shapes of the original model."""
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
   network = unet2d.from_config(model.config)

@@ -108,7 +108,10 @@ def random_peer(changes, seed=0):
 
 
 def inputs_of(config, size, seed=1):
-  """Return random arguments of our network by name, and a random weight for each output value as "weight"."""
+  """Return a dict from the names of our network's arguments to random values.
+
+  The key "weight" has a random weight for each value of the output.
+  """
   rng = np.random.default_rng(seed)
   inputs = {"tokens": rng.standard_normal((BATCH, TOKENS, config.cross_attention_dim))}
   if config.num_class_embeds:
@@ -135,7 +138,11 @@ def as_torch(value):
 
 
 def run_peer(peer, inputs, mask=None):
-  """Return the peer's output, and the gradients of sum(output * weight) with respect to all float inputs."""
+  """Return a dict of the peer's output and gradients.
+
+  The keys are "output" and the names of all float inputs except "time" and "weight". Each gradient is the gradient of
+  sum(output * weight) with respect to one input.
+  """
   t = {name: as_torch(value).requires_grad_(value.dtype == np.float32) for name, value in inputs.items()}
   x = t["x"] if "image" not in t else torch.cat([t["x"], t["image"]], 1)
   added = {"text_embeds": t["vector"], "time_ids": t["sizes"]} if "sizes" in t else None
@@ -158,7 +165,7 @@ def run_peer(peer, inputs, mask=None):
 
 
 def run_ours(network, params, inputs, names, mask=None):
-  """Return our network's output, and the gradients of sum(output * weight) with respect to the inputs `names`."""
+  """Return a dict like `run_peer` for our network, with gradients for the inputs `names`."""
 
   @jax.jit
   def run(params, inputs):

@@ -1,4 +1,4 @@
-"""Test autoencoders as codecs, tiles, latent data sets, and editing with models of latents."""
+"""Test codecs, encoding and decoding in tiles, data sets of latents, and editing with models of latents."""
 
 import functools
 import json

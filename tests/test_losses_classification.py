@@ -1,4 +1,4 @@
-"""Test the loss of a classifier against the conditional entropy by numerical integration."""
+"""Compare the loss of a classifier with the conditional entropy, computed by numerical integration."""
 
 import functools
 

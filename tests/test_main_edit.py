@@ -89,7 +89,7 @@ def test_a_custom_guidance_rule_is_read_from_a_file(run, tmp_path):
 
 
 def test_blurred_images_are_restored(run, tmp_path):
-  """The inputs are blurred images. On average, blurred results are closer to the inputs than blurred inputs are."""
+  """The input is a blurred image. On average, a blurred result is closer to the input than the input blurred again."""
   generator = np.random.default_rng(3)
   sharp, blur = np.where(generator.random((3, 8, 8, 1)) < 0.5, 40, 215), editing.blur(1.0)
   measured = images.to_uint8(blur(jnp.asarray(images.from_uint8(sharp.astype(np.uint8)))))
@@ -181,7 +181,7 @@ def test_wrong_flags_give_one_message(run, tmp_path, flags, message):
 
 
 def write_invalid_files(folder):
-  """Write files that are not valid images or masks, and return the error message for each."""
+  """Write files that are not valid images or masks, and return a dict from file names to error messages."""
   levels = np.arange(64, dtype=np.uint16).reshape(8, 8)
   Image.fromarray(levels.astype(np.float32)).save(folder / "floats.tif")
   Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(folder / "clear.png")

@@ -318,7 +318,7 @@ def test_valid_guidance_passes(config, others, negative):
 
 
 def test_guided_denoisers_match_their_formulas(dense):
-  """One program computes the estimates of `guided.denoise`, and the formulas from the estimates without guidance."""
+  """The formulas combine estimates without guidance. One program computes the formulas and `guided.denoise`."""
   config, keys = config_of(), jax.random.split(jax.random.key(0), 4)
   params, weak_params, probs_params = (random_params(c, i) for i, c in enumerate((config, config, classifier_of())))
   model, judge = experiment_of(config).model, experiment_of(classifier_of()).model

@@ -273,7 +273,10 @@ def test_state_is_refused(component):
 
 
 def echo_class(parameters):
-  """Return a Linen class whose `__call__` takes the arguments `parameters`, and returns them as a dict."""
+  """Return a Linen class whose `__call__` returns a dict of its arguments after `x` and `time`.
+
+  `parameters` is the code that declares these arguments.
+  """
   scope = {"nn": nn}
   exec(
     "class Echo(nn.Module):\n"

@@ -274,7 +274,7 @@ WIDE = {"space": (16, 16), "channels": 192, "out": 192, "window": (3, 3), "strid
   ],
 )
 def test_the_form_by_tiles_is_used_where_it_is_faster(padding, change, expected):
-  """Only kernels="single_device" uses tiles, and only for arguments with which tiles are supported and faster."""
+  """Only kernels="single_device" uses tiles, and only if they support the arguments and are faster."""
   case = WIDE | change
   x = jax.ShapeDtypeStruct((4, *case["space"], case["channels"]), case["dtype"])
   kernel = jax.ShapeDtypeStruct((*case["window"], case["channels"], case["out"]), case["dtype"])
@@ -348,7 +348,7 @@ def assert_same_with_gradients(ours, other, params, x):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_only_a_cpu_stores_the_operand_of_a_sum(platform):
-  """A barrier stores the operand, both in a sum and in the gradient of repeated values."""
+  """An optimization barrier stores the operand. The gradient of repeated values is also a sum."""
   x, v = jnp.ones((2, 16, 4)), jnp.ones((2, 4))
   for function in (sums.sum_positions, jax.grad(lambda v: jnp.sum(x * sums.repeat_positions(v, x.shape)))):
     text = (

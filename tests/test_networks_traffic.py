@@ -160,7 +160,7 @@ def test_dropout_masks_are_sampled_once():
 
 
 def test_a_tpu_program_inlines_all_functions_of_this_package():
-  """A TPU stores the arrays that a called function saves in float32. This would double the bytes of a bfloat16 step."""
+  """If a called function saves arrays, a TPU stores them in float32. This would double the bytes of a bfloat16 step."""
   network = UNet(
     channels=8, multipliers=(1, 2), blocks=1, groups=4, attention_levels=(1,), dropout=0.1, dtype=jnp.bfloat16
   )

@@ -53,9 +53,9 @@ def package_of(name):
 
 
 def private_names(tree):
-  """Return the private names that a module defines, and the private names that it uses.
+  """Return the private names that a module defines, and pairs (package, name) of the private names that it uses.
 
-  Attributes of `self` and `cls` do not count as used.
+  For an attribute, the package is "". Attributes of `self` and `cls` do not count as used.
   """
   defined, used = set(), set()
   for node in ast.walk(tree):
@@ -79,7 +79,7 @@ def private_names(tree):
 
 
 def private_imports(trees):
-  """Return the private names that each module uses from other packages.
+  """Return a dict from modules to the private names that they use from other packages.
 
   Args:
     trees: the syntax trees of modules by dotted name.

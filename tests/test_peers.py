@@ -47,7 +47,7 @@ time_of = jax.jit(DISCRETE.time_of)
 def dtype(request):
   """Set the precision of our samplers and of the peers.
 
-  In float32, the tests without `in_both` are slow tests.
+  With float32, a test is marked slow unless it has `in_both`.
   """
   with jax.enable_x64(request.param == "float64"):
     yield request.param

@@ -109,7 +109,7 @@ def test_the_sde_matches_the_paper(name):
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_time_of_inverts_the_log_snr(name, dtype):
-  """Rounding the log-SNR to float32 alone changes t by about 1e-6 / |slope|, for the slope of the log-SNR in t."""
+  """Rounding the log-SNR to float32 changes t by about 1e-6 / |slope|. The slope is d log-SNR / dt."""
   process = PROCESSES[name]
   with jax.enable_x64(dtype == np.float64):
     t = np.concatenate([np.geomspace(1e-3, 0.1, 9), interior(PROCESSES["vp"], 9)]).astype(dtype) * dtype(process.t_max)

@@ -21,7 +21,7 @@ CAPACITY = 6
 
 
 def random_prompt(draw, depth=0, weight=1.0):
-  """Return a random prompt as text, and the characters with their weights."""
+  """Return the text of a random prompt, and a list of pairs (character, weight)."""
   text, expected = "", []
   for _ in range(draw.randint(1, 4)):
     kind = draw.choice(("text", "text", "escape", "round", "square", "number") if depth < 4 else ("text",))

@@ -1,4 +1,4 @@
-"""Test how processes wait for each other before JAX's service starts, with threads and with commands."""
+"""Test how processes wait for each other before JAX's service starts."""
 
 import re
 import socket

@@ -378,7 +378,7 @@ def test_the_error_determines_the_number_of_digits(value, error, expected):
 
 
 def css_colors():
-  """Return the color variables of the style sheet, for the light page and for the dark page."""
+  """Return two dicts from color variables to colors, for the light page and for the dark page."""
   light, dark = (FOLDER / "page.css").read_text().split("@media screen", 1)
   return [dict(re.findall(r"(--[\w-]+): (#\w{6});", part)) for part in (light, dark)]
 

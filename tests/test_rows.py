@@ -66,7 +66,10 @@ def test_a_finished_array_of_another_identity_is_replaced(tmp_path, capsys):
 
 
 def flip(path, position):
-  """Flip one bit of a file, at a byte position or in the middle of the bytes `position`."""
+  """Flip one bit of a file.
+
+  `position` is the index of a byte. If `position` is a bytes object, the bit is in the middle of these bytes.
+  """
   content = bytearray(path.read_bytes())
   position = content.index(position) + len(position) // 2 if isinstance(position, bytes) else position
   content[position] ^= 4

@@ -63,7 +63,7 @@ def copy(finished, tmp_path):
 
 
 def sampled(folder, **choice):
-  """Generate samples with the chosen weights of a run, and return them."""
+  """Generate and return samples with the chosen weights of a run."""
   before = set((folder / "samples").glob("*.npz"))
   experiment = runs.load_experiment(configs.read_run(folder), folder)
   runs.run_sample(experiment, folder, num_samples=4, seed=0, choice=runs.WeightsChoice(**choice))

@@ -55,7 +55,7 @@ def copy(finished, tmp_path):
 
 
 def die_after(batches):
-  """Make this process kill itself after this number of batches of samples."""
+  """Make this process kill itself after `batches` batches of samples."""
   in_batches = generation.run_in_batches
 
   def dying(*arguments, **options):

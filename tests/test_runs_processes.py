@@ -168,9 +168,9 @@ def get_config():
 
 
 def terminated(folder, patch, **kwargs):
-  """Start two processes.
+  """Start two processes with a config that executes the code `patch`.
 
-  `patch` replaces a function by a version that makes the first process send SIGTERM to itself.
+  The code replaces a function by a version that makes the first process send SIGTERM to itself.
   """
   config = folder / "config.py"
   config.write_text(TERMINATED.format(patch=patch, last=STEPS))

@@ -35,7 +35,7 @@ def write(path, *shape):
 
 
 def newest(folder, pattern):
-  """Return the newest arrays in a folder, and the size of their picture."""
+  """Return a dict of the arrays in the newest file, and the (width, height) of the picture of these arrays."""
   path = max(folder.glob(f"{pattern}*.npz"), key=lambda file: file.stat().st_mtime_ns)
   with np.load(path) as file, Image.open(path.with_suffix(".png")) as picture:
     return {name: file[name] for name in file.files}, picture.size

@@ -57,7 +57,7 @@ def bytes_of(tree):
 
 
 def split_bytes(tree):
-  """Return the bytes of the leaves that are sharded."""
+  """Return the number of bytes in sharded leaves."""
   axes = parallel.split_axes(sharded(), tree)
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(axes), strict=True)
   return sum(leaf.size * leaf.dtype.itemsize for leaf, axis in leaves if axis >= 0)

@@ -19,7 +19,7 @@ from tests.recipes import experiment_of, set_keys, tiny_config
 
 
 def loss_of(config):
-  """Return the objective's `loss(params, keys, batch)` with the arguments that a train step passes."""
+  """Return a function `loss(params, keys, batch)` that calls the objective's loss as a train step does."""
   experiment = experiment_of(config)
   objective, model = experiment.objective, experiment.model
 

@@ -80,7 +80,7 @@ def arrays_of(folder):
 
 
 def arrays_of_and_clear(folder):
-  """Return the samples that `run_sample` saved, and delete the files of `run_sample` but no files of training."""
+  """Return a dict of the arrays that `run_sample` saved, and delete all files of `run_sample`."""
   (path,) = folder.glob("ddim*.npz")
   with np.load(path) as file:
     arrays = {name: file[name] for name in file.files}

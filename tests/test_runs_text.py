@@ -77,7 +77,7 @@ def losses_of(folder):
 
 
 def expected_values(texts):
-  """Compute the values of the condition `letters` for texts without its code."""
+  """Compute the values of the condition `letters` independently of the condition's code."""
   matrix = np.random.default_rng(0).normal(size=(26, 4)).astype(np.float32)
   letters = [[ord(letter) - ord("a") for letter in text if letter.isalpha()] for text in texts]
   return np.stack([matrix[numbers].sum(0) / max(len(text), 1) for numbers, text in zip(letters, texts, strict=True)])

@@ -1,4 +1,4 @@
-"""Test runs of networks that read the states of a frozen text encoder."""
+"""Test runs of networks that read the outputs of a frozen text encoder."""
 
 import json
 import re

@@ -44,7 +44,10 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.f
 
 
 def in_precisions(cases):
-  """Combine each case with every precision, and mark all but one precision of each fast case as slow."""
+  """Yield each case with every precision.
+
+  A fast case stays fast with one precision, and is marked slow with the others.
+  """
   for i, case in enumerate(cases):
     for j, precision in enumerate(PRECISIONS):
       marks = pytest.mark.slow if case.marks or j != i % len(PRECISIONS) else ()

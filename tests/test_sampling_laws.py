@@ -38,9 +38,9 @@ from tests.samplers import (
 
 
 def measured_orders(sampler, denoise, flow, grid, steps):
-  """Return the orders of convergence at the end of a grid, and the errors, for doubling numbers of steps.
+  """Return the orders of convergence and the errors at the end of a grid.
 
-  An order is log2 of the ratio of two consecutive errors.
+  Each number in `steps` is twice the previous number. An order is log2 of the ratio of two consecutive errors.
   """
   size = max(steps) + 1
   solve = jax.jit(lambda states, times, n: run_from_exact_start(sampler, denoise, states, times, n))
@@ -73,7 +73,7 @@ def test_order_of_convergence_on_a_gaussian(name, process):
 
 @functools.cache
 def mixture_flow(times):
-  """Return the states of the VP flow of `MIXTURE` at `times`, from three starting points.
+  """Return states [len(times), 3, 2] of the VP flow of `MIXTURE` from three starting points.
 
   SciPy integrates the flow with a tolerance of 1e-13.
   """

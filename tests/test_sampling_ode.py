@@ -38,7 +38,7 @@ def solver(tolerance=1e-5, denoise=EXACT, process=VP):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_rule_is_the_integration_and_the_denoised_mean(per_sample):
-  """The number of network calls is equal too. Both hold with one key for the batch and with one key per sample."""
+  """Samples and numbers of calls are equal, with one key for the batch and with one key per sample."""
   key = keys_of(4) if per_sample else one_key()
   got, nfe = solver()(key, STARTS, ENDS)
   x, calls = jax.jit(lambda x: sampling.integrate(VP, EXACT, x, 1.0, 1e-3, per_sample=per_sample))(jnp.asarray(STARTS))

@@ -1,4 +1,4 @@
-"""Compare our text encoders with those of transformers on random weights, and with the trained weights of MiniLM."""
+"""Compare our text encoders with those of transformers, for random weights and for MiniLM's trained weights."""
 
 import functools
 import math
@@ -99,7 +99,10 @@ def compiled(encoder, **options):
 
 
 def encode(encoder, params, ids, mask):
-  """Encode ids [3, LENGTH] with the compiled program for the states of all layers that most tests share."""
+  """Encode ids [3, LENGTH], and return the outputs of all layers.
+
+  Most tests share this compiled program.
+  """
   return compiled(encoder, all_layers=True)(params, ids, mask)
 
 
@@ -116,7 +119,10 @@ def random_ids(length=LENGTH):
 
 
 def theirs_of(peer, ids, mask=None, **others):
-  """Return a transformers model's states of all layers, final states, and pooled vectors."""
+  """Return (hidden, last, pooled) from a transformers model.
+
+  `hidden` is a list of the states of all layers, `last` is the final states, and `pooled` is the pooled vectors.
+  """
   inputs = {"input_ids": ids, "attention_mask": mask, **others}
   inputs = {key: torch.tensor(np.asarray(value, np.int64)) for key, value in inputs.items() if value is not None}
   with torch.no_grad():

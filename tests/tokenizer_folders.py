@@ -24,7 +24,7 @@ def write_json(path, content):
 
 
 def byte_characters():
-  """Return the character of each byte in the vocabularies of GPT-2 and CLIP, in the order of their ids.
+  """Return the 256 characters that stand for bytes in GPT-2's and CLIP's vocabularies, in the order of token ids.
 
   A byte with a printable character in Latin-1 has this character. The other bytes have characters from 256 on.
   """

@@ -37,7 +37,7 @@ class Linen(nn.Module):
 
 
 class Reader(nn.Module):
-  """Define a network in Flax Linen that depends on the mean of a text's states, and compiles fast."""
+  """Define a small network in Flax Linen that depends on the mean output of a text encoder."""
 
   out_channels: int
   context_features: int = 0
@@ -97,7 +97,10 @@ def plain_weighting(log_snr):
 
 
 def loss(apply: losses.Apply, process: Process, prediction: Prediction, factor: float = 1.0) -> losses.Objective:
-  """Return an objective with memory and frozen parameters that multiplies the denoising loss by a growing factor."""
+  """Return an objective that multiplies the denoising loss by a growing factor.
+
+  The objective has memory and frozen parameters.
+  """
   times = losses.uniform(process)
 
   def value(trained, context, keys, batch):

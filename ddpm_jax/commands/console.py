@@ -85,7 +85,7 @@ def safe_output() -> Iterator[None]:
 
 
 def close_broken_pipes() -> bool:
-  """Redirect streams without a reader to /dev/null, and return whether any stream was redirected."""
+  """Redirect broken pipes to /dev/null, and return whether there were any."""
   is_broken = False
   for stream in (sys.stdout, sys.stderr):
     # The streams of notebooks and tests may have no descriptor.

@@ -224,8 +224,8 @@ def config_keys(args: Args, **short: Any) -> dict[str, str]:
 
   Args:
     args: the parsed flags.
-    **short: further values by name. Each name is a short form, such as "sampler", or a key of `config.evaluation`. The
-      value of a short form replaces the value of the flag in `args`.
+    **short: values to set in addition to `args`. The name of each is a short form, such as `sampler`, or a key of
+      `config.evaluation`. The value of a short form replaces the value in `args`.
 
   Raises:
     ValueError: if a short form and a --config.<key> flag set the same key.
@@ -245,8 +245,8 @@ def config_keys(args: Args, **short: Any) -> dict[str, str]:
 def sampling_keys(args: Args, **short: Any) -> dict[str, str]:
   """Return the config keys that flags set in a mode that generates samples (see `config_keys`).
 
-  Unless flags set the mesh of the devices, the keys set the default mesh, because the mesh in the config is for the
-  devices that trained the model.
+  If no flag sets the mesh of the devices, the result contains the keys of the default mesh. The mesh in the config is
+  for the devices that trained the model.
   """
   return _SAMPLING_MESH | config_keys(args, **short)
 
@@ -255,7 +255,8 @@ def variants(args: Args) -> list[dict[str, Any]]:
   """Pair each sampler with each number of steps.
 
   Returns:
-    A list with a dict for each pair: the config values to replace. Without --sampler and --num_steps, it is [{}].
+    A list with a dict for each pair: the arguments of `Experiment.replace`. Without --sampler and --num_steps, the list
+    is [{}].
   """
   samplers = list(itertools.chain(*(args.sampler or ())))
   choices = [
@@ -293,7 +294,7 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
   """Load the experiment of the run in --workdir, or an experiment with the --pretrained model.
 
   Returns:
-    The experiment, and the pretrained model if there is one.
+    A tuple of the experiment and the pretrained model. Without --pretrained, the model is None.
 
   Raises:
     ValueError: if there is neither a run nor a pretrained model, a key or value is invalid, or --pretrained is combined
@@ -315,7 +316,10 @@ def load_experiment(args: Args, keys: Mapping[str, str]) -> "tuple[Experiment, P
 
 
 def pretrained_choices(args: Args) -> tuple[str, dict[str, Any]]:
-  """Return the path of the pretrained model, with its revision, and the options that flags set for the model.
+  """Return the path of the pretrained model and a dict of its options.
+
+  With --revision, the path is "name@revision". The options are "dtype", "variant" and "shape", each only if a flag sets
+  it. Without --pretrained, the path and the dict are empty.
 
   Raises:
     ValueError: if a flag for a pretrained model is set without --pretrained, or the size is invalid.

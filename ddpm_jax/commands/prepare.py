@@ -3,8 +3,8 @@
 A TFDS data set is downloaded and converted. This needs TensorFlow: pip install 'ddpm_jax[prepare]'.
 With --output, the images of any source are decoded, resized and packed into a folder that is fast
 to read. If the codec of the model is an autoencoder, the folder gets the encoded training images
-instead. Training reads this folder with --config.data.latents. Run this command once for each
-data set.
+instead. To train on encoded images, set --config.data.latents to their folder. Run this command
+once for each data set.
 """
 
 from ddpm_jax.commands import flags, jax_setup

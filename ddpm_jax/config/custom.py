@@ -33,8 +33,8 @@ def load(name: str, where: str, digest: str = "", folder: Path | None = None) ->
     The component and the digest of its file.
 
   Raises:
-    ValueError: if the file, module or name does not exist, neither the file nor its copy has the digest, or the file
-      raises an error.
+    ValueError: if the file, module or name does not exist; if neither the file nor its copy has the digest; or if the
+      file raises an error.
   """
   source, _, attribute = name.rpartition(":")
   if digest not in _LOADED:

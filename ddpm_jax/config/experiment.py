@@ -258,7 +258,7 @@ def make(tree: Tree, path: str, supplied: Mapping[Any, Any] | None = None) -> An
   Args:
     tree: the config.
     path: the dotted name of the slot.
-    supplied: a dict from the name or type of each argument that is not a config key to the argument's value.
+    supplied: the values of arguments that are not config keys, as a dict. Each key is an argument's name or type.
 
   Returns:
     The value that fills the slot. In a deferred slot, this is a function of the arguments that are not yet known.

@@ -48,7 +48,7 @@ class Slot(NamedTuple):
     must_take: names of parameters. If set, a function of the package fits a deferred slot only if it has at least one
       of these parameters. This rule distinguishes functions of the same type that belong to different slots.
     direct_parameter: the name of a parameter, such as `log_snr`. A function of the package fills the slot without a
-      call if it requires this parameter and no other. A custom function may require other parameters.
+      call if this is its only required parameter. A custom function does so if it has any required parameter.
     is_deferred: whether the supplied arguments are known only at run time. The builder then returns a function of
       these arguments.
   """
@@ -242,7 +242,7 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 def _can_be_set(parameter: inspect.Parameter, slot: Slot) -> bool:
-  """Return whether an argument has a default, or the builder or a config can set the argument.
+  """Return whether an argument has a default or can be set by the builder or a config.
 
   A config cannot set an array.
   """

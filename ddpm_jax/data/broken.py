@@ -135,9 +135,9 @@ class SkipBroken:
     )
 
   def _from(self, index: int) -> Iterable[int]:
-    """Return `index`, then the higher and finally the lower indices of the same group.
+    """Return the indices of the images to try, in order: `index`, then higher indices, then lower indices.
 
-    A group is a bucket (see `Buckets`). Without buckets, all images are one group.
+    All are in the same bucket (see `Buckets`). Without buckets, the indices of all images are returned.
     """
     if self.groups is None:
       return ((index + step) % len(self) for step in range(len(self)))

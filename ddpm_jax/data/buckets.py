@@ -35,8 +35,8 @@ class Buckets:
     classes: the classes [N] of the source.
 
   Raises:
-    ValueError: if the images cannot be read at any size, `sizes` are wrong (see `check_buckets`), an image is smaller
-      than the crop box, or images cannot be opened and `broken` is "stop".
+    ValueError: if the images of the source have one size, `sizes` are wrong (see `check_buckets`), an image is smaller
+      than the crop box of its bucket, or images cannot be opened and `broken` is "stop".
   """
 
   def __init__(self, source: Source, sizes: Sequence[Size], broken: str = "stop", crop: int = 0):

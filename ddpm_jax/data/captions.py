@@ -88,11 +88,11 @@ def find_files(root: bytes, folders: Mapping[bytes, bytes]) -> tuple[np.ndarray,
 
   Args:
     root: the folder of all images.
-    folders: a dict from the path of each folder, relative to `root`, to the names of its image files. In the bytes of
-      the names, a zero byte follows each name.
+    folders: the names of the image files in each folder. The keys are the paths of the folders relative to `root`. Each
+      value is the names joined into one bytes object, with a zero byte after each name.
 
   Returns:
-    Whether each image has a text file beside it, bool [N], and the number of these text files.
+    An array, bool [N], which is true for each image with a text file beside it, and the number of these text files.
 
   Raises:
     ValueError: if a folder cannot be listed, or no image has a text file.
@@ -167,7 +167,7 @@ def report_missing(missing: np.ndarray, where: str, example: str) -> None:
   Args:
     missing: whether each image has no caption, bool [N].
     where: the file or folder of the captions.
-    example: the name of such an image.
+    example: the name of an image without a caption.
   """
   if count := int(np.sum(missing)):
     tqdm.write(

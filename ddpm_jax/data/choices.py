@@ -153,11 +153,11 @@ def packed(
 ) -> Splits:
   """Read packed images.
 
-  `pack` writes a folder of such images, a pack. Packed images need no decoding.
+  A pack is a folder that `pack` wrote. Its images need no decoding.
 
   Args:
     fit: the shape, crop and resize that the images were packed with.
-    path: the folder.
+    path: a pack, or a folder that contains a pack for each split.
     train_split: name of the sub-folder of `path` that contains the training images; "" if there is none.
     eval_split: name of the sub-folder of `path` that contains the evaluation images; "" if there is none. If neither
       folder exists, `path` itself must be a pack.
@@ -218,7 +218,7 @@ def tfds(
 
 
 def fit_settings(fit: Fit, fields: Fields = _NO_FIELDS) -> dict[str, str | int]:
-  """Return the crop, resize and fields in the form that a pack stores."""
+  """Return the settings that a pack stores, as a dict with keys such as "crop", "resize" and "fields.text"."""
   names = {f"fields.{item}": field for item, field in fields.chosen.items()}
   return {"crop": fit.crop, "resize": fit.resize, **names}
 

@@ -93,8 +93,8 @@ def eight_bits(image: Any) -> Any:
   The range of the pixel type, such as 0 to 65535, becomes 0 to 255.
 
   Raises:
-    ValueError: if the range of the pixels is unknown, because they are floats, signed integers or 32-bit integers,
-      or if a 16-bit TIFF stores white as 0.
+    ValueError: if the pixels are floats, signed integers or 32-bit integers, because their range is unknown; or if a
+      16-bit TIFF stores white as 0.
   """
   return _to_eight_bits(image, _bits(image))
 

@@ -140,9 +140,11 @@ class _Box(NamedTuple):
   width: float
 
   def inside(self, image: Any, outer: "_Box") -> "_Box":
-    """Convert a box in `image` to the pixels of the original image.
+    """Convert this box from pixels of `image` to pixels of the original image.
 
-    `image` shows the part `outer` of the original image.
+    Args:
+      image: a part of the original image, possibly resized.
+      outer: the box of this part, in pixels of the original image.
     """
     down, across = outer.height / image.height, outer.width / image.width
     return _Box(outer.top + self.top * down, outer.left + self.left * across, self.height * down, self.width * across)

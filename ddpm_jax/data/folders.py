@@ -22,11 +22,12 @@ _NO_FIELDS = Fields()
 class FolderSource:
   """Read images, their classes and captions from a folder.
 
-  The class of an image is the sub-folder that contains it, or the value of a field in the folder's metadata.jsonl.
+  The class of an image is the top-level sub-folder that contains the image at any depth, or the value of a field in the
+  folder's metadata.jsonl.
   Captions are in a field of metadata.jsonl, or in text files beside the images.
 
   The images are cropped and resized to one size (see `fitting.fit`). All formats that Pillow decodes are supported,
-  except EPS and PCD. Hidden files and folders, and files that are not images, are skipped, and one printed line counts
+  except EPS and PCD. Hidden files, hidden folders and files that are not images are skipped. One printed line counts
   the skipped files. Symbolic links to folders are followed, and each folder is read once. An image file is opened only
   when its item is read.
 
@@ -40,7 +41,7 @@ class FolderSource:
     crop: the shorter side, in pixels, of a centered box with the aspect ratio of `image_size`. Images are cropped to
       this box before resizing; 0 for no crop.
     resize: "bicubic", "box" or "adm".
-    classes: names of the classes in the order of their numbers. By default, they are the sub-folders of `path` that
+    classes: names of the classes in the order of their numbers. By default, they are the top-level sub-folders that
       contain images, in alphabetical order. If `fields.classes` is set, they are the sorted values of that field.
     fields: the fields of metadata.jsonl that hold the class and the caption of each image (see `metadata.Fields`). If
       `fields.text` is set, each item has the caption of its image as `text`. An image without a caption has the empty
@@ -50,9 +51,9 @@ class FolderSource:
 
   Attributes:
     class_names: names of the classes, by number.
-    classes: [N] int32. An image directly in `path`, or in a sub-folder that is not in `class_names`, has `NO_CLASS`.
-      But if `fields.classes` is set, an image has `NO_CLASS` only if metadata.jsonl has no line for the image, or if
-      the class in its line is null or not in `class_names`.
+    classes: [N] int32, with `NO_CLASS` for an image without a class. If `fields.classes` is not set, these are the
+      images directly in `path`, or in a sub-folder that is not in `class_names`. If `fields.classes` is set, these are
+      the images that have no line in metadata.jsonl, or whose class there is null or not in `class_names`.
     fields: the argument `fields`.
 
   Raises:

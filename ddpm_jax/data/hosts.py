@@ -13,14 +13,14 @@ Host = Callable[[np.ndarray], Any]
 
 
 def run_hosts(hosts: Mapping[str, Host], batch: Mapping[str, Any]) -> dict[str, Any]:
-  """Return a batch in which the results of host functions replace the arguments of these functions.
+  """Run host functions on arrays of a batch, and return the batch with the results in place of these arrays.
 
   A host function runs on the CPU. It takes one array [B, ...] of the batch, such as texts, and returns an array of
   numbers [B, ...] or a dict of such arrays. Texts without a host function are left out, because devices hold only
   numbers.
 
   Args:
-    hosts: host functions by the name of the array that they take. Names that are not in the batch have no effect.
+    hosts: a dict from the name of an array to its host function. Names that are not in the batch have no effect.
     batch: arrays [B, ...] by name, as `read` returns them.
 
   Raises:

@@ -125,8 +125,8 @@ def read_mask(path: str | Path, image_size: tuple[int, int]) -> np.ndarray:
     image_size: height and width that the mask must have.
 
   Raises:
-    ValueError: if the file does not exist or cannot be decoded; if the size of the mask is not `image_size`; or if the
-      mask has pixels that are neither black nor white, transparent pixels, or no white pixels.
+    ValueError: if the file does not exist or cannot be decoded; if the size of the mask is not `image_size`; if some
+      pixels are transparent, or neither black nor white; or if no pixel is white.
   """
   height, width = check_image_size(image_size)
   top, left = height // 4, width // 4

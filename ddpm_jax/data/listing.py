@@ -112,8 +112,8 @@ def count_skipped(folders: Iterable[Folder], used: Mapping[str, int] = _NONE_USE
 
   Args:
     folders: the folders.
-    used: by suffix, such as ".jsonl", the number of files that are not images but are used. They do not count as
-      skipped.
+    used: a dict from suffix, such as ".jsonl", to the number of files that are used although they are not images.
+      These files do not count as skipped.
   """
   counts = Counter({suffix: -count for suffix, count in used.items()})
   for folder in folders:
@@ -171,7 +171,7 @@ def _list(path: bytes, status: os.stat_result, extensions: Set[bytes]) -> Folder
 def _kind(entry: os.DirEntry[bytes]) -> str:
   """Return the kind of an entry: "folder", "file", "dangling link" or "other".
 
-  The kind of a link is the kind of its target. Pipes have the kind "other". Reading a pipe could block forever.
+  The kind of a link is the kind of its target. Pipes have the kind "other", because reading a pipe could block forever.
   """
   try:
     if entry.is_dir():

@@ -124,9 +124,9 @@ def _class_rule(source: FolderSource) -> str:
 
 
 def _removal_flag(key: str) -> str:
-  """Return the text of the flag that removes a condition from the model, for error messages.
+  """Return the end of an error message: the flag that removes a condition from the model.
 
-  `key` is a config key of the condition. For other keys, the text is empty.
+  The result is "" if `key` is not a config key of a condition.
   """
   condition = key.rpartition(".")[0]
   return f": --config.{condition}=None" if condition.startswith("model.conditions.") else ""

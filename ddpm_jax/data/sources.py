@@ -5,8 +5,8 @@ A source has a length, and item i is a dict such as `{"image": uint8 [H, W, C], 
 - `image`, uint8 or floats in [-1, 1],
 - `classes`, an integer, if the images have classes,
 - `text`, a caption, if the images have captions,
-- `framing`, six floats, if the source cropped and resized the images and `data.Fit` asks for it: the height and width
-  of the original image, the top and left of the crop, and the height and width of the image. The top and left are in
+- `framing`, six floats, if the source resizes images and `data.Fit.framing` is set: the height and width of the
+  original image, the top and left of the crop, and the height and width of the final image. The top and left are in
   pixels of the resized image (Podell et al. 2023, section 2.2),
 - other arrays, numbers or texts, such as `vector`, for conditions or objectives. A text is one string.
 
@@ -98,7 +98,10 @@ def read_texts(source: Source, name: str, most: int, most_slow: int = 64) -> lis
 
 
 def group_members(source: Source) -> list[np.ndarray]:
-  """Return the indices of the items in each group, or of all items as one group if the source has no `groups`."""
+  """Return a list of arrays, the indices of the items in each group.
+
+  If the source has no `groups`, all items are one group.
+  """
   groups = getattr(source, "groups", None)
   if groups is None:
     return [np.arange(len(source))]
@@ -130,7 +133,7 @@ def stack(items: Sequence[dict[str, Any]]) -> Batch:
 
 
 def is_text(array: np.ndarray) -> bool:
-  """Return whether an array holds text, as `to_array` returns it."""
+  """Return whether an array from `to_array` holds text."""
   return array.dtype.kind == "U"
 
 

@@ -136,7 +136,7 @@ def prepare_tfds(name: str, data_dir: str = "", module: str = "") -> tuple[str, 
     module: a module or Python file that defines a custom builder. Importing it registers the builder with TFDS.
 
   Returns:
-    The folder, the number of records of each split, and whether the data set was already prepared.
+    The folder, a dict from split to its number of records, and whether the data set was already prepared.
 
   Raises:
     ValueError: if the data set is unknown, was prepared in a format other than ArrayRecord, or needs a package that is

@@ -81,7 +81,8 @@ def read(folder: Path, settings: Settings) -> tuple[Backend, Settings]:
   """Return the tokenizer of a folder, and the settings with the kind of the tokenizer.
 
   The vocabulary comes from the first of these files that exists: tokenizer.json, vocab.json with merges.txt (CLIP),
-  spiece.model (T5), vocab.txt (BERT). If the settings name a class, the files of other classes are ignored.
+  spiece.model (T5), vocab.txt (BERT). If the settings name the class of the tokenizer, the files of other classes are
+  ignored.
 
   Raises:
     ValueError: if the folder has none of these files, or only files of other classes, or a file is damaged or too
@@ -295,7 +296,7 @@ def _check_vocabulary(vocabulary: Mapping[str, Any]) -> None:
 def _check_merges(
   merges: Sequence[Any], vocabulary: Mapping[str, int], prefix: str, *, first_line: int = 1, allow_none: bool = False
 ) -> None:
-  """Check that each merge is a pair of tokens, and that the pair and its result are in the vocabulary."""
+  """Check that each merge is a pair of tokens, and that the vocabulary has both tokens and the merged token."""
   if not merges and not allow_none:
     raise ValueError("Got no merges; expected pairs of tokens, one a line. Download the file again.")
   for number, merge in enumerate(merges, first_line):

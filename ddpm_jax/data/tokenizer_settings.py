@@ -82,7 +82,7 @@ def read(folder: Path) -> Settings:
   """Read tokenizer_config.json, special_tokens_map.json and added_tokens.json, if they exist.
 
   As in transformers, special_tokens_map.json and added_tokens.json count only if tokenizer_config.json has no
-  `added_tokens_decoder`. If a setting is the path of a file, it is ignored, because it could point outside of the
+  `added_tokens_decoder`. Settings that are paths of files are ignored, because a path could point outside of the
   folder.
 
   Raises:
@@ -131,7 +131,10 @@ def read(folder: Path) -> Settings:
 
 
 def with_kind(settings: Settings, kind: str) -> Settings:
-  """Return the settings of a folder that names no class, with a kind and the default special tokens of this kind."""
+  """Return a copy of the settings with the kind `kind`, for a folder that names no class.
+
+  Roles that the folder does not set get the default special tokens of this kind.
+  """
   missing = {role: content for role, content in _DEFAULTS[kind].items() if role not in settings.options}
   defaults = {role: _token(content, role) for role, content in missing.items()}
   return settings._replace(kind=kind, named=defaults | settings.named)

@@ -41,15 +41,14 @@ def load(folder: str | Path, length: int | None = None, embeddings: int | None =
 
   Args:
     folder: the folder, such as `tokenizer` of a Stable Diffusion pipeline.
-    length: the number of tokens of each text. None for the `model_max_length` of the folder, 77 for CLIP. Pipelines
-      with T5 use 120 (PixArt-alpha), 256 (Stable Diffusion 3) or 300 (PixArt-Sigma).
+    length: the number of tokens of each text. None for the `model_max_length` of the folder, which is 77 for CLIP.
+      Pipelines with T5 use 120 (PixArt-alpha), 256 (Stable Diffusion 3) or 300 (PixArt-Sigma).
     embeddings: the number of embeddings of the text encoder, to check that the encoder belongs to the tokenizer. None
       skips the check.
 
   Raises:
-    ValueError: if the package tokenizers is not installed, the folder has no tokenizer or names no length, a file is
-      empty, damaged, too large or malicious, the folder asks for code of its own, or `embeddings` does not fit the
-      vocabulary.
+    ValueError: if the package tokenizers is not installed; if the folder has no tokenizer, sets no length or needs its
+      own code; if a file is empty, damaged, too large or malicious; or if `embeddings` does not fit the vocabulary.
   """
   root = user_path(folder)
   if not root.is_dir():
@@ -112,9 +111,8 @@ def check_embeddings(tokenizer: Tokenizer, embeddings: int) -> None:
 def _add_tokens(library: Any, settings: Settings) -> None:
   """Add the special tokens of the settings, as transformers does.
 
-  Several files may have flags, such as `lstrip`, for the same token. Settings that give the id of the token have
-  priority over tokenizer.json, and tokenizer.json has priority over settings without the id. Among settings without the
-  id, the last one counts.
+  Several files may have flags, such as `lstrip`, for the same token. The flags come from settings with the id of the
+  token if there are any, otherwise from tokenizer.json, and otherwise from the last of the settings without the id.
   """
   added = tokenizer_models.library().AddedToken
   with tokenizer_models.library_errors("Cannot add special tokens"):
@@ -140,7 +138,7 @@ class LibrarySplit:
     return encoding.ids, [start for start, _ in encoding.offsets]
 
   def entries(self) -> dict[str, int]:
-    """Return the id of each token."""
+    """Return a dict from token to id."""
     return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
 
@@ -158,7 +156,7 @@ class _Lookup:
     return [self.ids.get(name, UNKNOWN) for name in names], [match.start() for match in matches]
 
   def entries(self) -> dict[str, int]:
-    """Return the id of each entry."""
+    """Return a dict from entry to id."""
     return dict(self.ids)
 
 

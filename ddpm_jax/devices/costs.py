@@ -17,7 +17,7 @@ COLLECTIVES = (*_FACTORS, "collective-permute")
 def matmul_flops(jaxpr: Any) -> float:
   """Count the FLOPs of a program's matrix products and convolutions, with two FLOPs for each multiply-add.
 
-  The count covers all devices, and the program before any optimization:
+  The count is for all devices together, and for the program before optimization. These rules apply:
 
   - Recomputed (rematerialized) operations count again.
   - In a convolution, products with zeros from padding or dilation do not count. XLA's own count omits them too.
@@ -48,11 +48,12 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo_text: str) -> dict[str, Collective]:
-  """Count the collectives of a compiled program by kind (`COLLECTIVES`), and omit absent kinds.
+  """Return a dict from each kind of collective in a compiled program to the totals of this kind.
 
-  An asynchronous collective counts once. A combined collective counts once, with the bytes of all its arrays. A
-  collective in a loop counts once for each iteration, if the HLO states the number of iterations (XLA's
-  `known_trip_count`, or a condition `i < constant` as in `lax.scan`); otherwise once.
+  The kinds are in `COLLECTIVES`. An asynchronous collective counts once. A combined collective counts once, with the
+  bytes of all its arrays. A collective in a loop counts once for each iteration if the HLO states the number of
+  iterations, and once otherwise. The HLO states this number as XLA's `known_trip_count`, or as a condition
+  `i < constant`, as in `lax.scan`.
 
   Args:
     hlo_text: the program, from `compiled.as_text()`.
@@ -204,11 +205,11 @@ def _parse(line: str) -> tuple[str, str, str, str, str] | None:
 
 
 def _traffic_fractions(computations: dict[str, list[str]], fusion: str) -> tuple[dict[int, float], dict[int, float]]:
-  """Return the fraction of each operand that a fusion reads, and the fraction of each result that it writes.
+  """Return two dicts of fractions, for the operands and for the results of a fusion.
 
-  A fraction is below 1 if the fusion only slices the operand, or only updates a slice of the result. The first dict
-  maps the index of an operand to its fraction, and the second dict maps the index of a result to its fraction. If an
-  index is missing, the fraction is 1.
+  The first dict maps the index of an operand to the fraction of the operand that the fusion reads. The second dict maps
+  the index of a result to the fraction of the result that the fusion writes. A fraction is below 1 if the fusion only
+  slices the operand, or only updates a slice of the result. If an index is missing, the fraction is 1.
   """
   lines = computations[fusion]
   parsed = {parts[0]: parts for parts in filter(None, map(_parse, lines))}
@@ -313,7 +314,7 @@ def _convolution_flops(equation: Any) -> float:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Return the lines of each computation by name, and the name of the entry computation."""
+  """Return a dict from the name of a computation to its lines, and the name of the entry computation."""
   computations: dict[str, list[str]] = {}
   entry = current = ""
   for line in text.splitlines():

@@ -23,8 +23,8 @@ class Chip(NamedTuple):
     memory: bytes of HBM or graphics memory.
     bandwidth: bytes a second between the memory and the chip.
     interconnect: the maximum number of bytes a second that a chip sends to others in one direction, over all its links.
-      If a device is one of two cores, this is still the rate of the entire chip, because the two cores share the links
-      and a chip sends data that is on both cores only once.
+      If a device is one of two cores, this is still the rate of the entire chip. The two cores share the links, and
+      data that both cores have is sent only once.
   """
 
   name: str

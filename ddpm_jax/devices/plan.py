@@ -72,8 +72,8 @@ class Plan(NamedTuple):
     images_per_second: the batch size divided by `step_seconds`. It is an upper bound for the speed.
     traffic_bytes: bytes that the operations read from and write to the device's memory (`costs.operations`), with all
       iterations of loops.
-    traffic_seconds: the time of this traffic at the memory's bandwidth. It is not a bound, because another program may
-      move fewer bytes.
+    traffic_seconds: the time of this traffic at the memory's bandwidth. It is not a lower bound for the time of a step,
+      because the step may be possible with less traffic.
     problem: the compiler's message if the compiler rejects the program, otherwise empty.
   """
 
@@ -343,7 +343,10 @@ def _fits(compiled: Any, platform: str, total: float | None, memory: float | Non
 
 
 def _memory(compiled: jax.stages.Compiled | OutOfMemory) -> dict[str, Any]:
-  """Return the compiler's memory figures by field of `Plan`, and the minimum bytes that a step moves as `moved`."""
+  """Return the compiler's memory figures as a dict with fields of `Plan` as keys.
+
+  The additional key "moved" is for the minimum number of bytes that a step reads and writes.
+  """
   names = ("argument_bytes", "output_bytes", "temporary_bytes", "code_bytes", "total_bytes", "bytes_accessed", "moved")
   values: dict[str, Any] = dict.fromkeys(names)
   if isinstance(compiled, OutOfMemory):

@@ -57,7 +57,10 @@ class _Patience:
 
 
 def _collect_reports(port: int, num_processes: int, patience: _Patience) -> None:
-  """Receive a report from every other process on process 0, and then let all processes continue."""
+  """Receive a report from every other process, and then let all processes continue.
+
+  Only process 0 calls this function.
+  """
   connections: dict[int, socket.socket] = {}
   try:
     # Also listen on IPv6 if possible, because the other processes may use it.

@@ -47,7 +47,7 @@ class SamplingPlan(NamedTuple):
     calls: the number of network calls for an image; None if the number depends on the data. Guidance may double the
       batch of a call, but does not change this number.
     parameters: the number of parameters of the network.
-    frozen_parameters: the number of parameters of the codec, the conditions and the models that guide.
+    frozen_parameters: the number of parameters of the codec, the encoders of conditions and the models that guide.
     encode_flops: FLOPs to encode the conditions.
     step_flops: FLOPs of an average step, including guidance. The body of a loop of adaptive steps counts once.
     decode_flops: FLOPs to decode an image.
@@ -68,11 +68,11 @@ class SamplingPlan(NamedTuple):
     memory_seconds: for a batch, the time to read the network's parameters once for each network call, and the frozen
       parameters once.
     communication_seconds: for a batch, the time of the collectives if they use all links at once.
-    step_seconds: a lower bound for the time of an average step, as the largest known value of the computing time, the
-      memory time and the communication time of the step.
-    decode_seconds: a lower bound for the time to decode a batch, as the largest known value of the computing time and
-      the memory time of the decoding.
-    batch_seconds: a lower bound for the time of a batch, as the largest known value of `compute_seconds`,
+    step_seconds: a lower bound for the time of an average step. It is the largest known value of the step's computing
+      time, memory time and communication time.
+    decode_seconds: a lower bound for the time to decode a batch. It is the largest known value of the decoder's
+      computing time and memory time.
+    batch_seconds: a lower bound for the time of a batch. It is the largest known value of `compute_seconds`,
       `memory_seconds` and `communication_seconds`.
     image_seconds: `batch_seconds` divided by the batch size. None if the number of network calls is unknown.
     problem: the compiler's message if the compiler rejects the program, otherwise empty.
@@ -242,7 +242,10 @@ def _advice(p: SamplingPlan) -> str:
 
 
 def _full_bytes(tree: PyTree) -> int:
-  """Return the bytes of arrays without sharding, because each device reads the full parameters."""
+  """Return the bytes of full arrays, whatever their shardings are.
+
+  Each device reads the full parameters.
+  """
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -72,7 +72,7 @@ _MAX_SIMULATED = 2**16
 
 
 def simulate_devices(count: int) -> list[Any]:
-  """Return GPUs or TPUs if this machine has any, otherwise simulated CPU devices.
+  """Return the first `count` GPUs or TPUs, or simulated CPU devices if this machine has neither.
 
   Call this function before JAX is used, because JAX counts its devices only once.
 

@@ -86,7 +86,10 @@ class Trace:
     self._folder, self._start, self._count, self._open, self._traced = folder, start, count, False, 0
 
   def before_step(self, number: int) -> None:
-    """Start the trace if step `number` is the first step to trace, or end it if the previous step was the last one."""
+    """Start the trace before its first step, and end it after its last step.
+
+    Call this function before each step. `number` is the number of that step.
+    """
     if self._count and number == self._start + 1:
       jax.profiler.start_trace(str(self._folder))
       self._open = True

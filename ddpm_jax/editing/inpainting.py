@@ -85,7 +85,7 @@ def repaint(sampler: Sampler, process: Process, image, keep, resamples: int = 10
       times that the network was trained on.
 
   Raises:
-    ValueError: if the rule remembers more than the number of its network calls, if `resamples` or `jump` is not an
+    ValueError: if the rule has memory (a counter of network calls is allowed), if `resamples` or `jump` is not an
       integer of at least 1, or if `replace` rejects `image` or `keep`.
   """
   for name, value in (("resamples", resamples), ("jump", jump)):

@@ -1,4 +1,4 @@
-"""Edit images by adding noise and denoising, or by interpolating between their encodings as noise."""
+"""Add noise to images and denoise them, encode images as noise, and interpolate between images."""
 
 import jax
 import jax.numpy as jnp
@@ -70,15 +70,16 @@ def invert(sampler: Sampler, denoise: Denoise, process: Process, x_0: Array, tim
   `sample(key, sampler, denoise, noise, times)`. Decoding is deterministic, so the value of the key does not matter.
   With `sampling.ode`, pass one key per sample, so that each sample chooses its own steps, as in the encoding.
 
-  Encoding goes through the grid from small to large times. It starts at the smallest positive time t with
-  x_t = alpha_t x_0 + sigma_t eps, where eps is the network's noise estimate for the input alpha_t x_0. This start
-  costs one additional network call. It inverts the last step of sampling with a higher order of accuracy than the
-  simpler starts x_t = x_0 and x_t = alpha_t x_0. For a two-dimensional mixture on VP with 80 equal steps, the error of
-  encoding and decoding is 0.002 with Heun and 0.020 with DDIM. With the simpler starts, the error is 0.015 with Heun
-  and 0.028 with DDIM. With fewer than 50 steps, however, DDIM is up to 1.5 times more accurate with x_t = x_0.
+  Encoding goes through the grid from small to large times. It starts at the smallest positive time t of the grid. The
+  start is x_t = alpha_t x_0 + sigma_t eps, where eps is the network's noise estimate for the input alpha_t x_0. This
+  start costs one additional network call. It inverts the last step of sampling with a higher order of accuracy than
+  the simpler starts x_t = x_0 and x_t = alpha_t x_0. For a two-dimensional mixture on VP with 80 equal steps, the
+  error of encoding and decoding is 0.002 with Heun and 0.020 with DDIM. With the simpler starts, the error is 0.015
+  with Heun and 0.028 with DDIM. With fewer than 50 steps, however, DDIM is up to 1.5 times more accurate with
+  x_t = x_0.
 
-  If the grid ends at a time above 0, `x_0` is taken as the state x_t at this time, which `sample` returns for such a
-  grid. Encoding then starts from this state without an additional call.
+  If the grid ends at a time above 0, `sample` returns x_t at this time instead of clean images. Pass this x_t as
+  `x_0`. Encoding starts from it without an additional network call.
 
   Args:
     sampler: a reversible rule, such as `sampling.ddim(process)` or `sampling.ode(process)`.

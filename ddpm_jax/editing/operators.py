@@ -42,8 +42,8 @@ def blur(std: float) -> Operator:
   """Make an operator that blurs images with a Gaussian and keeps their shape.
 
   The kernel is truncated at 4 standard deviations. Images are padded by reflection, and the edge pixels are repeated,
-  as in the default mode of SciPy's `gaussian_filter`. Each output pixel is a weighted mean of input pixels. The weights
-  of each input pixel in all output pixels also sum to 1, so the mean of an image does not change.
+  as in the default mode of SciPy's `gaussian_filter`. Each output pixel is a weighted mean of input pixels. The sum
+  of an input pixel's weights over all output pixels is also 1, so the mean of an image does not change.
 
   Args:
     std: the standard deviation, in pixels.

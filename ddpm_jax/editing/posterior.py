@@ -161,7 +161,10 @@ def posterior(
 
 
 def _with_derivative(denoise: Denoise, x_t: Array, t):
-  """Return the x_0 estimate, its vector-Jacobian product with respect to x_t, and the full result of `denoise`."""
+  """Return a tuple of the x_0 estimate, its function from `jax.vjp` and the full result of `denoise`.
+
+  The function returns a tuple of one array, the vector-Jacobian product of the estimate with respect to x_t.
+  """
 
   def run(x):
     denoised = denoise(x, t)

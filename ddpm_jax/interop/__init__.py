@@ -1,10 +1,11 @@
 """Load models that other libraries wrote, and save models for them.
 
-`diffusers` reads and writes folders in diffusers' format. Of these, `stable_diffusion` reads the folders of text
-pipelines, and `unet_folders` reads and writes folders with only a U-Net. `single_file` reads single-file checkpoints of
-Stable Diffusion, and `ldm` reads only the networks in them. `guided_diffusion` reads guided-diffusion's checkpoints,
-`inception` reads the weights of the FID network, `features` reads networks for perceptual losses, `transformers` reads
-and writes text encoders, `tensors` reads and writes files of weights, and `hub` downloads from the Hugging Face hub.
+`diffusers` reads and writes folders in diffusers' format. In the same format, `stable_diffusion` reads text pipelines,
+and `unet_folders` reads and writes folders with only a U-Net. `single_file` reads single-file checkpoints of Stable
+Diffusion, and `ldm` reads only the networks in these checkpoints. `guided_diffusion` reads guided-diffusion's
+checkpoints. `inception` reads the weights of the FID network, and `features` reads networks for perceptual losses.
+`transformers` reads and writes text encoders. `tensors` reads and writes files of weights. `hub` downloads from the
+Hugging Face hub.
 """
 
 import importlib

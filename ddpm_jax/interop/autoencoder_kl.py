@@ -217,7 +217,7 @@ def fold_scale(network: Autoencoder, params: PyTree, scale: Scale) -> tuple[Auto
 
 
 def _scale_config(scale: Scale, channels: int) -> Config:
-  """Return the keys of a config from which `scale_of` returns `scale`."""
+  """Return the part of a config from which `scale_of` reads `scale`."""
   scales, shifts = (np.asarray(value, np.float32) for value in scale)
   for name, value in (("scale", scales), ("shift", shifts)):
     if value.shape not in ((), (channels,)) or not np.isfinite(value).all() or (name == "scale" and not value.all()):

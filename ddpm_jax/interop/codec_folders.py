@@ -1,4 +1,4 @@
-"""Load the codecs of frozen autoencoders from diffusers' folders, and save them."""
+"""Load the codecs of frozen autoencoders from diffusers' folders, and save autoencoders."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ def load_codec(
   Args:
     path: the folder of an AutoencoderKL, or of a pipeline with vae/ or vqvae/. Or a name on the Hugging Face hub, such
       as "stabilityai/sd-vae-ft-mse"; this needs the package huggingface_hub.
-    posterior: "sample" to draw latents from the posterior, or "mode" for its mean.
+    posterior: "sample" for random latents from the posterior, or "mode" for its mean.
     dtype: the dtype of the computation and of the parameters, "float32" or "bfloat16".
     tile: the side of each tile, counted in positions of x (see `codecs.latent`). 0 for no tiles.
 
@@ -129,13 +129,13 @@ def make_codec(
 def shapes_of(
   codec: Codec, channels: int, size: tuple[int, int] | None, shape: tuple[int, int, int] | None
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-  """Return the shapes of x and of the images of a model.
+  """Return two shapes of a model: the shape of x and the shape of the images.
 
   Args:
     codec: the codec.
     channels: the number of channels of x.
     size: the height and width of x in the config of the network. None if the config leaves them open.
-    shape: the shape [H, W, C] that the user set for the images. None selects the images that belong to `size`.
+    shape: the shape [H, W, C] that the user set for the images. None computes it from `size`.
 
   Raises:
     ValueError: if the codec's latents do not have `channels` channels, if both `size` and `shape` are None, or if

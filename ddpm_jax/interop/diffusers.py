@@ -1,4 +1,4 @@
-"""Load models from folders with diffusers' pipelines, and save models as such folders.
+"""Load models from diffusers' pipeline folders, and save models to pipeline folders.
 
 This module supports the unconditional pipelines (DDPMPipeline, DDIMPipeline, LDMPipeline) and the Stable Diffusion
 pipelines.
@@ -71,9 +71,11 @@ def load(
 ) -> tuple[Model, PyTree]:
   """Load a model that diffusers or `save` wrote.
 
-  The model has the condition that its U-Net embeds, if there is one: "classes", "level" (one number, if the U-Net's
-  class_embed_type is "timestep") or "vector" (if class_embed_type is "identity"). If the U-Net takes more input
-  channels than x has, the model also has the condition "hint", an image. The sampling defaults come from the scheduler.
+  If the U-Net embeds classes, the model has the condition "classes". If the U-Net's class_embed_type is "timestep", the
+  model has the condition "level", a number. If class_embed_type is "identity", the model has the condition "vector". If
+  the U-Net takes more input channels than x has, the model also has the condition "hint", an image. The sampling
+  defaults come from the scheduler.
+
   A latent model also has the codec of its autoencoder, and `model.load_frozen()` reads the codec's parameters. To set
   other options of the codec, replace `model.codec` with the result of `read_codec`. For the models of text pipelines,
   see `stable_diffusion`.
@@ -266,7 +268,7 @@ def _channels(folder: Path, config: Mapping[str, Any], prediction: Prediction) -
 
 
 def _conditions(network: UNet, extra: int, x_shape: tuple[int, int, int], class_dropout: float) -> dict[str, Condition]:
-  """Return the conditions of a network by name.
+  """Return a dict from names to the conditions of a network.
 
   One condition is the class, number or vector that the network embeds, if it embeds one. Another condition is an image
   with `extra` channels, if the network takes `extra` input channels in addition to the channels of x.

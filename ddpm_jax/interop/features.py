@@ -75,8 +75,7 @@ def classifier(weights: Annotated[str, "place"] = "") -> Features:
     weights: the file of its weights, `classifier.safetensors` in the folder of an evaluated run.
 
   Raises:
-    ValueError: only when the function `load` of the result is called, if the file is missing or damaged, or contains no
-      classifier.
+    ValueError: from the function `load` of the result, if the file is missing or damaged, or contains no classifier.
   """
 
   def load() -> PyTree:

@@ -94,8 +94,8 @@ def autoencoder_folder(folder: Path) -> Path:
 def _part_names(index: Mapping[str, Any]) -> list[str]:
   """Return the names of a pipeline's parts.
 
-  The index maps each part to a list: the name of a library and the name of a class, or two nulls for an absent part.
-  Keys of the index that are no parts are options.
+  The index (the content of model_index.json) maps each part to the name of its library and the name of its class. An
+  absent part has two nulls instead, and is returned too. All other keys of the index are options.
   """
   parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
   jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
@@ -124,9 +124,9 @@ def find_folder(
     path: a folder, or a name on the hub. "@" and the name of a branch, a tag or a commit may follow, such as
       "google/ddpm-cifar10-32@main".
     weights: True to download the configs and the weights, False to download only the configs.
-    parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights outside the folders of
-      parts are always downloaded.
-    names: the name of the weights file without its suffix, for each suffix, such as `DIFFUSERS`.
+    parts: the parts of a pipeline whose weights are downloaded. Empty for all parts. Weights at the top of the
+      repository are downloaded too.
+    names: maps a suffix of weights files to the file name without the suffix. An example is `DIFFUSERS`.
     files: patterns of further files to download.
     variant: the variant of the weights to download, such as "fp16". Empty for the plain weights or, if there are none,
       all variants.
@@ -168,7 +168,10 @@ def find_folder(
 
 
 def _forms(names: Names, variant: str = "", needs_variant: bool = True) -> list[str]:
-  """Return patterns of weight files, preferred forms first: one file, shards, or a variant such as fp16."""
+  """Return the patterns of weights files, in order of preference.
+
+  A pattern matches one file, shards, or a variant such as fp16.
+  """
   forms = (f".{variant}", f".{variant}-*-of-*") if variant else ("", "-*-of-*", ".*")
   if variant and not needs_variant:
     forms = (*forms, "", "-*-of-*")
@@ -183,7 +186,7 @@ def weights_path(folder: Path, names: Names = DIFFUSERS, variant: str = "", *, n
 
   Args:
     folder: the folder of the weights.
-    names: the name of the weights file without its suffix, for each suffix, such as `DIFFUSERS`.
+    names: see `find_folder`.
     variant: the variant to return. Empty selects the plain weights or, if there are none, the only variant.
     needs_variant: what to do if the folder lacks the variant. True raises an error, False selects the plain weights. In
       many published pipelines, only the network has a variant such as "non_ema".

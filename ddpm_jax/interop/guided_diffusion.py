@@ -69,7 +69,7 @@ def load(
       option changes the order of queries, keys and values in the file.
     process: the forward process. None selects the process of the models that guided-diffusion published for images of
       this size: `schedules.cosine(1000)` for sides of up to 64 pixels, and `schedules.linear(1000)` for longer sides.
-    prediction: what the network predicts. None selects EPS. It has a learned variance if the network has twice as many
+    prediction: what the network predicts. None selects EPS, with learned variance if the network has twice as many
       output channels as the sample has channels.
     rescale_timesteps: True if the time input of step n of N is 1000 (n - 1) / N, as in improved-diffusion; False if it
       is n - 1.
@@ -268,8 +268,8 @@ def load_classifier(
 def _levels_of_encoder(file: tensors.TensorFile, blocks: int | None) -> tuple[int, int]:
   """Return the number of levels and the number of residual blocks per level of a classifier.
 
-  A classifier has only the downsampling half of a U-Net. A residual block that downsamples has the same tensors as a
-  residual block that does not. So test each number of blocks, and keep the numbers that are consistent with the file.
+  A classifier has only the downsampling half of a U-Net. Its tensors do not show which residual blocks downsample.
+  So the function checks which numbers of blocks fit the file. If several numbers fit, `blocks` selects one.
   """
   total = numbered_blocks.count(file, "input_blocks")
   widens = [numbered_blocks.has(file, f"input_blocks.{i}.0.skip_connection.") for i in range(total)]

@@ -136,7 +136,7 @@ def to_content(index: Index, classes: Mapping[str, list[str]]) -> dict[str, Any]
 
   Args:
     index: the index.
-    classes: the names of the library and of the class of each part.
+    classes: maps each part to the name of its library and the name of its class.
   """
   absent: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
   if not index.pipeline.is_xl:

@@ -57,8 +57,8 @@ def of_process(process: Process) -> np.ndarray:
   A continuous process is discretized at its integer time inputs, such as 0..999.
 
   Raises:
-    ValueError: if the process is not variance-preserving, or the time input of a continuous process is not linear
-      in t, does not start at 0, or does not end between 100 and 2000.
+    ValueError: if the process is not variance-preserving. Also if the process is continuous, and its time input is not
+      linear in t, does not start at 0, or does not end between 100 and 2000.
   """
   with jax.enable_x64(True):
     if process.num_steps:
@@ -97,12 +97,12 @@ def to_options(betas: np.ndarray) -> dict[str, Any]:
 
 
 def _find(betas: np.ndarray) -> tuple[str | None, tuple[float, float], bool]:
-  """Find diffusers' schedule that has a table of betas.
+  """Find the diffusers schedule with these betas.
 
   Returns:
-    diffusers' name for the schedule, or None if no schedule has these betas.
-    The first and the last beta of the schedule before rescaling, or diffusers' defaults if the name is None.
-    Whether the betas were rescaled to zero terminal SNR.
+    A tuple (name, ends, is_rescaled). `name` is diffusers' name for the schedule, or None if no schedule has these
+    betas. `ends` are the first and the last beta of the schedule before rescaling, or diffusers' defaults if `name` is
+    None. `is_rescaled` is True if the betas were rescaled to zero terminal SNR.
   """
   n, ends = len(betas), (float(f"{betas[0]:.12g}"), float(f"{betas[-1]:.12g}"))
   for schedule in _SCHEDULES:

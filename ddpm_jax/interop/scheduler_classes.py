@@ -93,11 +93,11 @@ class SchedulerClass(NamedTuple):
   """Describe a scheduler class.
 
   Attributes:
-    sampler: the name of our sampler with the rule of the class.
+    sampler: the name of our sampler for the class.
     options: the options of the class with their defaults. The class ignores options of other classes.
     arguments: the arguments of our sampler.
-    samplers: for a class with several rules, the names of our samplers by (algorithm_type, solver_order).
-    supported: the supported values of each option for which this class supports fewer values than other classes.
+    samplers: for a class with several rules, a dict from (algorithm_type, solver_order) to the name of our sampler.
+    supported: maps an option to its supported values in this class. These values override `_SUPPORTED`.
     open_end: whether the "leading" and "linspace" grids omit the step closest to the data.
     is_rounded: whether "linspace" times are rounded to steps of the network.
     end_step: the step n of the process at which the grid ends, unless an option of the config sets this step.

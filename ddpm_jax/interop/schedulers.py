@@ -58,7 +58,7 @@ class Grid(NamedTuple):
   def interpolation(self) -> str:
     """Return the argument `interpolation` of `processes.discrete` that fits the grid.
 
-    With it, the process has the scheduler's noise levels at the times of the grid.
+    With this argument, the process has the scheduler's noise levels at the times of the grid.
     """
     if self.sigmas is not None:
       return "log_linear"

@@ -67,7 +67,7 @@ def read(
       file. If the file does not contain the value, Stable Diffusion 1 and XL get "epsilon"; for Stable Diffusion 2, set
       this argument.
     shape: the shape [H, W, 3] of the images. None selects the height and width of the published training: 512 for
-      Stable Diffusion 1 and for 2 with "epsilon", 768 for 2 with "v_prediction", and 1024 for XL.
+      Stable Diffusion 1, 512 ("epsilon") or 768 ("v_prediction") for Stable Diffusion 2, and 1024 for XL.
     text_dropout: see `stable_diffusion.read`.
     dtype: see `stable_diffusion.read`.
     posterior: see `stable_diffusion.read`.
@@ -152,7 +152,7 @@ def _unet_file(path: Path) -> tensors.TensorFile:
 
 
 def _version(file: tensors.TensorFile, network: ConditionalUNet) -> int:
-  """Return the version of Stable Diffusion, with 3 for XL and its refiner."""
+  """Return the version of Stable Diffusion: 1, 2, or 3 for XL and its refiner."""
   if network.size_features:
     return _XL
   return 2 if any(name.startswith("cond_stage_model.model.") for name in file.shapes) else 1
@@ -183,7 +183,7 @@ def _scheduler(file: tensors.TensorFile, version: int, prediction_type: str) -> 
 
 
 def _encoders(file: tensors.TensorFile, path: Path, version: int, options: dict[str, Any]) -> dict[str, FileEncoder]:
-  """Return the text encoders in a file, by part of the pipeline ("text_encoder" or "text_encoder_2")."""
+  """Return a dict from parts of the pipeline, such as "text_encoder_2", to the text encoders in a file."""
   if version == 1:
     return {"text_encoder": single_text.read_clip(path, **options)}
   if version == 2:
@@ -195,7 +195,7 @@ def _encoders(file: tensors.TensorFile, path: Path, version: int, options: dict[
 
 
 def _index(version: int, parts: tuple[str, ...], in_channels: int, channels: int) -> Index:
-  """Return the class, the parts and the options of a checkpoint's pipeline."""
+  """Return the pipeline index that fits a checkpoint."""
   is_refiner = version == _XL and len(parts) == 1
   name = "StableDiffusionXLPipeline" if version == _XL else "StableDiffusionPipeline"
   if in_channels == 2 * channels + 1:

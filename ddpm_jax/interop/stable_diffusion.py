@@ -1,10 +1,11 @@
 """Read the text pipelines of diffusers as models.
 
 They are the pipelines of Stable Diffusion 1, 2 and XL, of XL's refiner, of inpainting and of InstructPix2Pix. The
-conditions of such a model are
+conditions of the models are
 
-- "text": prompts. The network receives states of the text encoders. In the unconditional branch of guidance, these are
-  the states of the empty prompt, or zeros if the pipeline sets `force_zeros_for_empty_prompt`;
+- "text": prompts. The network receives the states (the outputs of one layer) of each text encoder. In the unconditional
+  branch of guidance, the network receives the states of the empty prompt, or zeros if the pipeline sets
+  `force_zeros_for_empty_prompt`;
 - "sizes", for XL: the height and width of the original image, the top and left of its crop, and the height and width
   of the target. For the refiner, an aesthetic score replaces the height and width of the target. By default, the sizes
   describe an image that was not cropped;
@@ -76,7 +77,7 @@ class Parts(NamedTuple):
     size: the height and width of the latents x in the network's training. None if unknown.
     codec: the codec of the autoencoder.
     schedule: the content of the scheduler's config.
-    encoders: the text encoders by the name of their part, such as "text_encoder_2".
+    encoders: maps the name of each part that is a text encoder, such as "text_encoder_2", to the encoder.
     upcast_attention: whether diffusers computes the softmax of the network's attention in float32. We always do. The
       value is stored here only to be written to saved models.
   """
@@ -227,12 +228,12 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
 def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condition:
   """Return the text condition of a pipeline.
 
-  The network of Stable Diffusion 1 and 2 receives the normalized states of its encoder's last layer. The network of XL
-  receives the states of the second to last layer of every encoder, without normalization, and the pooled vector of the
-  last encoder. No pipeline masks the padding of the prompts.
+  The network of Stable Diffusion 1 and 2 receives the normalized output of the text encoder's last layer. The network
+  of XL receives the output of the second to last layer of every encoder, without normalization, and also the pooled
+  vector of the last encoder. No pipeline masks the padding of the prompts.
 
   Args:
-    encoders: the text encoders by the name of their part.
+    encoders: see `Parts`.
     index: the class and the options of the pipeline.
     dropout: see `texts.text`.
   """
@@ -372,7 +373,10 @@ def _number_of_sizes(parts: Parts) -> int:
 
 
 def _image_condition(parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...]) -> dict[str, Condition]:
-  """Return the image condition of the network's additional input channels by name, or {} without such channels."""
+  """Return a dict from the name of the image condition to the condition.
+
+  The dict is empty if the network takes no input channels in addition to the channels of x.
+  """
   extra, edits = parts.in_channels - x_shape[-1], parts.contents.pipeline.edits
   if edits and extra == x_shape[-1]:
     return {"source": source_image("source", parts.codec, data_shape, x_shape)}

@@ -55,8 +55,8 @@ class TensorFile:
     description: what to call a network of this kind in error messages.
 
   Raises:
-    ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, needs
-      PyTorch and PyTorch is not installed, or does not contain exactly one network with the anchor.
+    ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, or does not
+      contain exactly one network with the anchor. Also if the file is a pickle and PyTorch is not installed.
   """
 
   def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
@@ -178,7 +178,7 @@ class ShardedFile:
 
 
 def shards_of(path: Path) -> dict[str, Path]:
-  """Return the paths of all files in an index, by file name.
+  """Return a dict from the file names in an index to their paths.
 
   Raises:
     ValueError: if the index is malformed, or a file is missing.
@@ -242,7 +242,7 @@ def _without_prefix(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
-  """Return the tensors of a pickle by dotted path, and a description of its top-level entries."""
+  """Return a dict from dotted paths to the tensors of a pickle, and a description of the top-level entries."""
   try:
     import torch
   except ImportError as error:
@@ -448,7 +448,7 @@ def save(path: str | Path, params: PyTree, layout: Layout) -> None:
 
 
 def flatten(params: PyTree) -> dict[str, Any]:
-  """Return the leaves of nested parameters by path, such as "down_0_0/conv1/kernel"."""
+  """Return a dict from paths, such as "down_0_0/conv1/kernel", to the leaves of nested parameters."""
   return traverse_util.flatten_dict(params, sep="/")
 
 

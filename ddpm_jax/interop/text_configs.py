@@ -170,7 +170,7 @@ def to_config(encoder: TextEncoder) -> Config:
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
-  """Return the name of the class in transformers that a config describes."""
+  """Return the name of the transformers class that a config describes."""
   jsonfiles.check_types(config, {"architectures": ([str], _NONE), "model_type": (str, _NONE)}, "text encoder")
   kind = config.get("model_type")
   classes = config.get("architectures") or [_DEFAULT_CLASSES.get(kind or "", "")]
@@ -194,7 +194,7 @@ def _class_of(config: Mapping[str, Any]) -> str:
 
 
 def _check_other_keys(config: Mapping[str, Any], name: str) -> None:
-  """Check the values of all keys of a config that `from_config` does not convert."""
+  """Check the values of the keys that `from_config` does not convert."""
   kind = _MODEL_TYPES[name]
   fixed = _FIXED[kind]
   for key, value in config.items():

@@ -65,8 +65,8 @@ def layout(encoder: TextEncoder, names_in_file: Collection[str] = ()) -> tensors
 
   Args:
     encoder: the encoder.
-    names_in_file: the names of all tensors in the file, for reading. Some files of T5 contain the token embeddings
-      twice, and the second copy is ignored.
+    names_in_file: the names of all tensors in the file, needed only for reading. If a T5 file contains the token
+      embeddings twice, the second copy is ignored.
   """
   if isinstance(encoder, CLIPText):
     names = _CLIP

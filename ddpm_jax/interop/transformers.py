@@ -34,7 +34,7 @@ def load_text_encoder(path: str | Path, *, part: str = "", dtype: str = "float32
     The encoder, a module of `networks.text`, and its parameters.
 
   Raises:
-    ValueError: if the encoder does not exist, has an unsupported class or option, or an argument is invalid; or if the
+    ValueError: if the encoder does not exist, its class or an option is not supported, an argument is invalid, or the
       weights cannot be read or do not match the config. The message names the cause.
   """
   encoder, loader = _read(path, part, dtype, "", weights=True)

@@ -288,8 +288,7 @@ def image_size(config: Config) -> tuple[int, int]:
 def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
   """Return the layout of diffusers' weight files for a network with this number of levels.
 
-  `names` maps parts of our paths to diffusers' names. It adds to the names of `UNet2DModel`, and has priority over
-  them.
+  `names` maps parts of our paths to diffusers' names. Its entries extend and override the names of `UNet2DModel`.
   """
 
   def block_name(match: re.Match) -> str:

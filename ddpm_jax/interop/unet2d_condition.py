@@ -245,7 +245,9 @@ def to_config(network: ConditionalUNet, params: PyTree, size: tuple[int, int] | 
 
 
 def template(network: ConditionalUNet, in_channels: int) -> PyTree:
-  """Return the shapes of the parameters of a network that `from_config` created, without allocating them.
+  """Return the shapes of a network's parameters without allocating arrays.
+
+  The network must be the result of `from_config`.
 
   `in_channels` is the number of input channels: the channels of x and, if an image condition is concatenated with x,
   the channels of this condition.
@@ -333,7 +335,7 @@ def _check_counts(config: Config) -> None:
 
 
 def _check_embeddings(config: Config) -> None:
-  """Check the options for embedding classes, vectors and sizes in a complete config."""
+  """Check the options for the embeddings of classes, vectors and sizes in a complete config."""
   c = config
   text_time, embed_type = c["addition_embed_type"] is not None, c["class_embed_type"]
   if text_time and (embed_type or c["num_class_embeds"]):

@@ -30,7 +30,7 @@ def load_unet(
     The network, a `networks.UNet` or a `networks.ConditionalUNet`, and its parameters.
 
   Raises:
-    ValueError: if the folder does not exist, has an unsupported class or option, or an argument is invalid; or if the
+    ValueError: if the folder does not exist, its class or an option is not supported, an argument is invalid, or the
       weights cannot be read or do not match the config. The message names the cause.
   """
   network, config = read_unet(path, dtype=dtype)
@@ -39,7 +39,7 @@ def load_unet(
 
 
 def read_unet(path: str | Path, *, dtype: str = "float32") -> "tuple[UNet | ConditionalUNet, dict[str, Any]]":
-  """Read a network from the config of a U-Net, and return it with the complete config.
+  """Read the config of a U-Net, and return the network and the complete config.
 
   Args:
     path: see `load_unet`.

@@ -132,7 +132,7 @@ def continuous_bound(
 
     L = KL(q(x_T | x_0) || p(x_T)) - E log p(x_0 | x_tmin) + 1/2 int E |eps - eps_hat(x_t)|^2 dl
 
-  for images on 256 levels. Here l is the log-SNR, and the integral runs from the log-SNR at t_max to the log-SNR at
+  The images x_0 are on 256 levels, and l is the log-SNR. The integral runs from the log-SNR at t_max to the log-SNR at
   t_min. In terms of the data, |eps - eps_hat|^2 = exp(l) |x_0 - denoise(x_t, t)|^2. Song et al. 2021b train with this
   bound (equation 8, with the weight g^2). The bound depends on the process only through the limits of the integral. The
   decoder p(x_0 | x_tmin) is from Kingma et al.: the probability of each of the 256 values is proportional to
@@ -222,9 +222,10 @@ def _all_steps(last: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranges(process: Process, last: int, num_evaluations: int) -> tuple[np.ndarray, np.ndarray]:
-  """Return one range of steps for each evaluation, as first steps and sizes [num_evaluations].
+  """Choose a range of steps for each evaluation.
 
-  Each range occurs twice. The first range consists of step 1 alone.
+  Return two arrays [num_evaluations]: the first step of each range, and the number of steps in each range. Each range
+  occurs twice. The first range consists of step 1 alone.
   """
   if num_evaluations != int(num_evaluations) or num_evaluations % 2 or not 4 <= num_evaluations <= 2 * last:
     raise ValueError(

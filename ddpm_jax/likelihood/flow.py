@@ -96,7 +96,7 @@ def ode_bits(
     dequantize: whether to dequantize x_0. The data must then be on 256 levels. Set it to False for continuous data.
     t_min: the start of the flow, in (0, t_max). Default: 1e-5 t_max, as in Song et al., or `process.t_min` for discrete
       processes and for processes with t_max above 1, such as `processes.edm`.
-    rtol: the relative tolerance for the root mean square error of an image's x and integrals.
+    rtol: the relative tolerance for an image's error, the root mean square over x and the integrals of div f.
     atol: the absolute tolerance for the same error.
     max_nfe: the maximum number of evaluations of the right-hand side.
 

@@ -15,11 +15,11 @@ _DELTA, _MAX_WEIGHT = 1e-6, 1e4
 
 
 class Adversarial(NamedTuple):
-  """Hold the adversarial losses of a batch with their gradients.
+  """Hold the adversarial losses of a batch, and their gradients.
 
   Attributes:
-    generator: the generator's loss for each sample [B], which is the negative mean of the discriminator's outputs for
-      the reconstruction.
+    generator: the generator's loss for each sample [B]. It is the negative mean of the discriminator's outputs for the
+      reconstruction.
     discriminator: the hinge loss of the discriminator for each sample [B].
     reconstruction_gradient: the gradient of the mean of `generator` with respect to the reconstructions [B, ...].
     params_gradient: the gradient of the mean of `discriminator` with respect to the discriminator's parameters.

@@ -199,9 +199,9 @@ def _adversarial_loss(
   weight: Array,
   started: Array,
 ) -> tuple[Array, tuple[Array, PyTree], dict[str, PyTree]]:
-  """Return the sum of the reconstructions' loss and the discriminator's loss, its gradients, and details.
+  """Compute the summed loss of reconstructions, generator and discriminator, and its gradients.
 
-  The gradients are computed here once, for the loss and for the adaptive weight.
+  Each gradient is computed only once, for both the loss and the adaptive weight.
 
   Args:
     autoencoder: the autoencoder.
@@ -213,7 +213,8 @@ def _adversarial_loss(
     started: whether the adversarial loss has started.
 
   Returns:
-    The loss; its gradients with respect to the reconstructions and to the discriminator's parameters; and details.
+    The loss, a scalar; a pair of its gradients with respect to the reconstructions and with respect to the
+    discriminator's parameters; and a dict of details.
   """
   (model, judge), (x, h, y) = params, arrays
 

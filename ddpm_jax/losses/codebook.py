@@ -19,8 +19,9 @@ class CodebookState(NamedTuple):
   """Hold the averages that define a codebook of K vectors with C features.
 
   Attributes:
-    counts: the average number of the encoder's vectors in a batch to which each code is the closest code [K].
-    sums: the average over batches of the sum of these vectors [K, C].
+    counts: for each code, the number of the encoder's vectors assigned to it, averaged over batches [K]. Each vector is
+      assigned to its closest code.
+    sums: for each code, the sum of the vectors assigned to it, averaged over batches [K, C].
     vectors: the codebook [K, C].
   """
 
@@ -73,7 +74,7 @@ def update_codebook(
 def count_codes(codes: Array) -> Array:
   """Return how often each distinct code occurs in `codes` [...].
 
-  The result has the shape [codes.size]. Zeros follow the counts.
+  The result has the shape [codes.size]. It starts with the counts, and the rest is filled with zeros.
   """
   codes = codes.reshape(-1)
   return jnp.unique(codes, return_counts=True, size=codes.size, fill_value=-1)[1].astype(jnp.float32)

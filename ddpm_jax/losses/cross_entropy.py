@@ -40,7 +40,7 @@ def classification_loss(
     classes: the class of each sample [B], integers in [0, K).
     times: the distribution of times, such as `uniform(process)`.
     time_input: maps time [B] to the network's time input. Default: the time input of the process.
-    input_scale: computes the factor by which x_t is multiplied before the network, as for `predictions.classifier`.
+    input_scale: `input_scale(alpha, sigma)` returns the factor on x_t at the network's input. None for a factor of 1.
 
   Returns:
     The loss, a float32 scalar, and a dict of arrays [B]: the times `t`, the `loss` of each sample without importance

@@ -217,7 +217,7 @@ def classification(
 
 
 def _at_times(loss: Callable, process: Process, times: TimeDistribution | AdaptiveTimes) -> Objective:
-  """Make an objective from a loss with details `t`, `loss` and, for classifiers, `correct`."""
+  """Make an objective from a loss whose details contain `t`, `loss` and, for classifiers, `correct`."""
 
   def prepare(keys, memory):
     # Some distributions spread the times evenly over the batch, so they need all keys at once.

@@ -95,7 +95,7 @@ def reconstruction_error(x: Array, y: Array, error: Literal["l1", "l2"] = "l1") 
 
 
 def perceptual_distance(maps: Sequence[Array], other: Sequence[Array]) -> Array:
-  """Compute the distance [B] between corresponding images of two batches from their feature maps.
+  """Compute perceptual distances [B] from the feature maps of two batches of images.
 
   At each position of each map, the features are divided by their Euclidean norm. The distance is the squared
   difference, summed over channels and averaged over positions and maps. Equation 1 of Zhang et al. (2018) instead sums

@@ -1,7 +1,8 @@
 """Define weightings of the denoising loss as functions of the log-SNR.
 
 The loss is `w(log-SNR) * |eps - eps_hat|^2` for every prediction. The estimate eps_hat follows from the network's
-output. Because |eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2, use `on_x0(w)` for a weighting w of the error of x_0.
+output. To weight the error of x_0 by w instead, use `on_x0(w)`. The two errors are related by
+|eps - eps_hat|^2 = SNR |x_0 - x_0_hat|^2.
 
 A weighting is any function that maps log-SNRs of any shape to weights of the same shape.
 """
@@ -20,10 +21,7 @@ Weighting = Callable[[Array], Array]
 
 @check_types
 def on_x0(weighting: Weighting) -> Weighting:
-  """Apply a weighting to the squared error of x_0.
-
-  The returned weighting of the error of eps is w / SNR.
-  """
+  """Convert a weighting w of the squared error of x_0 to the weighting w / SNR of the squared error of eps."""
   return lambda log_snr: weighting(log_snr) * jnp.exp(-log_snr)
 
 

@@ -114,9 +114,9 @@ def _sample_order(count: int, seed: int) -> Iterator[int]:
 def classifier_space(params: PyTree, num_classes: int, provenance: dict[str, Any] | None = None) -> FeatureSpace:
   """Return the feature space of a trained classifier.
 
-  The features [B, 64] are the values of the hidden layer before the activation function, centered and scaled. The space
-  also has log-probabilities [B, K]. The function `prepare` of the space raises a ValueError if its images do not have
-  as many channels as the training images.
+  The features [B, 64] are the values of the hidden layer before its activation function, centered and scaled. The
+  space also has log-probabilities [B, K]. The function `prepare` of the space raises a ValueError if its images do not
+  have as many channels as the training images.
 
   Args:
     params: parameters from `train_classifier`.
@@ -161,7 +161,7 @@ def pixel_space() -> FeatureSpace:
 def cached_classifier(
   path: Path, images: np.ndarray, classes: np.ndarray, num_classes: int, *, steps: int, is_main: bool = True
 ) -> PyTree:
-  """Load a trained classifier from a file, or train it and save it.
+  """Load the parameters of a classifier from a file, or train it and save them.
 
   The file is used only if its classifier was trained with the same images, classes, `num_classes` and `steps`.
 

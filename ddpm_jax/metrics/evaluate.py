@@ -40,10 +40,10 @@ class Settings(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """Store the statistics of a set of images from which scores are computed.
+  """Store the statistics of a set of images, as input of `score`.
 
-  The size of a summary does not grow with the number of images, except that a summary stores up to
-  `pairwise_samples` feature vectors.
+  A summary stores at most `pairwise_samples` feature vectors. The size of everything else in it does not depend on
+  the number of images.
 
   Attributes:
     count: number of images; 0 if it is unknown.
@@ -163,6 +163,9 @@ def score(generated: Summary, reference: Summary, settings: Settings, names: dic
     settings: the scores and their settings. `settings.scores` may be empty.
     names: a dict from the names in `SCORES` to the names in the result, such as "fid" (see `score_names`).
 
+  Returns:
+    A dict from names to scores. The standard deviations of "class_score" and "kernel" have the suffix "_std".
+
   Raises:
     ValueError: if a score is unknown, a summary lacks data for it, or there are too few samples for it.
   """
@@ -254,7 +257,7 @@ def score_names(space: metrics.FeatureSpace) -> dict[str, str]:
 
 
 def logged_names(settings: Settings, names: dict[str, str]) -> list[str]:
-  """Return the names of the scores that `score` computes, without standard deviations."""
+  """Return the names in the result of `score`, except the names of standard deviations."""
   pairs = ("precision_recall", "density_coverage")
   return [name for score in settings.scores for name in (score.split("_") if score in pairs else [names[score]])]
 
@@ -291,7 +294,10 @@ def _cell(row: Scores, name: str) -> str:
 
 
 def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
-  """Compute the accuracy, and the cross-entropy in nats, of log-probabilities [N, K] for true classes [N]."""
+  """Return a dict with the `accuracy` and the `cross_entropy` in nats of log-probabilities [N, K].
+
+  `classes` [N] are the true classes.
+  """
   is_correct = np.argmax(log_probs, axis=1) == classes
   return {
     "accuracy": float(np.mean(is_correct)),
@@ -300,9 +306,9 @@ def classification_scores(log_probs: np.ndarray, classes: np.ndarray) -> Scores:
 
 
 def chance_scores(classes: np.ndarray, num_classes: int) -> Scores:
-  """Compute the accuracy and cross-entropy of a classifier that ignores its input.
+  """Return a dict with the `accuracy` and the `cross_entropy` of a classifier that ignores its input.
 
-  For every input, this classifier predicts the frequency of each class in `classes` [N].
+  For every input, this classifier predicts the same probabilities: the frequencies of the classes in `classes` [N].
   """
   frequencies = np.bincount(classes, minlength=num_classes) / len(classes)
   present = frequencies[frequencies > 0]

@@ -79,7 +79,7 @@ def resize_tf1(x: Array, size: int = SIZE) -> Array:
   """Resize images [B, H, W, C] to [B, size, size, C] with the bilinear filter of TensorFlow 1.
 
   Pixel (i, j) of the result is interpolated at the position (i * H / size, j * W / size) of the input. The filter
-  ignores that pixels have centers, and it shrinks images without averaging. Published scores use this resizing.
+  shrinks images without averaging. Published scores use this resizing.
   """
   # Resize columns first, to match the order and rounding of the reference. Gathering is up to fifty times faster on a
   # CPU than multiplying with matrices of weights.

@@ -125,9 +125,9 @@ def _squared_radii(points: np.ndarray, k: int) -> np.ndarray:
 
 
 def _blocks(points: np.ndarray, targets: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yield the rows of each block of `points`, and the squared distances from these points to all `targets`.
+  """Yield pairs: a slice of `points`, and the squared distances from the points in it to all `targets`.
 
-  The division into blocks limits how much memory the distances need.
+  The division into slices limits how much memory the distances need.
   """
   size = max(1, _BLOCK // len(targets))
   for first in range(0, len(points), size):

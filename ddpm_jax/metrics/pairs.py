@@ -13,7 +13,7 @@ _MAX_PSNR = 100.0
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Compute the peak signal-to-noise ratio of each pair of images in decibels, a float64 array [N].
+  """Return the peak signal-to-noise ratios of pairs of images as a float64 array [N] in decibels.
 
   The ratio is 10 log10(255^2 / MSE), where MSE is the mean squared error. Ratios above 100 are returned as 100.
 
@@ -30,7 +30,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Compute the structural similarity of each pair of images, a float64 array [N] in [-1, 1].
+  """Return the structural similarities of pairs of images as a float64 array [N] in [-1, 1].
 
   Each channel is compared in windows with Gaussian weights (Wang et al. 2004, equation 13). The result is the mean over
   channels and over all windows that lie inside the image. The window has 11x11 pixels, or fewer for smaller images.

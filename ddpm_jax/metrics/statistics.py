@@ -33,7 +33,8 @@ class Statistics(NamedTuple):
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
   """Write statistics atomically to an .npz file.
 
-  The file has `mu` [D] and `sigma` [D, D] in float64, `mu_s` and `sigma_s` if there are spatial features, and `about`.
+  The file has `mu` [D] and `sigma` [D, D] in float64, and `about`. If there are spatial features, it also has `mu_s`
+  and `sigma_s`.
 
   Raises:
     ValueError: if the file exists, or its name does not end in .npz.

@@ -93,8 +93,9 @@ class Loader:
 class Codec(NamedTuple):
   """Hold a pair of functions that convert data to x and back.
 
-  Codecs of autoencoders have two more functions, which split `encode` into the part that a latent data set stores and
-  the part that draws random numbers: `encode(frozen, keys, data) = expand(frozen, keys, compress(frozen, data))`.
+  Codecs of autoencoders have two more functions, which split `encode` into two steps:
+  `encode(frozen, keys, data) = expand(frozen, keys, compress(frozen, data))`. A latent data set stores the results of
+  `compress`. Only `expand` uses random numbers.
 
   Attributes:
     encode: `encode(frozen, keys, data) -> x` for data [B, ...] in [-1, 1]. `keys` is one key, or one key per

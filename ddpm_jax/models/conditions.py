@@ -2,9 +2,9 @@
 
 A `Condition` holds all functions that training and sampling need for one input. The items of a condition are its raw
 values, which come from a data source or the user. `host` converts items that are not arrays, such as texts, to arrays.
-`encode` converts arrays to the values that a network receives. A condition has one name in data sources, in batches and
-in the dict `given`, which holds the encoded values. A network receives the condition as the argument with this name, or
-else as the argument named after the condition's kind.
+`encode` converts arrays to the values that a network receives. A condition has the same name in data sources, in
+batches and in the dict `given` of encoded values. If a network has an argument with this name, this argument receives
+the condition. Otherwise the argument named after the condition's kind receives it.
 """
 
 import zlib
@@ -34,10 +34,11 @@ class Condition(NamedTuple):
   """Describe one input of a model other than noisy data and time.
 
   Attributes:
-    kind: how the network receives the condition, a pytree of strings that is a tree prefix of `shape`: "classes" (an
-      integer, embedded), "vector" (added to the time embedding), "level" (a number, embedded like the time), "image"
-      (concatenated with x) or "tokens" (for attention). Tokens are one array of states, or a dict of "mask" and either
-      "states" or "ids".
+    kind: how the network receives the condition: "classes" (an integer, embedded), "vector" (added to the time
+      embedding), "level" (a number, embedded like the time), "image" (concatenated with x) or "tokens" (for attention).
+      Tokens are either one array of states (the outputs of an encoder), or a dict with two keys: "mask", and "states"
+      or "ids" (token ids). For a condition of several parts, `kind` is a pytree of these strings, a tree prefix of
+      `shape`.
     shape: the shapes and types of one sample, a pytree of `jax.ShapeDtypeStruct`.
     encode: `encode(frozen, keys, batch, train) -> values [B, ...]`. The values are a pytree with the structure of
       `shape`. `keys` has a key for each sample [B]. `batch` is a dict of arrays [B, ...] by name: the items of a data
@@ -48,14 +49,14 @@ class Condition(NamedTuple):
     dropout: the share of samples in which the condition gets its null value in training. Classifier-free guidance needs
       a share above 0.
     num_values: for the kind "classes", the number of values, including the null value.
-    vocabulary: for the kind "tokens" with token ids, the number of ids. 0 for states.
+    vocabulary: for the kind "tokens" with token ids, the number of ids. 0 for tokens without ids.
     parse: `parse(text) -> item`, for text from the command line. None if text cannot express an item.
     default: `default(count) -> items [count, ...]`, used if the user gives no items of this condition. None if the
       items must come from the user or the data.
     from_data: `from_data(batch) -> items`, which computes the items from the other entries [B, ...] of the batch, such
       as the images. None if the batch must contain the items.
-    framing: whether `from_data` reads the entry `data.FRAMING` of the batch, if present. If True, data sources add this
-      entry, which describes how they cropped and resized each image.
+    framing: whether `from_data` reads the entry `data.FRAMING` of the batch. If True, data sources add this entry. It
+      describes how each image was cropped and resized.
     check: `check(source, items)` raises a ValueError if items [N, ...] of a data source are invalid. None accepts all
       items.
     show: `show(item) -> str` returns the text of an item in reports.

@@ -1,4 +1,4 @@
-"""Encode prompts in chunks, and multiply the states by the weights of tokens (see `data.prompts`)."""
+"""Encode prompts in chunks, and multiply the encoder's outputs by the tokens' weights (see `data.prompts`)."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ Array = jax.Array
 
 @check_types
 def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array, *, keep_mean: bool = True) -> Array:
-  """Return the states of prompts, multiplied by the tokens' weights.
+  """Encode prompts, and multiply the encoder's outputs by the tokens' weights.
 
-  The encoder reads each chunk independently, and the states of a prompt's chunks follow one another. The states z of a
-  chunk become w z m / m', where w are the weights, m is the mean of z, and m' is the mean of w z. This is the
-  "original" emphasis of AUTOMATIC1111's stable-diffusion-webui (modules/sd_emphasis.py), but that program takes the
-  means over all prompts of a batch. Here, a prompt's states do not depend on the other prompts. For a batch of one
-  prompt, this function and that program return the same states.
+  The encoder's outputs are called states. The encoder reads each chunk independently, and the states of a prompt's
+  chunks follow one another. The states z of a chunk become w z m / m', where w are the weights, m is the mean of z, and
+  m' is the mean of w z. This is the "original" emphasis of AUTOMATIC1111's stable-diffusion-webui
+  (modules/sd_emphasis.py), but that program takes the means over all prompts of a batch. Here, a prompt's states do not
+  depend on the other prompts. For a batch of one prompt, this function and that program return the same states.
 
   Args:
     encode: `encode(ids [N, L]) -> states [N, L, D]`, the text encoder.
@@ -50,10 +50,10 @@ def encode_weighted(encode: Callable[[Array], Array], ids: Array, weights: Array
 
 
 def weigh(states: Array, weights: Array, *, keep_mean: bool = True) -> Array:
-  """Multiply the states of chunks by the tokens' weights, and join the chunks of each prompt.
+  """Multiply the encoder's outputs by the tokens' weights, and join the chunks of each prompt.
 
   Args:
-    states: the states of the chunks of all prompts [B C, L, D].
+    states: the encoder's outputs for the chunks of all prompts [B C, L, D].
     weights: the weights [B, C, L].
     keep_mean: see `encode_weighted`.
 

@@ -160,8 +160,8 @@ def _encode_batch(
 ) -> dict[str, PyTree]:
   """Encode the conditions of a batch.
 
-  A condition that is missing from the batch gets its null value if it has one. But `Condition.from_data` computes
-  images to enlarge and, unless `is_negative`, conditions with `Condition.is_known`.
+  A condition that is missing from the batch gets its null value if it has one. There are two exceptions: images to
+  enlarge, and, if `is_negative` is False, conditions whose `is_known` is True. `Condition.from_data` computes these.
   """
   missing = {
     name: condition
@@ -278,7 +278,7 @@ def _droppable_images(model: Model) -> list[str]:
 
 
 def _is_known(model: Model, name: str) -> bool:
-  """Return whether the model has a condition with this name and with `Condition.is_known`."""
+  """Return whether the model has a condition with this name, and its `is_known` is True."""
   return name in model.conditions and model.conditions[name].is_known
 
 

@@ -37,8 +37,8 @@ def parse_inputs(
 
   Raises:
     ValueError: if `texts` names a condition that the model lacks, a text is invalid, or a list is empty or has more
-      texts than there are samples. Also if a condition that is not computed from data has neither text nor a default,
-      unless `only` is set.
+      texts than there are samples. If `only` is False, also if a condition has neither text nor a default and is not
+      computed from data.
   """
   inputs: dict[str, np.ndarray] = {}
   for name, words in texts.items():
@@ -92,7 +92,7 @@ def _parse_text(parse: Callable[[str], Any], name: str, text: str) -> Any:
 
 
 def hosts_of(conditions: Mapping[str, Condition]) -> dict[str, data.Host]:
-  """Return the host functions of conditions by the names of entries in a batch.
+  """Return a dict from names of batch entries to the host functions of conditions.
 
   Each function has two names, such as "text" and "negative_text", because items to guide away from are converted too.
   """
@@ -157,8 +157,8 @@ def default_inputs(
   """Return items [count, ...] of all conditions by name, for use where the user gives no items.
 
   If every condition has a `default` and none is computed from data, the items are these defaults, such as each class in
-  turn. Otherwise the items come from real data. But conditions with `Condition.is_known`, such as the sizes of Stable
-  Diffusion XL, always get their defaults.
+  turn. Otherwise the items come from real data, except that conditions whose `is_known` is True get their defaults.
+  An example is the sizes of Stable Diffusion XL.
 
   Args:
     conditions: the conditions by name.
@@ -203,7 +203,7 @@ def _read_inputs(
 def _known_items(source: data.Source, name: str, indices: np.ndarray) -> np.ndarray | None:
   """Return the classes or texts of a source at some indices, without reading images.
 
-  The result is None if the source cannot find them without reading images, or the condition is of another kind.
+  Return None if the source must read images to find the items, or if the items are neither classes nor texts.
   """
   if name == "classes":
     classes = getattr(source, "classes", None)

@@ -60,8 +60,8 @@ def from_component(component: Any, arguments: Mapping[str, Any], conditions: Map
 
   Args:
     component: A subclass of `flax.linen.Module` (see `from_linen`), `flax.nnx.Module` (see `from_nnx`) or
-      `equinox.Module` (see `from_equinox`). A function that returns a `Network` is also accepted. So are a `Network`
-      and an instance of a Linen module, if `arguments` is empty.
+      `equinox.Module` (see `from_equinox`). A function that returns a `Network` is also accepted. If `arguments` is
+      empty, a `Network` and an instance of a Linen module are accepted too.
     arguments: the arguments of the class or the function, by name.
     conditions: the conditions of the model, by name.
 
@@ -379,7 +379,10 @@ def _check_token_widths(conditions: Mapping[str, Condition], accepted: frozenset
 
 
 def _values_by_kind(condition: Condition, values: PyTree) -> list[tuple[str, PyTree]]:
-  """Return a pair for each kind of a condition: the kind and its value, which is a leaf or a subtree of `values`."""
+  """Return a pair (kind, value) for each kind of a condition.
+
+  Each value is a leaf or a subtree of `values`.
+  """
   pairs: list[tuple[str, PyTree]] = []
   # The tree of kinds has a leaf where the tree of values has a part.
   jax.tree.map(lambda kind, value: pairs.append((kind, value)), condition.kind, values)
@@ -550,7 +553,7 @@ def derived_arguments(
 
 
 def _context_features(conditions: Mapping[str, Condition]) -> int:
-  """Return the number of features of the tokens, or 0 if no condition provides states as tokens."""
+  """Return the number of features of the tokens, or 0 if there are no tokens or only token ids."""
   for condition in conditions.values():
     for kind, part in _values_by_kind(condition, condition.shape):
       leaf = part.get("states") if isinstance(part, Mapping) else part

@@ -1,4 +1,4 @@
-"""Define conditions of text: states of frozen text encoders, and token ids that a network embeds itself."""
+"""Define conditions of text: outputs of frozen text encoders, or token ids that the network itself embeds."""
 
 import dataclasses
 import functools
@@ -42,11 +42,11 @@ def text(
   null_text: str | None = "",
   takes_weights: bool = False,
 ) -> Condition:
-  """Return the condition of a text that frozen encoders turn into states.
+  """Return a text condition whose values are the outputs of frozen text encoders.
 
-  The items are strings. With dropout, the null value is the encoded `null_text`. The null value is computed when the
-  encoders' parameters are loaded, so training never encodes it again. The frozen parameters are a dict: "encoders"
-  holds the parameters of the encoders, and "computed" holds the null value.
+  The items are strings. With dropout, the null value is the encoded `null_text`. It is computed once, when the
+  encoders' parameters are loaded. The frozen parameters are a dict: "encoders" contains the parameters of the encoders,
+  and "computed" contains the null value.
 
   Args:
     name: the condition's name.
@@ -54,11 +54,10 @@ def text(
     encode: `encode(params, tokens) -> values` [B, ...]. `params` are the parameters of the encoders, and `tokens` is a
       dict of `data.Tokens` with the names of `tokenizers`.
     load: `load() -> params` reads the parameters of the encoders (see `codecs.Loader`).
-    kind: how the network receives the values, a pytree of kinds that is a tree prefix of the values (see `Condition`).
-      The default is tokens, as in `states`. For tokens and a pooled vector, use
-      {"tokens": "tokens", "vector": "vector"}.
+    kind: how the network receives the values (see `Condition`): one kind, or a pytree of kinds that is a tree prefix of
+      the values. For tokens and a pooled vector, use {"tokens": "tokens", "vector": "vector"}.
     dropout: the share of samples trained with the null value, in [0, 1) (Ho and Salimans 2022, algorithm 1). For a
-      model that was trained elsewhere, the share in its training, such as 0.1. Guidance needs a share above 0.
+      model that was trained elsewhere, pass the share from its training, such as 0.1. Guidance needs a share above 0.
     null_text: the text of the null value. If None, the null value is zeros, as in Stable Diffusion XL.
     takes_weights: whether `encode` also takes `data.prompts.WeightedTokens` in place of `data.Tokens`, as `read_tokens`
       does. If True, the condition's field `weighted` is set.
@@ -94,10 +93,9 @@ def _encoded(
   dropout: float,
   null_text: str | None,
 ) -> Condition:
-  """Return the condition that `text` describes, with the host function `host`.
+  """Return the condition of `text` with `host` as its host function.
 
-  The host function returns a dict by the tokenizers' names. Each entry is a dict of the fields of `data.Tokens` or
-  `WeightedTokens`.
+  `host` returns a dict from the tokenizers' names to dicts of the fields of `data.Tokens` or `WeightedTokens`.
   """
   null_tokens = host(np.array([null_text or ""]))
 
@@ -132,7 +130,7 @@ def _encoded(
 def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool = True) -> Encode:
   """Make the argument `encode` of `text` for one encoder of `networks.text`.
 
-  The result is a function that returns a state for each token.
+  The result is a function that returns one vector for each token. These vectors are called states.
 
   Args:
     encoder: the encoder, a Linen module. The function receives the parameters of this module as `params`.
@@ -159,9 +157,10 @@ def states(encoder: Any, *, layer: int = -1, normed: bool = True, masked: bool =
 def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) -> tuple[Array, Array | None]:
   """Return the states [B, L, D] of tokens, and the pooled vectors [B, P] of the texts.
 
-  If the encoder has no pooled vectors, they are None. Weighted tokens consist of C chunks of L tokens, which the
-  encoder reads independently. The states [B, C L, D] of weighted tokens are multiplied by the weights (see
-  `emphasis.encode_weighted`). The pooled vector of a weighted text comes from its first chunk, without weights.
+  The second value is None if the encoder has no pooled vectors. A weighted text consists of C chunks of L tokens. The
+  encoder reads the chunks independently. The states of weighted texts have the shape [B, C L, D], and are multiplied by
+  the weights (see `emphasis.encode_weighted`). The pooled vector of a weighted text comes from its first chunk, without
+  weights.
 
   Args:
     apply: `apply(ids [N, L]) -> output` calls an encoder of `networks.text`. The output has the attributes `tokens`
@@ -178,10 +177,11 @@ def read_tokens(apply: Callable[[Array], Any], tokens: Tokens | WeightedTokens) 
 
 
 def token_ids(name: str, tokenizer: Tokenizer, dropout: float = 0.0) -> Condition:
-  """Return the condition of a text for a network that embeds token ids itself, and trains the embedding.
+  """Return a text condition of token ids, for a network with a trained embedding of its own.
 
-  The network receives tokens, a dict of "ids" [B, L] and "mask", booleans [B, L]. The network's option `vocabulary` is
-  the number of ids. With dropout, the null value is the ids of the empty text. See `networks.ConditionalUNet`.
+  The network's argument `tokens` is a dict of "ids" [B, L] and "mask", booleans [B, L]. The network's option
+  `vocabulary` is the number of ids (see `networks.ConditionalUNet`). With dropout, the null value is the ids of the
+  empty text.
 
   Args:
     name: the condition's name.
@@ -217,10 +217,10 @@ def is_storable(condition: Condition) -> bool:
 
 
 def stored(name: str, condition: Condition) -> Condition:
-  """Return a copy of a condition that reads encoded values from the batch, and needs no encoders.
+  """Replace the encoders of a condition with values from the batch, and return the new condition.
 
-  The batch contains the values under the names that `stored_items` returns. The frozen parameters of the copy are the
-  condition's frozen parameters without the parameters of the encoders (see `without_encoders`).
+  The batch contains the encoded values under the names that `stored_items` returns. The new condition has the same
+  frozen parameters except for the parameters of the encoders (see `without_encoders`).
   """
   load = condition.load
   assert load is not None
@@ -234,7 +234,7 @@ def stored(name: str, condition: Condition) -> Condition:
 
 
 def stored_items(name: str, values: PyTree) -> dict[str, Any]:
-  """Return the arrays of a condition's values by names such as "text.states"."""
+  """Return a dict from names such as "text.states" to the arrays of a condition's values."""
   return {_item_name(name, path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(values)}
 
 
@@ -257,7 +257,7 @@ def shorten(text: Any) -> str:
 class _Tokenize:
   """Convert texts to tokens with each tokenizer.
 
-  The result is a dict by the tokenizers' names. Each entry is a dict of the fields of `data.Tokens`.
+  The result is a dict from the tokenizers' names to dicts of the fields of `data.Tokens`.
   """
 
   tokenizers: Mapping[str, Tokenizer]

@@ -44,8 +44,8 @@ class ConditionalUNet(nn.Module):
     linear_projections: whether the projections around transformer layers are linear layers, as in Stable Diffusion 2
       and XL. If False, they are 1x1 convolutions.
     context_features: the number of features of the tokens. 0 accepts any number.
-    vocabulary: the number of token ids, for a network that embeds token ids and their positions. 0 for a network whose
-      tokens are states. If `context_features` is 0, the embeddings have `embedding_width` features.
+    vocabulary: the number of token ids, for a network that embeds token ids and their positions. If `context_features`
+      is 0, the embeddings have `embedding_width` features. 0 for a network that receives a vector for each token.
     vocabulary_layers: for a network with a vocabulary, the number of transformer layers over the embedded tokens (as in
       BERT, see `networks.text`). Without these layers a token has no context, so the network cannot tell which words
       belong together.
@@ -65,7 +65,7 @@ class ConditionalUNet(nn.Module):
       network without sizes.
     guidance_features: the number of features of an embedded guidance scale, which a dense layer adds to the embedded
       time (Meng et al. 2023). 0 for a network without a guidance scale.
-    center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
+    center_input: whether the input and the image condition are first mapped from [0, 1] to [-1, 1].
     dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
       wider.
     remat: see `UNet`. Each residual block and each transformer layer counts as a block.
@@ -142,9 +142,9 @@ class ConditionalUNet(nn.Module):
     Args:
       x: the data [B, H, W, C].
       time: the time input [B], such as the step 0..999.
-      tokens: the tokens [B, L, C'] that the transformers attend to, such as the states of a text encoder. Or a dict:
-        "states" are the tokens, and "mask" are booleans [B, L], False where a token must be ignored. For a network with
-        a vocabulary, the dict has "ids", integers [B, L], in place of states.
+      tokens: the vectors [B, L, C'] that the transformers attend to, one for each token, such as the states of a text
+        encoder. Or a dict: "states" are these vectors, and "mask" are booleans [B, L], False for tokens to ignore. For
+        a network with a vocabulary, a dict of "ids", integers [B, L], and "mask".
       classes: integers [B] in [0, num_classes), for a network with classes.
       vector: a continuous condition [B, D], such as the pooled vector of a text. If `vector_embedding` is "time", the
         shape is [B].
@@ -155,7 +155,7 @@ class ConditionalUNet(nn.Module):
         `layers.sinusoidal_embedding(1000 * (w - 1), 256)` in latent consistency models (Luo et al. 2023). None adds
         nothing.
       image: a condition [B, H, W, C''] that is concatenated with x. For inpainting, it consists of the mask and the
-        masked image. A network initialized with an image requires one in every call.
+        masked image. A network initialized with an image requires an image in every call.
       train: whether dropout is on. Dropout needs `keys` or an rng named "dropout".
       keys: a key for each sample [B]. A sample's dropout masks depend only on its key, not on the batch.
 
@@ -163,8 +163,8 @@ class ConditionalUNet(nn.Module):
       An array [B, H, W, out_channels] in float32.
 
     Raises:
-      ValueError: if an option is invalid, a condition or `keys` have the wrong shape, or the network does not get the
-        conditions that it needs, or gets a condition that it does not use.
+      ValueError: if an option is invalid, if a condition or `keys` have the wrong shape, if a condition is missing, or
+        if the network does not use one of the conditions.
     """
     states, mask = self._embed_ids(tokens) if self.vocabulary else _split_tokens(tokens)
     self._check_call(x, states, mask, image)
@@ -304,7 +304,7 @@ class ConditionalUNet(nn.Module):
     return embedding
 
   def _embed_ids(self, tokens: Tokens | None) -> tuple[Array, Array]:
-    """Embed token ids and their positions, and return the states [B, L, C'] and the mask."""
+    """Embed token ids and their positions, and return vectors [B, L, C'] and the mask [B, L]."""
     if not isinstance(tokens, Mapping) or set(tokens) != {"ids", "mask"}:
       raise ValueError(
         f"Got tokens without ids for a network with vocabulary={self.vocabulary}; expected a dict of ids and mask, such as"

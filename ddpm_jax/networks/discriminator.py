@@ -17,8 +17,8 @@ _SLOPE = 0.2
 class PatchDiscriminator(nn.Module):
   """Judge overlapping patches of data by strided convolutions (Isola et al. 2017, appendix 6.1.2).
 
-  Group normalization replaces the paper's batch normalization, with which the loss of a sample would depend on the
-  other samples of the batch.
+  The paper uses batch normalization. Group normalization replaces it here, so that the loss of a sample does not depend
+  on the rest of the batch.
 
   Attributes:
     channels: the features of the first convolution. Each further convolution doubles them, up to `8 * channels`.

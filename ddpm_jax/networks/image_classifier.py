@@ -1,6 +1,6 @@
 """Define a small classifier of clean images.
 
-Evaluation compares the features of this classifier if no published network was trained on similar data.
+Evaluation uses the features of this classifier if no published network was trained on similar data.
 """
 
 import flax.linen as nn
@@ -29,7 +29,7 @@ class ImageClassifier(nn.Module):
   def __call__(self, x: Array, maps: bool = False) -> tuple[Array, Array] | list[Array]:
     """Return the features [B, features] and the logits [B, num_classes] of images [B, H, W, C] in [-1, 1].
 
-    With `maps`, return three arrays [B, h, w, D] instead: the features of each level at all positions.
+    With `maps`, return a list of three arrays [B, h, w, D] instead: the features of each level at all positions.
     """
     levels = []
     first_stride = 1 if min(x.shape[1:3]) < _MIN_DOWNSAMPLED_SIZE else 2

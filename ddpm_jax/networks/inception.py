@@ -53,12 +53,12 @@ class Inception(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, maps: int = 0) -> dict[str, Array] | list[Array]:
-    """Return a dict with an array of features [B, D] for each tap, or a list of arrays [B, h, w, D] if `maps` is set.
+    """Return a dict from taps to features [B, D], or a list of feature maps [B, h, w, D] if `maps` is set.
 
     Args:
       x: the images [B, 299, 299, 3], already scaled by the caller: (value - 128) / 128 for values in [0, 255].
-      maps: the number of stages whose features at all positions are returned in a list, from 1 to 4. The stages have
-        64, 192, 768 and 2048 channels. The sides of the images may then differ from 299. 0 returns the taps.
+      maps: 0 to return the taps. A number n from 1 to 4 to return the features of the first n stages at all positions.
+        The stages have 64, 192, 768 and 2048 channels. With `maps`, the sides of the images may differ from 299.
 
     Raises:
       ValueError: if a tap is unknown, there are no taps, or the images have the wrong shape.

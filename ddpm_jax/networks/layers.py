@@ -41,8 +41,9 @@ class BlockOptions(NamedTuple):
     dropout: the dropout rate inside residual blocks during training.
     scale_shift: whether the embedding scales and shifts the result of the second normalization. Otherwise the embedding
       is added before this normalization.
-    score_sde: whether residual sums are divided by sqrt(2), the shortcut of every block that resamples has a 1x1
-      convolution, and attention starts with smaller weights (see `SCORE_SDE_ATTENTION`).
+    score_sde: whether blocks follow Song et al. (2021): residual sums are divided by sqrt(2), every block that
+      resamples has a 1x1 convolution in its shortcut, and attention starts with smaller weights (see
+      `SCORE_SDE_ATTENTION`).
     filter: the weights of the filter that resamples in residual blocks, (1, 1) or (1, 3, 3, 1).
     attention: the argument `implementation` of `attention.attend`.
     dtype: the type of the computation.
@@ -153,7 +154,7 @@ def count_features(x: Data) -> int:
 
 
 def split_features(value: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
-  """Split an array along its channel axis `axis`, so that each piece has as many channels as one array of `parts`."""
+  """Split an array along its channel axis `axis` into pieces with as many channels as the arrays of `parts`."""
   return jnp.split(value, np.cumsum([part.shape[-1] for part in parts])[:-1], axis)
 
 
@@ -179,7 +180,8 @@ class GroupNorm(nn.Module):
   def __call__(self, x: Data, scale: Array | None = None, shift: Array | None = None) -> Any:
     """Normalize x [B, *space, C], then multiply by 1 + scale [B, C] and add shift [B, C].
 
-    x may also be a sequence of arrays that split the channels. The result is then such a sequence too.
+    x may also be a sequence of arrays, each with some of the C channels. The result is then a sequence of arrays of the
+    same shapes.
 
     Raises:
       ValueError: if the number of groups does not divide the number of channels.
@@ -266,8 +268,8 @@ class Conv(nn.Module):
   def __call__(self, x: Data) -> Array:
     """Convolve x [B, *space, C], and return an array with `features` channels.
 
-    x may also be a sequence of arrays that split the channels. The sides of the result depend on the kernel's size, the
-    strides, the padding and the doubling.
+    x may also be a sequence of arrays, each with some of the C channels. The sides of the result depend on the kernel's
+    size, the strides, the padding and the doubling.
     """
     parts = [part.astype(self.dtype) for part in jax.tree.leaves(x)]
     axes = parts[0].ndim - 2
@@ -445,9 +447,9 @@ def project_heads(x: Array, heads: int, name: str, options: BlockOptions, kernel
 
 
 def rematerialize(block: Any, remat: str) -> Any:
-  """Return a class of blocks, with the recomputation in the backward pass that `remat` selects.
+  """Wrap a class of blocks so that the backward pass recomputes the values that `remat` selects.
 
-  `unet.Backbone` describes the values of `remat`.
+  `unet.Backbone` describes `remat`.
   """
   if remat == "none":
     return block

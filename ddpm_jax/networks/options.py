@@ -121,9 +121,9 @@ def per_level(values: Any, count: int) -> tuple[Any, ...]:
 
 
 def multipliers_of(widths: Sequence[int]) -> tuple[float, ...]:
-  """Return the value of the option `multipliers` for levels with these numbers of features.
+  """Return the option `multipliers` of a network whose levels have `widths` features.
 
-  The first number is the option `channels`. Multipliers without a fraction are integers.
+  `widths[0]` is the option `channels`. Multipliers without a fraction are integers.
   """
   ratios = [width / widths[0] for width in widths]
   return tuple(int(ratio) if ratio == int(ratio) else ratio for ratio in ratios)
@@ -248,7 +248,7 @@ def _check_computation(network: Any) -> None:
 
 
 def check_precision(dtype: Any, attention: str) -> None:
-  """Check that networks support the type `dtype`, and the implementation `attention` for this type.
+  """Check that networks support the type `dtype`, and that the attention implementation supports it too.
 
   float16 is refused, because its range is too small for gradients.
 

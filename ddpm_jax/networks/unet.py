@@ -239,7 +239,7 @@ class Backbone(nn.Module):
     return block(features, self._block_options, resample, name=name)(x, embedding, keys)
 
   def _rematerialized(self, block: Any) -> Any:
-    """Return a class of blocks, with the recomputation in the backward pass that `remat` selects."""
+    """Wrap a class of blocks so that the backward pass recomputes the values that `remat` selects."""
     return layers.rematerialize(block, self.remat)
 
   def _resample(self, h: Array, embedding: Array, keys: Array | None, name: str, direction: str, way: str) -> Array:

@@ -53,7 +53,7 @@ class Content(NamedTuple):
     config: the config as nested dicts.
     samples: the samples, uint8 [N, H, W, C].
     classes: the classes [N] of the samples.
-    denoising: the states of K samples at several times, from noise to data, uint8 [frames, K, H, W, C].
+    denoising: K samples during sampling, uint8 [frames, K, H, W, C]. The first frame is noise, and the last is data.
     denoising_times: the time [frames] of each frame.
     metrics: the lines of metrics.jsonl, each with a `step`.
     schedule: `t`, `alpha`, `sigma` and `log_snr` of the process, each [T].

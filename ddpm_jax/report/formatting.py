@@ -98,10 +98,10 @@ def format_number(value: Any) -> str:
 
 
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
-  """Format a number and its error, both rounded to the second significant digit of the error.
+  """Return a number and its error as two texts with the same number of decimals.
 
-  Both have at most 8 decimals, and are rounded to whole numbers at most. If one of the two is not finite, or the error
-  is not above 0, the error becomes "".
+  The error has two significant digits, but at most 8 decimals. An error of 10 or more has no decimals. If the number or
+  the error is not finite, or the error is not above 0, the error becomes "".
   """
   if not (is_number(value) and is_number(error) and math.isfinite(value) and 0 < float(error) < math.inf):
     return format_number(value), ""

@@ -191,14 +191,14 @@ def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
 def pin(tree: Tree, folder: Path) -> Tree:
   """Set the keys `step`, `mean` and `std` of the autoencoder in a run's config, and return the new config.
 
-  If the config already sets one of these keys, its value does not change. For a new run, the missing values come from
-  the newest checkpoint and the scores of the autoencoder. For an existing run, they come from the saved config of the
-  run, even if the autoencoder was trained or scored again. If the codec is not an autoencoder from a run, the config is
+  If the config already sets one of these keys, its value does not change. If `folder` has a saved config, the missing
+  values come from there, even if the autoencoder was trained or scored again. Otherwise they come from the newest
+  checkpoint and the scores of the autoencoder. If the codec is not an autoencoder from a run of its own, the config is
   returned unchanged.
 
   Args:
     tree: the config of the run that uses the autoencoder.
-    folder: the folder of this run.
+    folder: the folder of the run that uses the autoencoder.
   """
   codec = tree.values["model"].get("codec") or {}
   if codec.get("component") != _COMPONENT or not codec["path"]:

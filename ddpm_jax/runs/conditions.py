@@ -29,7 +29,8 @@ def text(
 ) -> Condition:
   """Return a text condition with a frozen text encoder from the library transformers.
 
-  The encoder returns a state for each token, and the network attends to these states (see `networks.ConditionalUNet`).
+  The encoder returns one vector for each token, the state of the token. The network attends to these states (see
+  `networks.ConditionalUNet`).
   If the encoder is CLIP's, the encoder and the network attend to padding too, as in Stable Diffusion. With all other
   encoders, neither the encoder nor the network attends to padding.
 

@@ -113,7 +113,7 @@ def compile_edit(
   holds `latent`, the noise that encodes the images.
 
   Args:
-    guided: the model with the task's method (`with_method`), and its guides.
+    guided: the guides, and the experiment from `with_method`.
     mesh: the devices.
     task: a name in `TASKS`.
     factor: the factor by which `superres` enlarges images if the model is not a super-resolution model.
@@ -244,7 +244,7 @@ def _edit_by_measurement(experiment: Experiment, task: str, factor: int) -> Call
 
 
 def _clip_values_only(experiment: Experiment, denoise: Denoise) -> Denoise:
-  """Clip estimates but keep their gradients, so that the measurement still guides pixels out of range."""
+  """Clip estimates but keep their gradients, so that the measurement also guides the pixels that are clipped."""
 
   def clipped(x_t, t):
     estimate = denoise(x_t, t)

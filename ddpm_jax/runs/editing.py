@@ -180,9 +180,10 @@ def _steer(
   scale: float | None,
   inputs: generation.Inputs,
 ) -> Guided:
-  """Return the experiment with the edit's guides and the user's conditions, one item for each result.
+  """Return the experiment together with the guides and the user's conditions.
 
-  The conditions in `inputs` come from the images, so the user need not set them.
+  Each condition has one value for each result. The conditions in `inputs` come from the images, so the user need not
+  set them.
   """
   for field, kind in (("given", ""), ("negative", "negative ")):
     repeated: Any = {}

@@ -114,7 +114,10 @@ def _write(path: Path, arrays: Inputs) -> None:
 
 
 def _write_pictures(path: Path, samples: np.ndarray, inputs: Inputs, settings: Mapping[str, Any]) -> None:
-  """Save a picture of each sample in a folder, with its texts and the settings, if samples have texts."""
+  """Save a picture of each sample in a folder, if the samples have texts.
+
+  The metadata of a picture hold the sample's texts and the settings.
+  """
   texts = {name: value for name, value in inputs.items() if data.is_text(np.asarray(value))}
   if not texts:
     return
@@ -247,7 +250,7 @@ def limit_batch(experiment: Experiment, mesh: jax.sharding.Mesh, count: int, *, 
 
 
 def _scale(experiment: Experiment) -> Any:
-  """Return the guidance scale, or None if the rule has no scale.
+  """Return the guidance scale, or None if the guidance rule has no scale.
 
   If guidance is limited to an interval, this is the scale inside the interval.
   """
@@ -310,8 +313,9 @@ def run_in_batches(
     parameters: the parameters.
     seed: the seed.
     count: the number of items.
-    inputs: the items of conditions [count, ...] by name, or a function that returns the items at indices [B]. A
-      condition's `host` converts items such as texts to arrays before `function` gets them.
+    inputs: a dict from names to rows [count, ...]; or a function that takes the indices of a batch and returns a dict
+      from names to rows [B, ...]. Before `function` is called, a condition's `host` converts rows such as texts to
+      arrays.
     start: the index of the first item to compute.
     activity: the text of the progress bar.
   """
@@ -353,7 +357,7 @@ def cached_rows(
       these rows. It yields pairs: the next rows, and notes that replace the earlier notes.
 
   Returns:
-    The array in the main process, and None in all other processes.
+    A `ResumableArray` in the main process, and None in all other processes.
   """
   array = (
     rows.ResumableArray(path, identity, name, *shape_dtype, damaged=workdir.damaged_folder(folder))

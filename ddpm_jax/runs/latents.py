@@ -81,8 +81,8 @@ def open_latents(experiment: Experiment, source: data.Source) -> data.Source | N
 def _compare_items(path: str, source: data.Source, latents: data.Source) -> None:
   """Raise a ValueError if `source` and `latents` differ in the classes or texts of a few images.
 
-  The function reads the images instead of `source.classes`. A broken image is replaced by another image, and then has
-  the class and the texts of that image.
+  If an image is broken, a source returns another image with the class and the texts of that other image. For this
+  reason, the function reads images and does not use `source.classes`.
   """
   rows = np.unique(np.linspace(0, len(source) - 1, min(_COMPARED, len(source))).astype(int))
   items, own_items = (data.read(one, rows) for one in (source, latents))
@@ -128,7 +128,7 @@ def check_conditions(experiment: Experiment) -> None:
 
 
 def _digest(part: PyTree) -> str:
-  """Combine the digests that `frozen_file` records for the arrays of a pytree into one digest."""
+  """Return one digest of all arrays of a pytree."""
   return hashlib.sha256(" ".join(frozen_file.compute({"": part})[""]).encode()).hexdigest()
 
 
@@ -162,7 +162,10 @@ def storable_texts(experiment: Experiment) -> dict[str, Condition]:
 
 
 def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
-  """Return the settings of a text condition that determine its states, without the parameters of the encoders."""
+  """Return the settings of a text condition that determine the outputs of its encoders.
+
+  The parameters of the encoders are not included.
+  """
   path, condition = f"model.conditions.{name}", experiment.model.conditions[name]
   # The config of a pretrained model does not contain the arguments of its conditions.
   node = experiment.tree.values["model"].get("conditions", {}).get(name, {})
@@ -175,19 +178,18 @@ def _text_settings(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[str, Condition]:
-  """Select the text conditions of the model with states in the encoded data, and return them by name.
+  """Return, by name, the model's text conditions whose encoder outputs are stored in the encoded data.
 
-  The data may also contain states of conditions that the model does not have, and the model may have text conditions
-  without states in the data.
+  Stored outputs of conditions that the model does not have are ignored.
   """
   encoded = latents.settings.get("encoders", {}) if isinstance(latents, data.PackedSource) else {}
   return {name: one for name, one in storable_texts(experiment).items() if name in encoded} if encoded else {}
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Return the experiment with text conditions that read their states from the encoded data.
+  """Return the experiment with text conditions that read their encoders' outputs from the encoded data.
 
-  Text conditions without states in the data stay unchanged.
+  Text conditions without stored outputs stay unchanged.
   """
   stored = {name: models.texts.stored(name, one) for name, one in stored_texts(experiment, latents).items()}
   if not stored:
@@ -196,7 +198,7 @@ def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Ex
 
 
 def without_encoders(experiment: Experiment, latents: data.Source | None, frozen: PyTree) -> PyTree:
-  """Return the frozen parameters without the text encoders that stored states replace (see `with_stored_texts`)."""
+  """Return the frozen parameters without the text encoders whose outputs are stored (see `stored_texts`)."""
   texts = stored_texts(experiment, latents)
   if not texts:
     return frozen

@@ -88,8 +88,8 @@ def evaluate(run: Run, weights: Weights, seed: int) -> dict[str, dict[str, Any]]
   values for each image come from the data.
 
   Returns:
-    A dict from each kind of likelihood, such as "ode", to its results. The dict is empty in all processes except the
-    main process.
+    A dict from each kind of likelihood, such as "ode", to its results (see `_summary`). The dict is empty in all
+    processes except the main process.
 
   Raises:
     FloatingPointError: if a likelihood is not finite.
@@ -169,9 +169,9 @@ def _function(experiment: Experiment, mesh: jax.sharding.Mesh, kind: str) -> tup
 
 
 def _summary(experiment: Experiment, kind: str, values: np.ndarray) -> dict[str, Any]:
-  """Return the means of the values over images, and the standard error of the bits.
+  """Return a dict with the mean likelihood in bits, its standard error, and values that depend on `kind`.
 
-  For a bound over all N steps, the result also has `terms` [N], the mean of each step's term over images.
+  For a bound over all N steps, the dict also has `terms` [N], the mean of each step's term over images.
   """
   c, values = experiment.evaluation, values.astype(np.float64)
   bad = int(np.count_nonzero(~np.isfinite(values[:, 0])))

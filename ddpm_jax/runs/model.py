@@ -95,7 +95,10 @@ def open_checkpoints(experiment: Experiment, folder: Path) -> checkpoint.Checkpo
 
 
 def open_snapshots(folder: Path) -> checkpoint.Checkpoints:
-  """Open the run's snapshots of the averaged parameters (EMA). Old snapshots are never deleted."""
+  """Open the run's snapshots of the averaged parameters (EMA).
+
+  Old snapshots are never deleted.
+  """
   return checkpoint.Checkpoints(workdir.snapshot_folder(folder), keep=2**31)
 
 

@@ -102,7 +102,10 @@ def _encode(experiment: Experiment, output: Path) -> None:
 def _encoded(
   experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source, frozen: PyTree, statistics: "_Statistics"
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yield the items of each image of a source, with `latent` instead of `image` and with the states of texts."""
+  """Yield the items of each image of a source, with `latent` in place of `image`.
+
+  The items also contain the states that frozen text encoders return.
+  """
   codec, flip, size = experiment.model.codec, experiment.data.flip, _BATCH * mesh.size
   assert codec.compress is not None
   assert codec.expand is not None

@@ -49,8 +49,8 @@ def _read(
   Args:
     tree: the config. Its network options, such as dropout, apply to the diffusers model.
     path: a diffusers folder, or a name on the Hugging Face hub.
-    flag: the flag or config key that contains `path`, for the error message if the conditions of the config and of the
-      model do not match; "" to skip this check.
+    flag: the flag or config key that contains `path`, for error messages. If it is not empty, the function checks that
+      the conditions of the config match the conditions of the model.
     weights: True to read the parameters, False to read only their shapes.
     choices: options of `diffusers.read` that override the options in the config.
     params_dtype: the type of the parameters (see `diffusers.load`).
@@ -121,7 +121,10 @@ def replace_model(
 
 
 def _options(tree: Tree, path: str) -> dict[str, Any]:
-  """Return the config's options for the model at a path, and the image shape if the model's files lack a shape."""
+  """Return a dict of the config's options for the model at a path.
+
+  If the model's files lack an image shape, the dict also has the `shape` of the config's images.
+  """
   values = tree.values["model"]
   shape = {}
   if not interop.diffusers.has_size(path):
@@ -185,8 +188,8 @@ def load_init_from(tree: Tree, *, weights: bool = True) -> tuple[Tree, Pretraine
 def read_init_from(tree: Tree, folder: Path | None) -> tuple[Tree, Model | None]:
   """Return the config and the model of `init_from` without reading weights, for a plan.
 
-  If the run in `folder` has copied the config files of the model, the returned config reads the copies. Then, and
-  without `init_from`, the model is None.
+  If the run in `folder` has copied the config files of the model, the returned config reads the copies, and the
+  model is None. The model is also None without `init_from`.
   """
   if folder is not None and has_started(tree, folder):
     return restore_init_from(tree, folder), None
@@ -225,7 +228,7 @@ def has_started(tree: Tree, folder: Path) -> bool:
 
 
 def _started(tree: Tree, folder: Path) -> Tree | None:
-  """Return the config of the run in a folder, or None if `tree` has another `init_from` than this config."""
+  """Return the config of the run in a folder, or None if there is no run with the `init_from` of `tree`."""
   saved = config.find_run(folder) if tree.values["init_from"] else None
   return saved if saved is not None and saved.values["init_from"] == tree.values["init_from"] else None
 

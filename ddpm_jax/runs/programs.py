@@ -23,7 +23,7 @@ Arrays = Mapping[str, Array]
 
 
 class Coder(NamedTuple):
-  """Hold functions that encode and decode data with a model's codec and its parameters.
+  """Hold functions that encode and decode data with a model's codec.
 
   Attributes:
     encode: `encode(keys, data) -> x` encodes data [B, ...]. `keys` [B] has a key for each sample.
@@ -54,7 +54,10 @@ def clip_estimates(experiment: Experiment, denoise: Denoise) -> Denoise:
 
 
 def initial_noise(experiment: Experiment, keys: Array) -> Array:
-  """Draw the noise [B, ...] that sampling starts from. Each sample has its own key in `keys` [B]."""
+  """Return the noise [B, ...] that sampling starts from.
+
+  `keys` [B] has a key for each sample.
+  """
   return experiment.model.process.prior(randomness.fold_in(keys, 0), (keys.shape[0], *experiment.model.shape))
 
 
@@ -105,7 +108,7 @@ def for_previews(experiment: Experiment, mesh: jax.sharding.Mesh, count: int) ->
 def denoising_frames(
   experiment: Experiment, mesh: jax.sharding.Mesh, frames: int
 ) -> tuple[Callable[[Parameters, Any, Any, Arrays], Array], np.ndarray]:
-  """Compile a function that returns the states of samples at several times, and return it with these times.
+  """Compile a function that returns the intermediate states of samples, and return it with the states' times.
 
   Args:
     experiment: the experiment with the model and the sampler.

@@ -116,14 +116,14 @@ def _pairs(batch: Batch) -> np.ndarray:
 def reconstruct(
   experiment: Experiment, function: Callable, parameters: Parameters, source: data.Source, rows: np.ndarray
 ) -> Iterator[Batch]:
-  """Reconstruct the images of a source at the indices `rows`, one batch after the other.
+  """Reconstruct images of a source, and yield one `Batch` after another.
 
   Args:
     experiment: the experiment with the batch size.
     function: the result of `program`.
     parameters: the parameters.
     source: the images.
-    rows: the indices of the images.
+    rows: the indices of the images to reconstruct.
 
   Raises:
     FloatingPointError: if a reconstruction or a latent is not finite.

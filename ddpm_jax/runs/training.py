@@ -166,7 +166,7 @@ class _Trainer:
     step: the train step.
     init: the function that makes the first state; None once a state exists.
     template: the shapes and shardings of the state.
-    batch_shapes: the shapes of a batch, for each group of the data (see `data.sources`).
+    batch_shapes: a list with the shapes of one batch for each group of the data (see `data.sources`).
     frozen: the frozen parameters of the train step, or None.
     digests: the digests of all frozen parameters and tokenizers of the run.
     damaged: messages to the user about damaged files.

@@ -37,8 +37,8 @@ class Sampler(NamedTuple):
       rules with a data-dependent number of calls, and replaces `calls`. None for all other rules.
     spacing: how `grids.for_sampler` spaces the rule's times. "time" is even in time. "log_snr" is even in the log-SNR.
       "ends" is for a rule that chooses its own steps: its grid contains only t_max, a last time above 0, and 0.
-    two_estimates: whether `denoise` may come from `guidance.cfg_plus_plus`, which returns a second estimate for the
-      derivation of the noise.
+    two_estimates: whether the rule accepts the two estimates of `guidance.cfg_plus_plus`, one for the data and one for
+      the noise.
   """
 
   init: Callable[[Array], Any]
@@ -99,9 +99,9 @@ def no_memory(x: Array) -> tuple[()]:
 
 @check_types
 def estimate(process: Process, denoise: Denoise, x_t: Array, t) -> tuple[Array, Array]:
-  """Return the estimates of the data and the noise at time t > 0, a scalar or [B].
+  """Return the estimates x_0 of the data and eps of the noise at time t.
 
-  The two estimates, x_0 and eps, satisfy `x_t = alpha_t x_0 + sigma_t eps`.
+  They satisfy `x_t = alpha_t x_0 + sigma_t eps`. The time t, of shape [] or [B], must be above 0.
 
   Raises:
     ValueError: if `denoise` is guided by CFG++ and returns two estimates.

@@ -205,9 +205,9 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
 
   Args:
     process: the forward process.
-    eta: the rate of the noise relative to the reverse SDE, at least 0. With eta=0 and solver="midpoint", the rule is
-      `dpmpp_2m`.
-    solver: the formula for the effect of the slope of x_0, "midpoint" or "heun".
+    eta: the strength of the noise, at least 0. With eta=1 the rule solves the reverse SDE. With eta=0 and
+      solver="midpoint", it is `dpmpp_2m`.
+    solver: "midpoint" or "heun", the formula of the term that contains the slope of x_0.
 
   Raises:
     ValueError: if eta is negative, or `solver` is not "midpoint" or "heun".

@@ -110,7 +110,7 @@ def heun(
 ) -> Sampler:
   """Build Heun's rule of order 2 with EDM's churn (Karras et al. 2022, algorithms 1 and 2).
 
-  A step calls the network twice, and the step to s = 0 calls it once. The errors are the same as in `euler`.
+  A step calls the network twice, and the step to s = 0 calls it once. `heun` raises the same errors as `euler`.
 
   Args:
     process: the forward process.

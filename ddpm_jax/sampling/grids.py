@@ -147,8 +147,7 @@ def leading(
     offset: the number that is added to n for all times except the last. It is 1 in Stable Diffusion.
     end_step: the step n at which the grid ends, 0 for clean data. Several schedulers of diffusers end at step 1. If the
       lowest of the K steps is already `end_step`, it is not repeated, so the grid has only K times.
-    open_end: whether to compute the grid for K + 1 steps and drop the lowest time above its end, as diffusers'
-      multistep solvers do.
+    open_end: whether to compute K + 1 steps and drop the lowest of them, as diffusers' multistep solvers do.
   """
   count = num_steps + open_end
   last, n = _check_discrete(process, count, "leading")
@@ -228,7 +227,7 @@ def _check_discrete(process: Process, num_steps: int, name: str, min_steps: int 
 
 
 def _to_times(steps: np.ndarray, n: int, end_step: int) -> np.ndarray:
-  """Return the times of falling steps, and then the time of `end_step`.
+  """Return one array with the times of falling steps, followed by the time of `end_step`.
 
   `n` is the process's number of steps. If `steps` already ends at `end_step`, that step is not repeated.
   """

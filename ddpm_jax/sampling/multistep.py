@@ -88,7 +88,10 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     return 0.5 * (pull if variant == "bh2" else alpha * h)
 
   def correct(x_t, x_0, lambda_t, memory: _LastStep, t):
-    """Repeat the previous step, which ended at x_t, now also with the estimate at x_t (UniC)."""
+    """Correct x_t with the estimate x_0 at x_t (UniC).
+
+    The function computes the previous step again, now with x_0, and adds the change of the step's result to x_t.
+    """
     (last, *older), (lambda_last, *lambdas) = memory.past
     decay, pull = first_order_factors(process, memory.t, t)
     h = lambda_t - lambda_last

@@ -35,8 +35,8 @@ def plms(process: Process) -> Sampler:
   """Build PLMS, the pseudo linear multistep rule of PNDM without Runge-Kutta steps.
 
   The noise is constant within each step, as in `ddim`. It is the Adams-Bashforth combination of the network's four
-  latest estimates of the noise, or of fewer estimates in the first steps. The weights are the weights for steps of
-  equal length on every grid. The rule has order 2 on grids whose step lengths vary smoothly. Source: Liu et al. 2022,
+  latest estimates of the noise, or of fewer estimates in the first steps. On every grid, the rule uses the weights
+  for steps of equal length. The rule has order 2 on grids whose step lengths vary smoothly. Source: Liu et al. 2022,
   section 3. PLMS is the PNDMScheduler of diffusers with skip_prk_steps=True.
 
   A step calls the network once. If the grid has several steps, the first step calls the network twice, because it

@@ -35,7 +35,7 @@ def check_folder(folder: str | Path) -> Path:
   """Return the absolute path of a checkpoint folder, or refuse a path that orbax misreads.
 
   Orbax expands wildcards and reads some names as bucket URIs. Its storage layer reads a backslash as a slash.
-  Checkpoints in such a folder could be written but not read again.
+  If orbax misreads the path of a folder, it can write checkpoints there but not read them again.
 
   Raises:
     ValueError: if orbax would misread the path.
@@ -397,7 +397,7 @@ def _report_damage(message: str) -> Iterator[None]:
 
 
 def _sealed(content: dict[str, Any]) -> dict[str, Any]:
-  """Return a description together with its own digest."""
+  """Return a dict of a description ("content") and its digest ("sha256")."""
   return {"content": json.loads(json.dumps(content)), "sha256": sealed.digest_json(content)}
 
 

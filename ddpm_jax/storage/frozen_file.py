@@ -17,7 +17,7 @@ TOKENIZERS = "tokenizers"
 
 
 def compute(frozen: PyTree | None) -> dict[str, list[str]]:
-  """Return a list of digests, one for each array, for each part of the frozen parameters, such as "codec".
+  """Return a dict from each part of the frozen parameters, such as "codec", to the list of its arrays' digests.
 
   Arrays under the key `COMPUTED` get no digest.
   """

@@ -119,9 +119,9 @@ def save_with_text(path: str | Path, image: np.ndarray, notes: Mapping[str, str]
 
 
 def save_samples(path: str | Path, samples: np.ndarray, classes: np.ndarray | None = None) -> None:
-  """Write a picture of the first of the samples, uint8 [N, h, w, C], to a PNG file.
+  """Write a picture of the first samples of an array, uint8 [N, h, w, C], to a PNG file.
 
-  The picture shows at most 64 samples. But if the classes [N] of the samples repeat with a period of 2 to 20 samples,
+  The picture shows up to 64 samples. But if the classes [N] of the samples repeat with a period of 2 to 20 samples,
   each row shows one period, and the picture has at most 10 rows.
   """
   columns, num_shown = None, SHOWN

@@ -83,8 +83,8 @@ def check_types(content: Mapping[str, Any], kinds: Mapping[str, Kinds], name: st
 def matches(value: Any, kind: Any) -> bool:
   """Return whether a value has a type.
 
-  A list of types stands for a list of values, each of one of these types. The type `float` also allows integers, but a
-  bool is not a number. A number must be finite and in the range of float32. An integer must also fit into 64 bits.
+  A list of types matches a list of values if each value has one of these types. The type `float` also allows integers,
+  but a bool is not a number. A number must be finite and in the range of float32. An integer must fit into 64 bits.
   """
   if isinstance(kind, list):
     return isinstance(value, list | tuple) and all(any(matches(item, option) for option in kind) for item in value)

@@ -149,7 +149,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _split(text: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], int]:
-  """Return the valid lines, each as a pair of its bytes and its parsed content, and the number of invalid lines."""
+  """Return a list of pairs (bytes, parsed content) for the valid lines, and the number of invalid lines."""
   lines = [line for line in text.split(b"\n") if line.strip()]
   valid = [(line, content) for line in lines if (content := _parse(line)) is not None]
   return valid, len(lines) - len(valid)

@@ -23,7 +23,7 @@ class ParamsEmaState(NamedTuple):
 
   Attributes:
     steps: the number of averaged steps, an int32 scalar.
-    averages: for each decay, a tree with the structure of the parameters, in float32 or wider.
+    averages: a tuple with one tree for each decay. Each tree has the structure of the parameters, in float32 or wider.
   """
 
   steps: Array
@@ -245,7 +245,9 @@ def _replace(opt_state: PyTree, averages: tuple[PyTree, ...]) -> PyTree:
 def reconstruction_weights(
   snapshot_steps: Sequence[int], snapshot_stds: Sequence[float], step: int, std: float
 ) -> np.ndarray:
-  """Compute weights of stored averages to approximate an average of another width (Karras et al. 2024, algorithm 3).
+  """Compute weights of snapshots to approximate an average of another width (Karras et al. 2024, algorithm 3).
+
+  A snapshot is an average that was stored during training. The new average is the weighted sum of the snapshots.
 
   The profile of a power-function average is the weight p(t) of the parameters after step t. For an average at step T,
   p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T], and gamma depends on the width (see `gamma_of`). A least-squares

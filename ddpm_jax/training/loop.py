@@ -69,20 +69,20 @@ def fit(
     frozen: parameters that never change, with the shardings that the step expects; None for none.
     num_steps: the number of the last step, counted from the start of training.
     log: called as `log(number, metrics)` every `log_every` steps and after step `num_steps`, where `number` is the
-      number of finished steps. Each metric is averaged over the steps since the last log, except steps whose loss or
-      gradient norm is not finite. Only `skipped` is not averaged: it is the total number of skipped steps. The loop
-      adds `images_per_second`, `seconds_per_step` and `input_wait` (the fraction of the time in which training waited
-      for data). These three metrics are based on the wall-clock time since the last log, including the time of
-      callbacks.
+      number of finished steps. `skipped` is the total number of skipped steps, and `skipped_in_a_row` is left out. All
+      other metrics are averaged over the steps since the last log. Steps whose loss or gradient norm is not finite do
+      not count in these averages. The loop adds `images_per_second`, `seconds_per_step` and `input_wait` (the fraction
+      of the time in which training waited for data). These three metrics are based on the wall-clock time since the
+      last log, including the time of callbacks.
     log_every: the number of steps between two logs.
     callbacks: functions to call during training. Functions that are due at the same step are called in this order.
     max_skipped: the number of consecutive skipped steps after which `fit` raises an error. A step is skipped if its
       gradients or updates are not finite and the optimizer skips such steps (see `optim.skip_nonfinite`).
     hooks: functions that connect the loop to its environment.
-    rescue: called as `rescue(number, state)` if loading the next batch raises an error, with the number of finished
-      steps and the current state, for example to save this state. Then `fit` raises the error. If this call of `fit`
-      has not finished a step, `rescue` is not called. If the last step fails the check for finite values, `rescue` is
-      not called either, and `fit` raises the FloatingPointError of the check instead.
+    rescue: called as `rescue(number, state)` if loading the next batch raises an error, for example to save the state.
+      `number` is the number of finished steps. Then `fit` raises the error. If this call of `fit` has not finished a
+      step, `rescue` is not called. If the last step fails the check for finite values, `rescue` is not called either,
+      and `fit` raises the FloatingPointError of the check instead.
     quiet: whether to hide the progress bar.
 
   Returns:

@@ -37,8 +37,8 @@ def schedule(
   The schedules after the warm-up are:
 
   - `constant`: the peak.
-  - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak at the end
-    of the warm-up to `final_factor` times the peak at step `decay_steps`, then constant.
+  - `cosine` (Loshchilov and Hutter 2017, equation 5, without restarts) and `linear`: a decay from the peak to
+    `final_factor` times the peak, from the end of the warm-up to step `decay_steps`. Then the rate is constant.
   - `inverse_sqrt`: the peak until step t_ref = max(decay_steps, warmup_steps, 1), then the peak times sqrt(t_ref / t)
     at step t = 1, 2, ... (Karras et al. 2024, equation 67).
 
@@ -98,8 +98,8 @@ def optimizer(name: str, rate: Rate, arguments: dict[str, Any]) -> optax.Gradien
 
   Raises:
     ValueError: if the name or an argument is unknown, a value is out of range, or `rate` is a function but the
-      optimizer needs a number. Optimizers that need more inputs than gradients and parameters, such as a line search,
-      raise a ValueError too.
+      optimizer needs a number. An optimizer with a line search raises a ValueError too, because it needs more inputs
+      than gradients and parameters.
   """
   if name not in OPTIMIZERS:
     raise ValueError(f"Got {name!r} as an optimizer; expected one of {', '.join(OPTIMIZERS)}.{hint(name, OPTIMIZERS)}")
@@ -155,7 +155,7 @@ def _works(name: str, rate: Rate, arguments: dict[str, Any]) -> bool:
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-  """Parse arguments from text such as `b2=0.95, weight_decay=0.01`.
+  """Parse text such as `b2=0.95, weight_decay=0.01` into a dict from names to values.
 
   Values are Python literals.
 
@@ -300,8 +300,8 @@ def skip_nonfinite(
     *steps: one or more transformations that form the optimizer.
     averages: the transformation that averages the parameters, such as `ema.params_ema(ema.fixed(0.9999))`; None for no
       averages.
-    check_updates: whether to check the norm of the updates too; the norm of the gradients is always checked. On CPUs,
-      the check of the updates computes them twice. Use False if finite gradients always give finite updates. Then a
+    check_updates: whether to check the norm of the updates too; the norm of the gradients is always checked. Use
+      False if finite gradients always give finite updates. With True, CPUs compute the updates twice. With False, a
       step reads and writes each array only once.
 
   Raises:
@@ -364,7 +364,7 @@ def chain(
   trainable: Callable[[PyTree], PyTree] | None = None,
   extra: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-  """Chain clipping by the global norm, an optimizer and averages of the parameters, and skip non-finite steps.
+  """Chain gradient clipping, an optimizer and parameter averages, and skip non-finite steps.
 
   The gradients are always checked. For Lion, and for Adam and AdamW with an `eps` of 1e-16 or more, finite gradients
   always give finite updates, so the updates need no check. For other optimizers, and if there is an optimizer `extra`,

@@ -26,16 +26,16 @@ def reconstruct(
   warning.
 
   Args:
-    snapshots: the stored snapshots. Each snapshot has the averages as its item "ema", and the number of averaged steps
-      under "steps" in its data.
+    snapshots: the stored snapshots. Each snapshot has the averages as its item "ema". Its `data["steps"]` is the
+      number of averaged steps.
     templates: a dict from the name of each item of a snapshot to a tree with the shapes and shardings of its arrays.
     steps: the steps of the snapshots, in rising order.
     stds: the width of each average in a snapshot. All snapshots have averages of the same widths, in the same order.
     length: the width of the new average.
 
   Returns:
-    The averaged parameters at the step of the last undamaged snapshot, this step, and the number of undamaged
-    snapshots.
+    The averaged parameters, their step, and the number of undamaged snapshots. The step is the step of the last
+    undamaged snapshot.
 
   Raises:
     ValueError: if all snapshots are damaged, or a width is out of range.

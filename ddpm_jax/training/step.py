@@ -82,7 +82,8 @@ def init_state(
 def state_to_items(state: TrainState) -> dict[str, PyTree]:
   """Convert a state to the items of a checkpoint.
 
-  Parameters, averages, and everything else are separate items, so that sampling does not read training-only data.
+  Return a dict with the items "params", "ema" (the averages) and "training" (everything else). Sampling does not read
+  "training".
   """
   opt_state, averages = ema.split(state.opt_state)
   remaining = {
@@ -147,15 +148,15 @@ def train_step(
     objective: the objective to minimize, such as `losses.denoising(apply, process, prediction)`.
     optimizer: the optimizer chain for the model's parameters, or for `{"model": ..., "extra": ...}` if the objective
       has extra parameters (see `optim.chain`).
-    encode: `encode(frozen, keys, batch) -> batch` converts data to the inputs of the objective: `x`, and `given`, a
-      dict of the network's conditions. `keys` [B] has one random key for each sample. The conversion runs before the
-      gradient function that `distribute` decorates, so its gradient is not computed.
+    encode: `encode(frozen, keys, batch)` converts data to a dict of the objective's inputs. In this dict, "x" is the
+      data, and "given" is a dict of the network's conditions. `keys` [B] has one random key for each sample. The
+      conversion runs before the gradient function, so no gradient of the conversion is computed.
     accumulate: the number of parts into which each device's shard is split, to save memory. The parts are processed
       one after the other, and their gradients are averaged.
     unroll: whether to unroll the loop over these parts. On a CPU, gradients of convolutions take many times as long
       inside a loop as outside.
-    distribute: under `jit`, a decorator that makes the function of the loss's gradient run on all devices, such as
-      `parallel.shard_gradient(mesh)`.
+    distribute: under `jit`, a decorator such as `parallel.shard_gradient(mesh)`, which runs the gradient function on
+      all devices.
     axis_name: under `pmap`, the mapped axis over which gradients are averaged; None under `jit`.
 
   Returns:
@@ -222,7 +223,11 @@ def _check_memory(new: PyTree, old: PyTree) -> None:
 def _gradient(
   loss_fn: Callable, trained: PyTree, context: Context, keys: Array, batch: PyTree, accumulate: int, unroll: bool
 ) -> tuple[Array, PyTree, PyTree]:
-  """Compute the loss, its details and its gradients, for one of the `accumulate` parts of the batch at a time."""
+  """Return the loss, the objective's details of each sample, and the gradients.
+
+  The batch is split into `accumulate` parts. These are processed one after the other, and the loss and the gradients
+  are averaged over them.
+  """
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate == 1:
     (loss, details), grads = value_and_grad(trained, context, keys, batch)

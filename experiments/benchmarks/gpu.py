@@ -1,12 +1,12 @@
-"""Run all benchmarks for a GPU without internet access, and save their results.
+"""Run all benchmarks on a GPU, and save their results.
 
 pip install '.[cuda,peers]'
 python experiments/benchmarks/gpu.py --output=<folder>
 
-PyTorch must be a build for CUDA, but on some systems the extra `peers` installs a build for CPUs. Each benchmark runs
-in a separate process. If one fails, the others still run, and the script reports the failure at the end. With
---minutes=8, the script stops after eight minutes and keeps the results of the benchmarks so far. The most important
-benchmarks run first. --quick runs a small version of the benchmarks on any machine.
+PyTorch must be a build for CUDA, but on some systems the extra `peers` installs a build for CPUs. The script needs no
+internet access. Each benchmark runs in a separate process. If one fails, the others still run, and the script reports
+the failure at the end. With --minutes=8, the script stops after eight minutes and keeps the results of the benchmarks
+so far. The most important benchmarks run first. --quick runs a small version of the benchmarks on any machine.
 """
 
 import argparse

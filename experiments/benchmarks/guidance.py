@@ -4,9 +4,10 @@ python experiments/benchmarks/guidance.py [--limit=1.1] [--json=<file>]
 
 A class-conditional U-Net denoises a batch with guidance, and a batch of twice the size without guidance. The two
 compiled programs run alternately, so a drift of the machine's speed affects both. The script prints the median over
-rounds of the ratio of the first time to the second. It measures guidance with and without rescaling of the guided
-estimate. At scale 1, guidance is off, so the second program denoises a batch of the same size as the first. Absolute
-times are not comparable between machines. The script fails if a ratio exceeds the limit.
+rounds of the ratio of the first time to the second. It prints one ratio for guidance, one for guidance with rescaling
+of the guided estimate, and one for scale 1. At scale 1, guidance is off, so the second program denoises a batch of the
+same size as the first. Absolute times are not comparable between machines. The script fails if a ratio exceeds the
+limit.
 """
 
 import jax

@@ -90,7 +90,7 @@ def sources(root: Path, count: int, size: int) -> dict:
 
 
 def rate(source: data.Source, batch_size: int, seconds: float, **kwargs) -> float:
-  """Return the records that `data.batches` reads from a source per second.
+  """Return the number of records per second that `data.batches` reads from a source.
 
   The measurement starts after three batches, so the time to start threads or workers does not count.
   """

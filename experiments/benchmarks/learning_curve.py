@@ -184,9 +184,9 @@ class Theirs:
 
 
 def make_scorer(experiment, source, held_out, count):
-  """Return `score(params) -> (scores, samples)` and the scores of real training images.
+  """Return a function `score(params) -> (scores, samples)`, and the scores of real training images.
 
-  `score` samples with DDIM from the same noise in every call.
+  Scores are a dict from name to value. `score` samples with DDIM from the same noise in every call.
   """
   diffusion, size = experiment.model, experiment.sampling.batch_size
   times, sampler = sampling.grids.trailing(diffusion.process, 50), sampling.ddim(diffusion.process)
@@ -219,7 +219,11 @@ def make_scorer(experiment, source, held_out, count):
 
 
 def train_alternately(experiment, source, score, device, steps, parts, compiled):
-  """Train both models from the same weights, and return their curves and their last samples."""
+  """Train both models from the same weights.
+
+  Returns:
+    A dict with the keys "seed", "curves" and "losses", and a dict from each trainer's name to its last samples.
+  """
   ours = Ours(experiment, source)
   with tempfile.TemporaryDirectory() as folder:
     # Both start from these weights, in float32.
@@ -243,9 +247,11 @@ def train_alternately(experiment, source, score, device, steps, parts, compiled)
 
 
 def compare(curves):
-  """Return the final scores of both trainers, and their scores at the time when the faster trainer finished.
+  """Compare the scores of both trainers after the same number of images and after the same time.
 
-  The scores at equal time are interpolated.
+  Returns:
+    `{"equal images": {trainer: scores}, "equal time": {trainer: scores}}`. The scores at equal time are interpolated at
+    the time when the faster trainer finished.
   """
   final = {name: points[-1] for name, points in curves.items()}
   end = min(points[-1]["seconds"] for points in curves.values())

@@ -10,7 +10,7 @@ The first command prints the size of the activations that the forward pass store
 memory that grows with the batch. Nothing is compiled.
 
 The second command splits the step over several devices (simulated if necessary). It prints the memory that one device
-needs for its shard of the state and the activations of its images.
+needs for the activations of its images and for its shard of the state.
 
 With --compile, the third command also compiles the step for each configuration, and prints the compiler's estimate of
 the memory for arguments and temporaries. On a GPU, the step really uses this memory. On a CPU, the compiler undoes
@@ -39,7 +39,7 @@ POLICIES = ("none", "blocks", "everything")
 
 
 def activation_bytes(experiment, images=2):
-  """Return the bytes of activations per image that the forward pass stores for the backward pass."""
+  """Return the bytes per image of the activations that the forward pass stores for the backward pass."""
   key = jax.eval_shape(jax.random.key, 0)
   params = jax.eval_shape(experiment.model.init, key)
   keys = jax.eval_shape(lambda key: jax.random.split(key, images), key)
@@ -61,7 +61,7 @@ def temporary_bytes(experiment, topology):
 
 
 def device_bytes(experiment, devices, fsdp, should_compile):
-  """Return the bytes on one device for the state, for the activations and, if compiled, for the compiled step."""
+  """Return the bytes on one device as a dict with the keys "state", "activations" and, if compiled, "compiled"."""
   state, traced = trace_step(experiment, devices, fsdp)
   images = experiment.training.batch_size / len(devices)
   sizes = {"state": plan.state_bytes(state), "activations": activation_bytes(experiment) * images}

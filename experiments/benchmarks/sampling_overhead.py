@@ -2,10 +2,10 @@
 
 python experiments/benchmarks/sampling_overhead.py [--samplers ddim heun] [--limit=1.02] [--json=<file>]
 
-The script compares the compiled loop of each sampler with jitted calls of a U-Net, as many as the loop contains. Loop
-and calls run alternately, so a drift of the machine's speed affects both. The script prints the median over rounds of
-the ratio of the loop's time to the calls' time. Absolute times are not comparable between machines. The script fails if
-a ratio exceeds the limit.
+The script compares the compiled loop of each sampler with as many jitted U-Net calls as the loop makes. They run
+alternately, so a drift of the machine's speed affects both. The script prints the median over rounds of the ratio of
+the loop's time to the calls' time. Absolute times are not comparable between machines. The script fails if a ratio
+exceeds the limit.
 """
 
 import jax

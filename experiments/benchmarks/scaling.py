@@ -47,7 +47,10 @@ def plan_step(experiment, devices, fsdp):
 
 
 def simulate(experiment, max_devices):
-  """Return two rows for each number of devices: one with data parallelism, and one with fsdp."""
+  """Return two rows for each number of devices: one with data parallelism, and one with fsdp.
+
+  For one device, both would be equal, so there is only one row.
+  """
   devices = topology.simulate_devices(max_devices)
   rows, single_flops = [], None
   for count in (2**power for power in range(int(math.log2(max_devices)) + 1)):
@@ -78,7 +81,10 @@ def work_of(experiment):
 
 
 def roofline(work, generation, batch):
-  """Return lower bounds of a step's time by slice size, for replicated parameters and one all-reduce of gradients."""
+  """Return a list of dicts, one for each slice size, with lower bounds of a step's time.
+
+  The parameters are replicated, and one all-reduce sums the gradients.
+  """
   chip, (flops, gradients, dtype) = hardware.chip_of(CHIPS[generation]), work
   peak, rows = hardware.peak(chip, dtype), []
   for count in SLICES:

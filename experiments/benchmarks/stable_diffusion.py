@@ -171,7 +171,7 @@ def measure_here(library, root, task, size, batch, tile, output):
 
 
 def measure(library, root, task, size, args, tile=0):
-  """Run `measure_here` in a new process, and return its printed values and its saved result."""
+  """Run `measure_here` in a new process, and return its printed values and its saved result in one dict."""
   import jax
 
   output = Path(root) / f"{library}.npy"
@@ -189,7 +189,7 @@ def measure(library, root, task, size, args, tile=0):
 
 
 def compare(root, task, size, args, tile=0):
-  """Measure a task with both libraries, print their median times and peaks, and return the medians of all values."""
+  """Measure a task with both libraries, print their median times and peaks, and return all medians in one dict."""
   rounds = []
   for _ in range(args.rounds):
     rounds.append({library: measure(library, root, task, size, args, tile) for library in LIBRARIES})

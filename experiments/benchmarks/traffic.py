@@ -6,8 +6,8 @@ python experiments/benchmarks/traffic.py --topology=v5e:2x4 --types=bfloat16 --b
 The first command compiles single layers and small blocks, forward and backward, for one chip and 128 images. Each
 compilation takes between a few seconds and a minute. The second command compiles train steps of recipes. Each
 compilation takes minutes. Both commands need libtpu (pip install '.[plan]').
-The tables have the following columns, in gigabytes (1e9 bytes) per chip except for the
-ratios:
+
+The tables have the following columns. All except the ratios are in gigabytes (1e9 bytes) per chip.
 
 - minimum: the bytes that every program must move. Every program writes each activation for the backward pass once and
   reads it once. Every program also reads the weights once, in the data type of the computation. A block also reads its
@@ -51,7 +51,7 @@ COLUMNS = ["minimum", "memory", "ratio", "XLA", "ratio", "temporaries", "ms, est
 
 
 class Block(nn.Module):
-  """Make a module from a function in `BLOCKS`, which takes a network's options and the data."""
+  """Make a module from a function in `BLOCKS`."""
 
   function: object
   dtype: object
@@ -86,17 +86,17 @@ BLOCKS = {
 
 
 def activations(jaxpr, batch):
-  """Return the total bytes of the matrix products and convolutions whose results the backward pass needs.
+  """Return the total bytes of the results of matrix products and convolutions.
 
-  All other values that the backward pass needs are cheap to recompute from these results, so they do not count. The
-  shortcut of a residual block does not count either, nor do attention scores, which queries and keys determine. If a
-  layer adds the results of several convolutions, only one of these results counts.
+  The backward pass needs these results. All other values that it needs are cheap to recompute from them, so they do not
+  count. The shortcut of a residual block does not count. Attention scores do not count, because queries and keys
+  determine them. If a layer adds the results of several convolutions, only one of these results counts.
   """
   return sum(dict(products(jaxpr, batch)).values())
 
 
 def products(jaxpr, batch, path=""):
-  """Yield a key and the result's bytes for each matrix product or convolution that depends on the batch."""
+  """Yield `(key, bytes of the result)` for each matrix product or convolution that `activations` counts."""
   for number, equation in enumerate(jaxpr.eqns):
     name, params, aval = equation.primitive.name, equation.params, equation.outvars[0].aval
     layer = f"{path}/{equation.source_info.name_stack}"

@@ -46,7 +46,7 @@ class Implementation:
 
 
 def make_ours(networks, batch, dtype, options):
-  """Return our implementation, and the FLOPs of its forward pass and its train step."""
+  """Return our implementation, and a dict from the name of each pass to its FLOPs."""
   network = networks.network.clone(dtype=dtype)
   x, time, target = (jnp.asarray(batch[key], jnp.float32) for key in ("x", "t", "target"))
   optimizer = optax.adam(2e-4)

@@ -7,8 +7,8 @@ Every operation takes the argument `kernels`, which selects the forms that the o
 - "plain": the plain form on every platform. Use it as a reference, or to estimate on a CPU how much memory a program
   would take on another platform.
 - "tuned": the form tuned for the platform that runs the program. This choice suits every program.
-- "single_device": like "tuned", but only for programs that run on one device. On a CPU, a faster form of convolution
-  is then also allowed, which would hang in a program that spans several devices.
+- "single_device": like "tuned", but only for programs that run on one device. On a CPU, it also allows a faster form
+  of convolution. That form would hang in a program that spans several devices.
 - "loop": like "tuned", but gradients of convolutions stay fast inside loops on a CPU. These convolutions have no
   forward-mode derivatives (`jax.jvp`).
 """

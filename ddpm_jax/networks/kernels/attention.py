@@ -193,7 +193,7 @@ def _attend_by_head(
 ) -> Array:
   """Apply attention to one head after another, in blocks of queries that stay in a CPU's cache.
 
-  A loop over samples too would gather a batch that is sharded over devices.
+  There is no loop over samples, because such a loop would gather a batch that is sharded over devices.
   """
 
   def split(x: Array, axis: int) -> Array:
@@ -287,7 +287,7 @@ def _attend_tuned_tpu(
 
 
 def _exceeds_chip_memory(q: Array, k: Array) -> bool:
-  """Return whether a batch has several samples whose scores together do not fit in a TPU's on-chip memory."""
+  """Return whether q has several samples, and their scores together exceed a TPU's on-chip memory."""
   return len(q) > 1 and len(q) * _score_bytes(q, k) > _MAX_SCORE_BYTES
 
 

@@ -4,7 +4,7 @@ These two operations are adjoint to each other.
 
 On a CPU, XLA fuses a sum into the computation of its operand and then adds one number after another. With a barrier
 (`jax.lax.optimization_barrier`), XLA stores the operand first, and the sum is many times faster. The gradient with
-respect to a repeated value is such a sum too.
+respect to a repeated value is also a sum over positions.
 """
 
 import math
@@ -48,10 +48,10 @@ def _sum_tuned_jvp(primals, tangents):
 
 @trace_once
 def _sum_tangent(x: Array) -> Array:
-  """Compute the same sums as `sum_positions`, on a CPU by a matrix product.
+  """Compute the same sums as `sum_positions`, in a form whose transpose is fast on a CPU.
 
-  The transpose of this function repeats values. With a barrier in place of the product, the transpose would store the
-  repeated values. With the product, XLA repeats the values where they are used.
+  The transpose repeats values. On a CPU the form is a matrix product, so XLA repeats the values where they are used.
+  With a barrier in place of the product, the transpose would store the repeated values.
   """
 
   def product(x: Array) -> Array:

@@ -1,6 +1,7 @@
 """Provide the text encoders of CLIP, T5 and BERT in Flax Linen.
 
-Each encoder maps the ids of tokens [B, N] and a mask [B, N] to `TextStates`. Tokenizers make the ids (see `data`).
+Each encoder maps the ids of tokens [B, N] and a mask [B, N] to `TextStates`. A state is the vector of a token after a
+layer. Tokenizers make the ids (see `data`).
 """
 
 from ddpm_jax.networks.text.bert import BERT

@@ -16,9 +16,9 @@ Array = jax.Array
 class BERT(nn.Module):
   """Encode texts by BERT (Devlin et al. 2019, section 3).
 
-  The network is a Transformer with learned positions, and with normalization after each block. The vector of a text is
-  tanh of a linear map of the state at its first token. To get the vectors of a sentence encoder, call
-  `sentence_vector` with the states `tokens` that this network returns.
+  The network is a Transformer with learned positions, and with normalization after each block. The pooled vector of a
+  text is tanh of a linear map of the last layer's state at the first token. Sentence encoders return other vectors. To
+  get these, call `sentence_vector` with the field `tokens` of the result.
 
   The defaults are those of all-MiniLM-L6-v2.
 
@@ -122,7 +122,7 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, bias: Array | None) -> Array:
-    """Map x [B, N, C] to [B, N, C], with a bias that is added to the scores (see `attention.attend`)."""
+    """Map x [B, N, C] to [B, N, C], and add `bias` to the attention scores (see `attention.attend`)."""
     o, features = self.options, x.shape[-1]
     h = blocks.SelfAttention(features, self.heads, o, name="attention")(x, bias)
     x = o.layer_norm(self.epsilon, "norm1")(x + h)

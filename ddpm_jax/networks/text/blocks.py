@@ -36,10 +36,10 @@ class TextStates(NamedTuple):
   """Hold what a text encoder returns, in float32.
 
   Attributes:
-    tokens: a state [B, N, C] for each token, from the layer that the caller chose.
+    tokens: the states [B, N, C] after the layer that the caller chose, one for each token.
     pooled: one vector [B, C'] for each text. None for encoders without one.
-    hidden: if the caller set `all_layers`, the embeddings [B, N, C] and the states [B, N, C] after each layer, all
-      without the final normalization. Otherwise empty.
+    hidden: if the caller set `all_layers`, a tuple of the embeddings and the states after each layer. They all have the
+      shape [B, N, C] and no final normalization. Otherwise an empty tuple.
   """
 
   tokens: Array
@@ -128,7 +128,7 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, bias: Array | None) -> Array:
-    """Map x [B, N, C] to [B, N, C], with a bias that is added to the scores (see `attention.attend`)."""
+    """Map x [B, N, C] to [B, N, C], and add `bias` to the attention scores (see `attention.attend`)."""
     o = self.options
 
     def project(name: str) -> Array:

@@ -99,7 +99,7 @@ class CLIPText(nn.Module):
     return blocks.TextStates(tokens.astype(jnp.float32), pooled.astype(jnp.float32), hidden)
 
   def _end_of(self, ids: Array) -> Array:
-    """Return the position [B] whose state is the vector of the text."""
+    """Return the position [B] of each text's end-of-text token."""
     return jnp.argmax(ids if self.end == WRONG_END else ids == self.end, axis=1)
 
 

@@ -28,7 +28,7 @@ class T5Encoder(nn.Module):
 
   Attributes:
     vocabulary: the number of tokens.
-    channels: the features of a state.
+    channels: the features of a state, the vector that the network computes for each token.
     layers: the number of layers.
     heads: the number of heads.
     head_channels: the features of a head.
@@ -68,13 +68,13 @@ class T5Encoder(nn.Module):
       ids: integers [B, N]. Ids outside the vocabulary give NaN.
       mask: an array [B, N], 0 for tokens that no token attends to (usually the padding) and 1 for other tokens. None
         for no mask, as in Stable Diffusion 3, where tokens attend to padding too.
-      layer: the number of layers after which to take `tokens`, from 0 to `layers`. Negative numbers count from the end:
-        -1 for the last layer.
+      layer: the number of layers after which to take the states `tokens`, from 0 to `layers`. Negative numbers count
+        from the end: -1 for the last layer.
       normed: whether the final normalization is applied to `tokens`.
-      all_layers: whether to return the states of all layers too, as `hidden`.
+      all_layers: whether the result also has the states of all layers, as `hidden`.
 
     Returns:
-      The states. `pooled` is None, because T5 has no vector for a text.
+      A `TextStates` with the states [B, N, C] of the tokens. Its `pooled` is None, because T5 has no vector for a text.
 
     Raises:
       ValueError: if an option is invalid, the ids or the mask have the wrong shape, or there is no such layer.

@@ -30,7 +30,7 @@ _LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
 class Classify(Task):
-  """Score classifiers of noisy data. There are no previews."""
+  """Score classifiers of noisy data, without previews."""
 
   def check(self, experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
     """Raise a ValueError if the experiment's classifier cannot be evaluated on the mesh."""

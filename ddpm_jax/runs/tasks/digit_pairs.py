@@ -21,11 +21,13 @@ class Scorer(scoring.Scorer):
   """Score samples, and compare the digits that a classifier sees in them with the digits in their captions."""
 
   def judge(self, samples: np.ndarray, inputs: Inputs) -> dict[str, Any]:
-    """Return the share of images that show the digits of their captions in the right order, as "agreement".
+    """Return the share of images that show the digits of their captions in the right order.
 
-    Samples and real held-out images have separate shares. Each share is computed once for the pairs of digits that
-    occur in the training data, and once for all other pairs. A share of real images is below 1 only if the classifier
-    makes errors.
+    A share of real images is below 1 only if the classifier makes errors.
+
+    Returns:
+      A dict with the key "agreement". Its value is a dict with the keys "samples" and "real images" (the held-out
+      images, if there are any). Each value in this dict is a result of `_agreement`.
     """
     classifier, held_out = self._classifier(), self._run.held_out
     report = {"samples": _agreement(classifier, samples, inputs["text"])}
@@ -38,7 +40,7 @@ class Scorer(scoring.Scorer):
     return {"agreement": report}
 
   def _classifier(self) -> Any:
-    """Return a trained classifier of digits, as a function from images to log-probabilities.
+    """Return a trained classifier of digits, as a function from images to a dict with `log_probs`.
 
     The training images are the MNIST digits that the training pairs consist of.
     """
@@ -50,7 +52,12 @@ class Scorer(scoring.Scorer):
 
 
 def _agreement(classifier: Any, images: np.ndarray, texts: np.ndarray) -> dict[str, dict[str, Any]]:
-  """Return the shares of images that show the digits of their texts, for training pairs and for held-out pairs."""
+  """Return the shares of images that show the digits of their texts.
+
+  Returns:
+    A dict with the keys "training pairs" and "held-out pairs". Each value is a dict with the `share` and the number of
+    images (`num`). A group without images has no key.
+  """
   asked = np.array([pairs.digits_of(str(text)) for text in texts])
   halves = (images[:, :, :_SIDE], images[:, :, _SIDE:])
   seen = np.stack([np.argmax(classifier(np.ascontiguousarray(half))["log_probs"], axis=1) for half in halves], axis=1)

@@ -27,9 +27,9 @@ class Scorer(Protocol):
     """Raise a ValueError if `metric` is not the name of a score that training computes."""
 
   def training_scores(self, parameters: Parameters) -> dict[str, float]:
-    """Score a few samples during training, and return the scores under names that start with "eval/".
+    """Score a few samples during training, and return a dict from names to scores.
 
-    All processes must call this method, and all get the scores.
+    The names start with "eval/". All processes must call this method, and all get the scores.
     """
 
   def score(self, weights: Weights, seed: int, variants: Sequence[Experiment] = ()) -> None:
@@ -40,7 +40,7 @@ class Scorer(Protocol):
       seed: the seed of the samples and of other random numbers.
       variants: copies of the experiment with other samplers or numbers of steps. Each copy is scored, and the scores of
         the last copy are the main scores. By default, the only variant is the run's experiment.
-        Scorers without samples ignore `variants`.
+        Scorers that need no samples ignore `variants`.
     """
 
 
@@ -61,7 +61,10 @@ class Task(Protocol):
   def preview(
     self, experiment: Experiment, mesh: jax.sharding.Mesh, source: data.Source
   ) -> Callable[[Parameters], np.ndarray] | None:
-    """Return a function from parameters to preview images, uint8 [N, H, W, C], or None if there are no previews."""
+    """Return a function that makes preview images, uint8 [N, H, W, C], from parameters.
+
+    A task without previews returns None.
+    """
     return None
 
   def scorer(self, run: Run) -> Scorer:
