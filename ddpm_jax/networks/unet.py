@@ -69,7 +69,7 @@ class Backbone(nn.Module):
       any length. "time": one number, embedded like the time. "identity": added to the embedding, so the vector must
       have the embedding's length.
     augmentation_features: the length of augmentation labels (Karras et al. 2022, appendix F.2). 0 for none.
-    center_input: whether the input, with its image condition, is first mapped from [0, 1] to [-1, 1].
+    center_input: whether the input and the image condition are first mapped from [0, 1] to [-1, 1].
     divide_by_sigma: whether the output is divided by exp(time), where the time is log(sigma), as in Song et al.
     dimensions: the number of spatial axes of the data: 1 (audio), 2 (images) or 3 (volumes, video).
     dtype: the type of the computation. Parameters and the output are float32. Statistics and the softmax are float32 or
@@ -312,7 +312,7 @@ class UNet(Backbone):
       classes: integers [B] in [0, num_classes). None if and only if `num_classes` is 0.
       vector: A continuous condition [B, D], or [B] if `vector_embedding` is "time".
       image: A condition [B, *space, C'] that is concatenated with the input, for example for super-resolution. A
-        network initialized with an image requires one in every call.
+        network initialized with an image requires an image in every call.
       augmentation: augmentation labels [B, augmentation_features]. None uses zeros, the labels of data without
         augmentation.
       train: whether dropout is on. Dropout needs `keys` or an rng named "dropout".

@@ -161,8 +161,8 @@ def _arrays(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[
   for name, one in zip(("mean", "std"), values, strict=True):
     if len(one) not in (1, channels) or not np.isfinite(one).all() or (name == "std" and one.min() <= 0):
       raise ValueError(
-        f"Got {name}={one.tolist()} for the latents of an autoencoder; expected {channels} finite numbers or one, with std above 0. A channel"
-        f" with std=0 holds nothing: train an autoencoder with fewer latent channels, or set --{_KEY}.mean and .std."
+        f"Got {name}={one.tolist()} for the latents of an autoencoder; expected one or {channels} finite numbers, with std above 0. A channel"
+        f" with std=0 carries no information: train an autoencoder with fewer latent channels, or set --{_KEY}.mean and .std."
       )
   shift, std_array = (one[0] if len(one) == 1 else one for one in values)
   return {"scale": np.asarray(1 / std_array), "shift": np.asarray(shift)}

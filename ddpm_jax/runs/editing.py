@@ -208,8 +208,8 @@ def _steer(
     task = edit_task(name, conditions[name])
     if task is not None:
       raise ValueError(
-        f"Got a model with the condition {name}, which --task={task} computes from the images; expected this task. Set"
-        f" --task={task}, or use a model for any task."
+        f"Got a model with the condition {name}, which only --task={task} sets; expected this task. Set --task={task},"
+        f" or use a model without this condition."
       )
   if missing and (not is_neutral(experiment.guidance) or (scale is not None and scale != 1) or steering.negative):
     flag, example = condition_flag(missing[0]), condition_example(missing[0])

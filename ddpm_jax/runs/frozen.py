@@ -33,7 +33,7 @@ def _as_value_error() -> Iterator[None]:
   except Exception as error:
     raise ValueError(
       f"Cannot read the frozen parameters of the codec, a condition or the objective: {type(error).__name__}: {error}. Check the path in the"
-      " component's config and its files."
+      " config of the component, and the files at this path."
     ) from error
 
 

@@ -150,7 +150,7 @@ def integrate(
   for value in (t, s):
     if np.ndim(value):
       raise ValueError(
-        f"Got times of shape {np.shape(value)} for the probability flow; expected one time for the whole batch."
+        f"Got times of shape {np.shape(value)} for the probability flow; expected one time for the entire batch."
       )
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= process.t_max * (1 + 1e-6):
       raise ValueError(

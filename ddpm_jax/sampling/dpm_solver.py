@@ -213,7 +213,7 @@ def dpmpp_2m_sde(process: Process, eta: float = 1.0, solver: str = "midpoint") -
     ValueError: if eta is negative, or `solver` is not "midpoint" or "heun".
   """
   if not eta >= 0 or solver not in ("midpoint", "heun"):
-    raise ValueError(f"Got eta={eta}, solver={solver!r}; expected eta at least 0, and 'midpoint' or 'heun'.")
+    raise ValueError(f"Got eta={eta}, solver={solver!r}; expected eta of at least 0, and solver 'midpoint' or 'heun'.")
 
   def step(key, denoise, x_t, past: Past, t, s):
     x_0, lambda_t = x_0_of(denoise(x_t, t)), half_log_snr(process, t)

@@ -81,7 +81,7 @@ def unipc(process: Process, order: int = 3, variant: str = "bh2") -> Sampler:
     ValueError: if the order is not 1, 2 or 3, or the variant is not "bh1" or "bh2".
   """
   if order not in (1, 2, 3) or variant not in ("bh1", "bh2"):
-    raise ValueError(f"Got order={order}, variant={variant!r}; expected the order 1, 2 or 3, and 'bh1' or 'bh2'.")
+    raise ValueError(f"Got order={order}, variant={variant!r}; expected order 1, 2 or 3, and variant 'bh1' or 'bh2'.")
 
   def half_b(h, pull, alpha):
     """Return alpha B(h) / 2, where B(h) is 1 - exp(-h) for "bh2" and h for "bh1"."""
