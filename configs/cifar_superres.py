@@ -11,8 +11,8 @@ Hardware: 2 CPU cores for a first look, one GPU for good pictures.
 Time: 8 minutes, while other programs ran on the same cores.
 Score (real images in parentheses): Frechet distance in pixel space 50 (178), precision 1.0 (0.75), recall 1.0 (0.67),
 for 200 held-out images that were downsampled and enlarged again with 30 steps of DDIM. The images of CIFAR-10 were
-re-encoded as JPEG. The reference images are the originals of the enlarged images, so the scores may be better than the scores
-of other real images.
+re-encoded as JPEG. The reference images are the originals of the enlarged images, so the scores may be better
+than the scores of other real images.
 """
 
 from ddpm_jax.config import default_config, spec

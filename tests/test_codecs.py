@@ -93,7 +93,7 @@ def test_the_types_and_the_statistics_of_a_codec_can_be_set(run):
   ("arguments", "message"),
   [
     ({"mean": (0.0,)}, "expected both or none"),
-    ({"mean": (0.0, 0, 0), "std": (1.0, 1, 1)}, "expected 2 finite numbers or one"),
+    ({"mean": (0.0, 0, 0), "std": (1.0, 1, 1)}, "expected one or 2 finite numbers"),
     ({"mean": (0.0, 0), "std": (1.0, 0)}, "with std above 0"),
     ({"mean": (0.0, 0), "std": (1.0, float("nan"))}, "with std above 0"),
     ({"dtype": "float16"}, "expected one of float32, bfloat16|expected one of"),

@@ -109,7 +109,7 @@ def test_ode_takes_times_and_states_of_different_precision():
       assert jnp.all(jnp.isfinite(got))
   with pytest.raises(ValueError, match="expected floats"):
     sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2), int), 1.0, 0.1)
-  with pytest.raises(ValueError, match="one time for the whole batch"):
+  with pytest.raises(ValueError, match="one time for the entire batch"):
     sampling.integrate(process, MIXTURE.denoise(process), jnp.ones((2, 2)), jnp.ones(2), 0.1)
 
 
