@@ -27,7 +27,7 @@ class DiagonalGaussian(NamedTuple):
   log_variance: Array
 
   def sample(self, keys: Array) -> Array:
-    """Return samples [B, ...] from one key, or from one key per sample [B]."""
+    """Draw samples [B, ...] of the distribution with one key, or with one key per sample [B]."""
     return self.mean + jnp.exp(0.5 * self.log_variance) * randomness.normal(keys, self.mean.shape, self.mean.dtype)
 
   def mode(self) -> Array:

@@ -166,15 +166,22 @@ def plot_trajectories(paths, exact, path):
     Line2D([], [], color="0.2", marker="o", linestyle="", label="sample, t = 0"),
   ]
   panels[27].legend(
-    handles=handles, loc="upper center", frameon=False, fontsize=9, title="color: the final mode\nof the exact flow"
+    handles=handles,
+    loc="upper center",
+    bbox_to_anchor=(0.5, 1.06),
+    frameon=False,
+    fontsize=8,
+    labelspacing=0.3,
+    title="color: the final mode\nof the exact flow",
+    title_fontsize=8,
   )
   panels[27].text(
     0.5,
-    0.14,
+    0.15,
     "With noise: three\nof the paths, lighter\nat earlier times.\nA sample may end\nin another mode.",
     ha="center",
     va="center",
-    fontsize=9,
+    fontsize=8,
   )
   figure.suptitle(
     "From noise to data with every sampler: without noise (top) along the flow, with noise (bottom) around it",

@@ -128,7 +128,10 @@ class Model(NamedTuple):
       ValueError: if the codec has no latent data sets.
     """
     if self.codec.expand is None:
-      raise ValueError("Got an entry of a latent data set for a codec without latent data sets; expected data.")
+      raise ValueError(
+        "Got an entry of a latent data set for a codec that does not support latent data sets; expected the original data."
+        " Pass the data to `encode`."
+      )
     return self.codec.expand((frozen or {}).get("codec"), keys, compact)
 
   def decode(self, x: Array, frozen: Mapping[str, PyTree] | None = None) -> Array:
