@@ -69,11 +69,14 @@ def test_only_a_fit_with_framing_gives_the_item_and_a_pack_keeps_it(tmp_path):
   train = data.load(data.folder(with_framing, path)).train
   expected = [[10, 20, 0, 5, 10, 10], [20, 10, 5, 0, 10, 10], [30, 30, 0, 0, 10, 10]]
   np.testing.assert_allclose(data.read(train, range(3))[data.FRAMING], expected)
+  buckets = data.Buckets(data.folder(with_framing, path).train, [(10, 10), (5, 10)])
+  framings = [buckets[index][data.FRAMING] for index in range(3)]
+  np.testing.assert_allclose(framings, [[10, 20, 0, 0, 5, 10], *expected[1:]])
   for name, one in (("without", fit), ("with", with_framing)):
     data.prepare(data.folder, {"path": path}, one, tmp_path / name)
   packed = data.packed(with_framing, str(tmp_path / "with")).train
   np.testing.assert_allclose(data.read(packed, range(3))[data.FRAMING], expected)
-  with pytest.raises(ValueError, match="packed images without the sizes .* Pack the images again"):
+  with pytest.raises(ValueError, match="packed images without their original sizes.* Pack the images again"):
     data.packed(with_framing, str(tmp_path / "without"))
 
 

@@ -119,8 +119,9 @@ def test_samples_match_the_pipeline(scheduler, scale, written):
   assert_one_gray_level(ours, sample_peer(one[0], scheduler, scale, prompt=PROMPTS))
 
 
-def test_negative_prompts_match_the_pipeline(written):
-  one, negative = written("sd1"), ["blurry", ""]
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_negative_prompts_match_the_pipeline(name, written):
+  one, negative = written(name), ["blurry", ""]
   ours = sample_ours(one, "own", 7.5, text=PROMPTS, negative_text=negative)
   assert_one_gray_level(ours, sample_peer(one[0], "own", 7.5, prompt=PROMPTS, negative_prompt=negative))
 
@@ -180,29 +181,36 @@ def use_mode(monkeypatch, module):
 
 
 @pytest.mark.parametrize(
-  ("name", "module", "scheduler"),
-  [("inpaint", pipeline_stable_diffusion_inpaint, "own"), ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint, "own")]
+  ("name", "module", "scheduler", "scale"),
+  [
+    ("inpaint", pipeline_stable_diffusion_inpaint, "own", 7.5),
+    ("xl_inpaint", pipeline_stable_diffusion_xl_inpaint, "own", 7.5),
+  ]
   + [
-    pytest.param("inpaint", pipeline_stable_diffusion_inpaint, name, marks=pytest.mark.slow)
-    for name in ("ddim", "euler", "dpmpp_2m")
+    pytest.param("inpaint", pipeline_stable_diffusion_inpaint, name, scale, marks=pytest.mark.slow)
+    for name, scale in (("own", 1.0), ("ddim", 7.5), ("euler", 1.0), ("dpmpp_2m", 7.5))
   ],
 )
-def test_inpainting_matches_the_pipeline(name, module, scheduler, written, monkeypatch):
+def test_inpainting_matches_the_pipeline(name, module, scheduler, scale, written, monkeypatch):
   one, (pictures, mask) = written(name), pictures_and_mask()
   use_mode(monkeypatch, module)
-  ours = sample_ours(one, scheduler, 7.5, text=PROMPTS, masked=np.concatenate([pictures, mask], -1))
+  masked, negative = np.concatenate([pictures, mask], -1), ["blurry", ""]
+  ours = sample_ours(one, scheduler, scale, text=PROMPTS, negative_text=negative, masked=masked)
   options = {"image": as_torch(pictures / 2 + 0.5), "mask_image": as_torch(mask), "strength": 1.0}
-  side = pictures.shape[1]
-  theirs = sample_peer(one[0], scheduler, 7.5, prompt=PROMPTS, height=side, width=side, **options)
+  side, options["negative_prompt"] = pictures.shape[1], negative
+  theirs = sample_peer(one[0], scheduler, scale, prompt=PROMPTS, height=side, width=side, **options)
   assert_one_gray_level(ours, theirs)
 
 
-@pytest.mark.parametrize(("scheduler", "strength"), [("own", 1.0), ("ddim", 0.5), ("euler", 0.5), ("dpmpp_2m", 0.5)])
-def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch):
+@pytest.mark.parametrize(
+  ("scheduler", "strength", "scale"),
+  [("own", 1.0, 7.5), ("ddim", 0.75, 7.5), ("euler", 0.75, 1.0), ("dpmpp_2m", 0.75, 7.5)],
+)
+def test_img2img_matches_the_pipeline(scheduler, strength, scale, written, monkeypatch):
   """Our program and the pipeline start from the same noise, and encode the image by the mean of the posterior.
 
-  The cases of strength 0.5 use schedulers other than PNDM, because diffusers' PNDM would call the network at times that
-  do not match the noise level of x.
+  A strength of 0.75 takes 3 of 5 steps. The cases of this strength use schedulers other than PNDM, because diffusers'
+  PNDM would call the network at times that do not match the noise level of x.
   """
   (pipeline, _, model, parameters), (pictures, _) = written("sd1"), pictures_and_mask()
   keys = jax.random.split(jax.random.key(0), 2)
@@ -213,18 +221,23 @@ def test_img2img_matches_the_pipeline(scheduler, strength, written, monkeypatch)
   peer.set_progress_bar_config(disable=True)
   use_mode(monkeypatch, pipeline_stable_diffusion_img2img)
   monkeypatch.setattr(pipeline_stable_diffusion_img2img, "randn_tensor", lambda *args, **options: as_torch(eps))
-  options = {"strength": strength, "num_inference_steps": 4, "guidance_scale": 7.5, "output_type": "np"}
-  theirs = peer(prompt=PROMPTS, image=as_torch(pictures / 2 + 0.5), **options).images
+  options = {"strength": strength, "num_inference_steps": 5, "guidance_scale": scale, "output_type": "np"}
+  negative = ["blurry", ""]
+  theirs = peer(prompt=PROMPTS, negative_prompt=negative, image=as_torch(pictures / 2 + 0.5), **options).images
   defaults = defaults_of(model, scheduler)
+  times = defaults.times(5)
 
   @jax.jit
   def run(parameters, batch, pictures):
-    denoise = guided.denoise(model, rule_of(7.5), keys, batch, parameters)
+    denoise = guided.denoise(model, rule_of(scale), keys, batch, parameters)
     x = model.encode(keys, pictures, parameters.frozen)
-    # With a strength of 1, ours is a new sample, and diffusers' starts from the noisy image all the same.
-    return editing.img2img(keys, defaults.sampler, denoise, model.process, x, defaults.times(4), min(strength, 0.99))
+    if strength == 1:
+      # Our img2img would return a new sample. The pipeline starts from the noisy image.
+      noisy = model.process.sample_marginal(randomness.fold_in(keys, 0), x, times[0])
+      return sampling.sample(randomness.fold_in(keys, 1), defaults.sampler, denoise, noisy, times)
+    return editing.img2img(keys, defaults.sampler, denoise, model.process, x, times, strength)
 
-  x = run(parameters, inputs.host_items(model.conditions, {"text": PROMPTS}), pictures)
+  x = run(parameters, inputs.host_items(model.conditions, {"text": PROMPTS, "negative_text": negative}), pictures)
   ours = jax.jit(model.decode)(x, parameters.frozen)
   assert_one_gray_level(images.to_uint8(ours), np.round(theirs * 255).astype(np.uint8))
 
@@ -319,6 +332,18 @@ def test_broken_folders_are_refused(name, written, tmp_path):
   change(folder)
   with pytest.raises(ValueError, match=re.escape(message)):
     interop.diffusers.read(folder)
+
+
+def test_a_safety_checker_and_a_feature_extractor_are_not_loaded(written, tmp_path):
+  folder = shutil.copytree(
+    written("sd1")[1], tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
+  )
+  parts = {
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+  }
+  set_index(**parts, requires_safety_checker=True)(folder)
+  assert interop.diffusers.read(folder).shape == written("sd1")[2].shape
 
 
 def test_sizes_that_the_model_cannot_take_are_refused(written):

@@ -163,20 +163,25 @@ def test_plans_of_cpus_use_plain_kernels(root):
     assert run_plans.build(tree, jax.devices(), model).model.network.module.kernels == "plain"
 
 
+@pytest.fixture(scope="module")
+def xl(root):
+  """Return the folder of a pipeline with two text encoders, a pooled vector and sizes."""
+  text_pipelines.make("xl", root / "tokenizers").save_pretrained(root / "xl")
+  return root / "xl"
+
+
 @pytest.mark.slow
-def test_prepared_data_give_the_losses_of_the_images(root, tmp_path, run_command):
-  flags = flags_for(root)
-  flags.append("--config.model.network.dtype=float32")
+def test_prepared_data_give_the_losses_of_the_images(root, xl, tmp_path, run_command):
+  flags = [*flags_for(root), f"--config.init_from={xl}", "--config.model.network.dtype=float32"]
   run_command("--mode=prepare", *flags, f"--output={tmp_path / 'latents'}")
   run_command(*flags, f"--workdir={tmp_path / 'images'}")
   run_command(*flags, f"--workdir={tmp_path / 'run'}", f"--config.data.latents={tmp_path / 'latents'}")
   np.testing.assert_allclose(losses_of(tmp_path / "run"), losses_of(tmp_path / "images"), rtol=1e-4)
 
 
-def test_sizes_of_xl_are_those_of_each_image_in_training_and_the_default_in_previews(root):
-  text_pipelines.make("xl", root / "tokenizers").save_pretrained(root / "xl")
+def test_sizes_of_xl_are_those_of_each_image_in_training_and_the_default_in_previews(root, xl):
   config = recipes.read("configs/sd15_finetune.py")
-  config.init_from = str(root / "xl")
+  config.init_from = str(xl)
   config.data.source.path = str(root / "images")
   config.data.image_size = SIZE * FACTOR
   tree, _ = pretrained.load_init_from(configs.to_tree(config), weights=False)

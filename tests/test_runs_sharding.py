@@ -16,6 +16,7 @@ from ddpm_jax.models import codecs
 from ddpm_jax.models.guided import Guides, Parameters
 from ddpm_jax.runs import edit_methods, model, programs
 from ddpm_jax.runs.steering import Guided
+from tests import text_pipelines
 from tests.commands import DENSE, call
 from tests.conftest import ROOT
 from tests.parameters import random_params, write_run
@@ -207,6 +208,17 @@ def test_a_diffusers_folder_is_read_into_shards(tmp_path, monkeypatch):
   monkeypatch.undo()
   assert_sharded(parts, full)
   frozen_parts = loaded.load_frozen(mesh)
+  assert_sharded(frozen_parts["codec"], frozen["codec"])
+
+
+def test_a_text_pipeline_is_read_into_shards(tmp_path):
+  text_pipelines.make("xl", tmp_path).save_pretrained(tmp_path / "xl")
+  loaded, full = interop.diffusers.load(tmp_path / "xl")
+  frozen, mesh = loaded.load_frozen(), parallel.make_mesh(fsdp=8)
+  assert_sharded(interop.diffusers.load(tmp_path / "xl", mesh=mesh)[1], full)
+  frozen_parts = loaded.load_frozen(mesh)
+  encoders = [values["conditions"]["text"]["encoders"] for values in (frozen_parts, frozen)]
+  assert_sharded(*encoders)
   assert_sharded(frozen_parts["codec"], frozen["codec"])
 
 

@@ -168,7 +168,7 @@ def test_prompts_are_short_forms_and_pictures_keep_them(trained, tmp_path, run_c
   assert {name: pictures[1].info[name] for name in ("seed", "index", "sampler", "num_steps", "guidance_scale")} == {
     "seed": "0",
     "index": "1",
-    "sampler": "ddim",
+    "sampler": "ddim(eta=0.0)",
     "num_steps": "2",
     "guidance_scale": "2.0",
   }

@@ -29,8 +29,8 @@ def img2img(
     x_0: images or sketches [B, ...].
     times: a decreasing grid of K steps that starts at t_max of the process. A rule that chooses its own steps, such as
       `sampling.ode`, uses only the start time and the last two times.
-    strength: the share of steps to take, in [0, 1]. Sampling takes the last round(strength K) steps. With 0 steps the
-      result is the input. With a strength of 1 the result is a new sample, bit for bit equal to
+    strength: the share of steps to take, in [0, 1]. Sampling takes the last floor(strength K) steps, as in diffusers.
+      With 0 steps the result is the input. With a strength of 1 the result is a new sample, bit for bit equal to
       `sample(fold_in(key, 1), sampler, denoise, process.prior(fold_in(key, 0), x_0.shape, x_0.dtype), times)`. For
       `sampling.ode` with K > 2, `times` in this expression is only the start time and the last two times.
 
@@ -45,12 +45,11 @@ def img2img(
   randomness.check_key(key)
   check_floats(x_0)
   _check_decreasing(times, sampler, x_0)
-  num_steps = round(strength * (len(times) - 1))
+  num_steps = int(strength * (len(times) - 1))
   if num_steps == 0:
     return x_0
   noise_key, sample_key = (randomness.fold_in(key, i) for i in range(2))
   times = times[len(times) - 1 - num_steps :]
-  # A strength just below 1 may round to all steps. Sampling then still starts from the noisy input.
   x = (
     process.prior(noise_key, x_0.shape, x_0.dtype)
     if strength == 1

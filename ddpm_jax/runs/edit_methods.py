@@ -36,8 +36,8 @@ TASKS: dict[str, dict[str, str]] = {
 }
 
 _LATENT_METHODS = (
-  "--method=repaint or --method=replace, which keep the known positions of x, or --method=replace_decoded, which keeps the"
-  " known pixels of every decoded estimate"
+  "--method=replace or --method=repaint, which keep the known positions of x (repaint needs a sampler without memory, such"
+  " as --sampler=ddim), or --method=replace_decoded, which keeps the known pixels of every decoded estimate"
 )
 
 

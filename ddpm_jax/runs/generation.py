@@ -95,7 +95,7 @@ def run_sample(
     samples = stage.enlarge(samples, mesh, seed, guided.inputs)
   if parallel.is_main():
     _write(path, {"samples": samples, **arrays})
-    settings = {"sampler": experiment.sampler_name, "num_steps": experiment.sampling.num_steps, "seed": seed}
+    settings = {**_settings(experiment, folder, model), "seed": seed}
     settings |= {"guidance_scale": guidance_scale} if isinstance(guidance_scale, float) else {}
     settings |= {"prompt_weights": True} if steering.prompt_weights else {}
     _write_pictures(path, samples, guided.inputs, settings)
@@ -111,6 +111,26 @@ def _write(path: Path, arrays: Inputs) -> None:
       picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
       images.save_samples(picture, array, arrays.get("classes"))
       print_line(f"picture      {picture}")
+
+
+def _settings(experiment: Experiment, folder: Path, model: Pretrained | None) -> dict[str, Any]:
+  """Return the model and the settings of the sampler, for the metadata of pictures.
+
+  The model is the name of the run's folder, or the name of the pretrained model. Names of folders have no parents,
+  because pictures are often shared.
+  """
+  tree, name = experiment.tree, folder.resolve().name
+  settings: dict[str, Any] = {}
+  if model is not None:
+    path, *_ = (value for key, value in tree.arguments("model").items() if key == "path")
+    name = Path(path).resolve().name if Path(path).is_dir() else path
+    settings = {key: tree.at(f"model.{key}") for key in ("dtype", "variant")}
+  sampler = experiment.sampler_name
+  if tree.values["sampler"] is not None:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in tree.arguments("sampler").items())
+    sampler += f"({arguments})" if arguments else ""
+  settings = {"model": name, **{key: value for key, value in settings.items() if value}}
+  return settings | {"sampler": sampler, "num_steps": experiment.sampling.num_steps}
 
 
 def _write_pictures(path: Path, samples: np.ndarray, inputs: Inputs, settings: Mapping[str, Any]) -> None:
