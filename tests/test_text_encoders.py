@@ -345,5 +345,5 @@ def test_wrong_options_and_inputs_are_errors(name):
 def test_ids_outside_the_vocabulary_give_nan(network):
   encoder = small(network)
   params = random_like(jax.eval_shape(encoder.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"])
-  tokens = compiled(encoder)(params, np.array([[3, 9, 2], [1, 2, 3]], np.int32)).tokens
-  np.testing.assert_array_equal(np.isnan(tokens).any((1, 2)), [True, False])
+  tokens = compiled(encoder)(params, np.array([[3, 9, 2], [1, 2, 3], [1, -1, 3]], np.int32)).tokens
+  np.testing.assert_array_equal(np.isnan(tokens).any((1, 2)), [True, False, True])

@@ -104,6 +104,8 @@ class Embedding(nn.Module):
   def __call__(self, ids: Array) -> Array:
     """Return the rows [..., features] of ids [...] in float32. The rows of ids outside the table are NaN."""
     table = layers.parameter(self, "embedding", nn.initializers.normal(0.02), (self.count, self.features))
+    # `take` would count negative ids from the end of the table.
+    ids = jnp.where(ids < 0, self.count, ids)
     return jnp.take(jnp.asarray(table), ids, axis=0, mode="fill").astype(jnp.float32)
 
 
