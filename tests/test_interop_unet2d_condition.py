@@ -423,7 +423,7 @@ def test_bfloat16_halves_the_parameters_and_is_close(folder):
     ({"encoder_hid_dim": 512}, "encoder_hid_dim=512"),
     ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
     ({"addition_embed_type": "text_time"}, "without projection_class_embeddings_input_dim"),
-    (SIZES | {"projection_class_embeddings_input_dim": 8}, "expected a larger number for the first"),
+    (SIZES | {"projection_class_embeddings_input_dim": 8}, "expected the first to be larger"),
     (
       SIZES | {"projection_class_embeddings_input_dim": 80, "class_embed_type": "projection"},
       "class_embed_type='projection', which is not supported; expected null beside",

@@ -332,7 +332,7 @@ def test_models_of_latents_edit_images_and_refuse_measurements(mine, tmp_path, u
       assert (found["output"][:, :, :5] != 200).any()
   with pytest.raises(ValueError, match=r"Got --task=inpaint without --method .* --method=replace_decoded"):
     edit("inpaint", **painted)
-  with pytest.raises(ValueError, match=r"because pixels are measured.* To inpaint, use --method=repaint"):
+  with pytest.raises(ValueError, match=r"because pixels are measured.* To inpaint, use --method=replace"):
     edit("inpaint", "dps", **painted)
   with pytest.raises(ValueError, match="because pixels are measured"):
     edit("restore", "dps", operator="blur(std=1)")

@@ -69,6 +69,7 @@ def test_prompt_weights_and_long_prompts_are_an_option(sample, tmp_path, capsys)
   path, _ = newest(tmp_path / "samples")
   notes = Image.open(path / "00001.png").info
   assert (notes["prompt"], notes["prompt_weights"]) == ("a (red:1.5) fox in snow", "True")
+  assert (notes["model"], notes["dtype"], notes["sampler"]) == ("pipeline", "float32", "plms")
   long = [sample(*options, weights, prompts=[SHORT, SHORT, text]) for text in (first, second)]
   np.testing.assert_array_equal(long[0][:2], long[1][:2])
   assert (long[0][2] != long[1][2]).any()

@@ -195,7 +195,7 @@ def test_changed_sentencepiece_models(t5_files, tmp_path):
     model.pieces[1].piece = "<end>"
 
   for change, message in (
-    (set_type, "expected 1, a unigram model"),
+    (set_type, r"expected 1 \(unigram\)"),
     (set_score, "not finite"),
     (set_unknown, "Cannot make a tokenizer"),
     (set_map, "Cannot make a tokenizer"),

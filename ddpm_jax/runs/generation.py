@@ -119,17 +119,15 @@ def _settings(experiment: Experiment, folder: Path, model: Pretrained | None) ->
   The model is the name of the run's folder, or the name of the pretrained model. Names of folders have no parents,
   because pictures are often shared.
   """
-  tree, name = experiment.tree, folder.resolve().name
-  settings: dict[str, Any] = {}
+  tree, settings = experiment.tree, {"model": folder.resolve().name}
   if model is not None:
-    path, *_ = (value for key, value in tree.arguments("model").items() if key == "path")
-    name = Path(path).resolve().name if Path(path).is_dir() else path
-    settings = {key: tree.at(f"model.{key}") for key in ("dtype", "variant")}
+    path, dtype, variant = (tree.at(f"model.{name}") for name in ("path", "dtype", "variant"))
+    settings = {"model": Path(path).resolve().name if Path(path).is_dir() else path, "dtype": dtype}
+    settings |= {"variant": variant} if variant else {}
   sampler = experiment.sampler_name
   if tree.values["sampler"] is not None:
     arguments = ", ".join(f"{key}={value!r}" for key, value in tree.arguments("sampler").items())
     sampler += f"({arguments})" if arguments else ""
-  settings = {"model": name, **{key: value for key, value in settings.items() if value}}
   return settings | {"sampler": sampler, "num_steps": experiment.sampling.num_steps}
 
 
