@@ -169,6 +169,7 @@ def test_inpainting_and_inversion_save_their_results(run):
       "Got --given in mode export; expected it in mode plan, sample or edit only",
     ),
     (["--mode=edit", "--task=inpaint", "--strength=0.5"], "Got --strength with --task=inpaint; expected it with"),
+    (["--mode=edit", "--strength=0.5"], "Got '' as --task; expected one of"),
     (["--mode=sample", "--mask=lower"], "Got --mask in mode sample; expected it in mode edit only"),
   ],
 )

@@ -161,6 +161,7 @@ def test_the_sinusoidal_embedding_matches_ho_et_al():
     ((8, 8), {"groups": 3}, "groups=3"),
     ((8, 8), {"heads": 5}, "heads=5"),
     ((8, 8), {"channels": 5, "groups": 1}, "even number"),
+    ((8, 8), {"frequency_shift": 4}, "frequency_shift=4 with channels=8; expected less than 4"),
     ((8, 8), {"multipliers": ()}, "at least one level"),
   ],
 )

@@ -52,13 +52,13 @@ def run(args: flags.Args) -> None:
   from ddpm_jax.runs import edit_methods
 
   folder = flags.run_folder(args)
-  if args.strength is not None and args.task != "img2img":
-    raise ValueError(f"Got --strength with --task={args.task}; expected it with --task=img2img only. Leave it out.")
-  methods = edit_methods.TASKS.get(args.task or "", {})
+  task = choose(args.task or "", tuple(edit_methods.TASKS), "--task")
+  if args.strength is not None and task != "img2img":
+    raise ValueError(f"Got --strength with --task={task}; expected it with --task=img2img only. Leave it out.")
+  methods = edit_methods.TASKS[task]
   # A method without arguments gets the arguments that suit the task.
   short = {} if args.method is None else {"method": methods.get(args.method, args.method)}
   keys = flags.sampling_keys(args, **short)
-  task = choose(args.task or "", tuple(edit_methods.TASKS), "--task")
   edit = runs.Edit(task, args.input, args.mask or "", args.num_samples)
   steering = flags.steering(args)
   # Check all flags before devices are initialized.

@@ -106,7 +106,7 @@ def check_conditional(network: Any) -> None:
       " vector_embedding='dense', because the embedded sizes are appended to the vector."
     )
   for name, features in (("channels", n.channels), ("size_features", n.size_features or n.channels)):
-    _check_sinusoids(name, features)
+    _check_sinusoids(name, features, n.frequency_shift)
   _check_computation(n)
   _check_conditional_features(n)
   _check_conditional_size(n)
@@ -194,9 +194,13 @@ def _check_attention_levels(network: Any) -> None:
     )
 
 
-def _check_sinusoids(name: str, features: int) -> None:
+def _check_sinusoids(name: str, features: int, frequency_shift: float) -> None:
   if features % 2 or features < 4:
     raise ValueError(f"Got {name}={features}; expected an even number, 4 or more, for sines and cosines.")
+  if frequency_shift >= features / 2:
+    raise ValueError(
+      f"Got frequency_shift={frequency_shift:g} with {name}={features}; expected less than {features // 2}."
+    )
 
 
 def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -> None:
@@ -287,7 +291,7 @@ def _check_features(network: Any) -> None:
         " expected an integer divisible by groups and, at levels with attention, by heads or head_channels. Change"
         " channels, multipliers, groups or heads."
       )
-  _check_sinusoids("time_features" if n.time_features else "channels", n.time_features or n.channels)
+  _check_sinusoids("time_features" if n.time_features else "channels", n.time_features or n.channels, n.frequency_shift)
 
 
 def check_shape(shape: Sequence[int], dimensions: int, levels: int) -> None:
