@@ -11,7 +11,7 @@ from ddpm_jax import config as configs
 from ddpm_jax import data, interop, networks, training
 from ddpm_jax.devices import parallel
 from ddpm_jax.models import Network
-from ddpm_jax.models.networks import keywords
+from ddpm_jax.models.network_arguments import keywords
 from ddpm_jax.runs import model, reading
 from ddpm_jax.training import ema
 from tests.recipes import experiment_of, tree_of

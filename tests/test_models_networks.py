@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from ddpm_jax import networks as flax_networks
-from ddpm_jax.models import Network, conditions, networks
+from ddpm_jax.models import Network, conditions, network_arguments, networks
 from tests.conftest import ROOT
 
 CONDITIONS = {"classes": conditions.classes("classes", 3), "vector": conditions.vector("vector", 2)}
@@ -356,16 +356,16 @@ def test_conditions_without_a_matching_argument_are_errors(parameters, given, me
 
 
 def test_a_level_and_a_vector_together_are_an_error():
-  derived = networks.derived_arguments(CONDITIONS, (4, 4, 1), 2)
+  derived = network_arguments.derived_arguments(CONDITIONS, (4, 4, 1), 2)
   assert (derived["num_classes"], derived["vector_embedding"], derived["dimensions"], derived["out_channels"]) == (
     3,
     "dense",
     2,
     2,
   )
-  assert networks.derived_arguments(LEVEL, (4, 1), 1)["vector_embedding"] == "time"
+  assert network_arguments.derived_arguments(LEVEL, (4, 1), 1)["vector_embedding"] == "time"
   with pytest.raises(ValueError, match="'level' and 'vector'"):
-    networks.derived_arguments(CONDITIONS | LEVEL, (4, 4, 1), 1)
+    network_arguments.derived_arguments(CONDITIONS | LEVEL, (4, 4, 1), 1)
 
 
 def test_a_function_or_a_network_is_a_valid_component():

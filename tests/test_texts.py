@@ -110,7 +110,7 @@ def test_several_encoders_give_tokens_and_a_vector():
     frozen = condition.load()
     found = encode(condition, frozen, TEXTS)
     assert {name: leaf.shape for name, leaf in found.items()} == {"tokens": (4, 6, 5), "vector": (4, 5)}
-    arguments = models.networks.keywords({"text": condition}, {"text": found}, frozenset({"tokens", "vector"}))
+    arguments = models.network_arguments.keywords({"text": condition}, {"text": found}, frozenset({"tokens", "vector"}))
     np.testing.assert_array_equal(arguments["vector"], found["vector"])
     expected = found["vector"][1] if null_text == "" else np.zeros(5)
     np.testing.assert_allclose(condition.null(frozen)["vector"], expected, atol=3e-5)
@@ -138,7 +138,7 @@ def test_workers_receive_the_tokenizer_by_pickle(condition):
 
 def test_a_network_embeds_token_ids_itself():
   condition = choices.words("text", WORDS, length=6, dropout=0.1)
-  derived = models.networks.derived_arguments({"text": condition}, (8, 8, 1), 1)
+  derived = models.network_arguments.derived_arguments({"text": condition}, (8, 8, 1), 1)
   assert (derived["vocabulary"], derived["context_features"], derived["num_classes"]) == (len(WORDS) + 3, 0, 0)
   options = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention_levels": (0,), "heads": 1, "groups": 4}
   vocabulary = derived["vocabulary"]

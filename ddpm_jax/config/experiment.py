@@ -160,7 +160,7 @@ def _model(tree: Tree, data: Data) -> Model:
     for name in tree.at("model.conditions")
   }
   channels = x_shape[-1] * (2 if prediction.learned_variance else 1)
-  network = make(tree, "model.network", models.networks.derived_arguments(conditions, x_shape, channels))
+  network = make(tree, "model.network", models.network_arguments.derived_arguments(conditions, x_shape, channels))
   with _named_errors(tree, "model.network"):
     network.check(x_shape)
   return Model(network, process, prediction, conditions, codec, data.shape, x_shape)

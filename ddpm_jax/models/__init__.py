@@ -1,6 +1,6 @@
 """Define `Model`, a network with its process, prediction, conditions and codec."""
 
-from ddpm_jax.models import codecs, conditions, inputs, networks, texts
+from ddpm_jax.models import codecs, conditions, inputs, network_arguments, networks, texts
 from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.emphasis import encode_weighted
@@ -17,6 +17,7 @@ __all__ = [
   "conditions",
   "encode_weighted",
   "inputs",
+  "network_arguments",
   "networks",
   "texts",
 ]
