@@ -97,9 +97,12 @@ SINGLESTEP = {
   "dpmpp_2s": Entry(sampling.dpmpp_2s, 2, "#9467bd", "No memory; less accurate than `dpmpp_2m` at equal NFE"),
 }
 MULTISTEP = {
-  "dpmpp_2m": Entry(sampling.dpmpp_2m, 2, "#5fb562", "**The default**, 10 to 50 NFE"),
+  "dpmpp_2m": Entry(sampling.dpmpp_2m, 2, "#5fb562", "**The first choice**, 10 to 50 NFE"),
   "dpmpp_3m": Entry(
-    sampling.dpmpp_3m, 3, "#006d2c", "From 10 NFE on, about a third of the default's error, but not on rectified flow"
+    sampling.dpmpp_3m,
+    3,
+    "#006d2c",
+    "From 10 NFE on, about a third of the error of `dpmpp_2m`, but not on rectified flow",
   ),
   "deis(order=2)": Entry(lambda p: sampling.deis(p, 2), 2, "#f0a050", "Between `ddim` and order 3"),
   "deis(order=3)": Entry(sampling.deis, 3, "#d94801", "Below 10 NFE, and rectified flow"),
@@ -108,7 +111,7 @@ MULTISTEP = {
     lambda p: sampling.unipc(p, 2),
     3,
     "#c51b8a",
-    "**Smaller errors than the default**, especially with many steps; also on rectified flow",
+    "**Smaller errors than `dpmpp_2m`**, especially with many steps; also on rectified flow",
   ),
   "unipc(order=3)": Entry(sampling.unipc, 4, "#7a0177", "Least error from 20 NFE on, but not on rectified flow"),
   "plms": Entry(sampling.plms, 2, "#8c6d31", "PNDM, the default of Stable Diffusion 1"),
@@ -138,7 +141,7 @@ HIGHER_ORDER = {
   ),
   "dpmpp_2s(eta=1)": Entry(lambda p: sampling.dpmpp_2s(p, 1.0), 2, "#9467bd", "`dpmpp_2s_ancestral` of k-diffusion"),
   "dpmpp_sde": Entry(sampling.dpmpp_sde, 2, "#8c6d31", "The reverse SDE without memory, 50 NFE and more"),
-  "dpmpp_2m_sde": Entry(sampling.dpmpp_2m_sde, 2, "#31a354", "**The default with noise**, 20 NFE and more"),
+  "dpmpp_2m_sde": Entry(sampling.dpmpp_2m_sde, 2, "#31a354", "**The first choice with noise**, 20 NFE and more"),
   "with_langevin(heun)": Entry(
     lambda p: sampling.with_langevin(sampling.heun(p), p),
     2,

@@ -54,7 +54,7 @@ def format_default(default):
     return str(default).lower()
   if isinstance(default, str):
     return default or '""'
-  return {(): "none", None: "None"}.get(default) or (f"{default:g}" if isinstance(default, float) else str(default))
+  return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def keys():
@@ -67,7 +67,7 @@ def keys():
         table.append(
           [
             f"`{section}.{one.name}`".replace("`.", "`"),
-            f"`{format_default(one.default)}`",
+            f"`{'none' if one.is_mapping else format_default(one.default)}`",
             one.role or roles[section.partition(".")[0]],
           ]
         )
