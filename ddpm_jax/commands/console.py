@@ -85,7 +85,7 @@ def safe_output() -> Iterator[None]:
 
 
 def close_broken_pipes() -> bool:
-  """Redirect broken pipes to /dev/null, and return whether there were any."""
+  """Replace standard streams with a closed pipe by /dev/null, and return whether there was one."""
   is_broken = False
   for stream in (sys.stdout, sys.stderr):
     # The streams of notebooks and tests may have no descriptor.

@@ -1,4 +1,4 @@
-"""Train a model, or resume the run in --workdir, and then score the model.
+"""Train a new model or resume the run in --workdir, and score the result.
 
 The config, checkpoints, metrics, samples, scores and report.html are written to --workdir. After a
 crash, run the same command again to resume. On the same devices, the final parameters equal those

@@ -333,7 +333,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-  """Configure an experiment.
+  """Define the keys of a config and their defaults.
 
   The defaults are DDPM on CIFAR-10 (Ho et al. 2020).
   """

@@ -45,7 +45,7 @@ class Tree(NamedTuple):
     return components.arguments_of(self.at(path))
 
   def role(self, path: str) -> str:
-    """Return the role of a key.
+    """Return the role of a config key, such as "model" or "speed".
 
     Keys inside a dict value have the role of that value.
     """

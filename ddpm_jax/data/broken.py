@@ -156,7 +156,7 @@ class SkipBroken:
       return stack([item for item, _ in pairs]), [error for _, errors in pairs for error in errors]
 
   def report(self, errors: Sequence[BrokenImage]) -> None:
-    """Print the errors of images that were not reported before."""
+    """Print each error, unless its image was reported before."""
     for error in errors:
       if error.name not in self.broken:
         self.broken[error.name] = error.reason

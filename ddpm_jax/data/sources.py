@@ -294,7 +294,7 @@ class Subset:
 
   @property
   def classes(self) -> np.ndarray | None:
-    """Return the classes [N], or None if they are not known without reading images."""
+    """Return the classes [N], or None if the source must read images to find them."""
     classes = getattr(self.source, "classes", None)
     return None if classes is None else classes[self.indices]
 

@@ -30,7 +30,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Return the structural similarities of pairs of images as a float64 array [N] in [-1, 1].
+  """Return the structural similarity (SSIM) of each pair of images, a float64 array [N] in [-1, 1].
 
   Each channel is compared in windows with Gaussian weights (Wang et al. 2004, equation 13). The result is the mean over
   channels and over all windows that lie inside the image. The window has 11x11 pixels, or fewer for smaller images.

@@ -187,9 +187,9 @@ def stored_texts(experiment: Experiment, latents: data.Source | None) -> dict[st
 
 
 def with_stored_texts(experiment: Experiment, latents: data.Source | None) -> Experiment:
-  """Return the experiment with text conditions that read their encoders' outputs from the encoded data.
+  """Replace text encoders by their outputs in the encoded data, and return the changed experiment.
 
-  Text conditions without stored outputs stay unchanged.
+  Text encoders whose outputs are not in the encoded data stay.
   """
   stored = {name: models.texts.stored(name, one) for name, one in stored_texts(experiment, latents).items()}
   if not stored:
