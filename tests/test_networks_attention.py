@@ -136,18 +136,23 @@ BY_HEAD = {"_MAX_HEAD_BYTES": 0, "_CACHED_BYTES": 4 * 2 * 7 * 48}
   ("queries", "name", "implementation", "limits"),
   [
     *(pytest.param(*case, TOGETHER) for case in BLOCKS),
-    *(pytest.param(*case, BY_HEAD, id=f"{case[0]}-{case[1]}-by head") for case in BLOCKS if case[2] is None),
+    *(
+      pytest.param(*case, BY_HEAD | {"kernels": kernels}, id=f"{case[0]}-{case[1]}-{name}")
+      for case in BLOCKS
+      for name, kernels in (("by head", "tuned"), ("by sample", "loop"))
+      if case[2] is None
+    ),
     *(pytest.param(*case, TOGETHER, marks=pytest.mark.slow) for case in MORE_BLOCKS),
   ],
 )
 def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, implementation, limits, monkeypatch):
-  case = (queries, 48, 2, 8)
+  case, kernels = (queries, 48, 2, 8), limits.get("kernels", "tuned")
   bias, others = ([], {}) if name is None else options(name, case, dtype=np.float32)
   values = inputs(*case, np.float32) + bias
 
   def with_derivatives():
     def function(q, k, v, bias=None):
-      return attend(q, k, v, implementation, bias=bias, **others)
+      return attend(q, k, v, implementation, kernels, bias=bias, **others)
 
     def compute(*values):
       output, pull = jax.vjp(function, *values)
@@ -157,7 +162,8 @@ def test_blocks_of_queries_change_neither_values_nor_derivatives(queries, name, 
 
   expected, unsplit = with_derivatives()
   for limit, number in limits.items():
-    monkeypatch.setattr(attention, limit, number)
+    if limit != "kernels":
+      monkeypatch.setattr(attention, limit, number)
   results, blocks = with_derivatives()
   assert ("scan" in unsplit, "scan" in blocks) == (False, True)
   for result, value in zip(results, expected, strict=True):

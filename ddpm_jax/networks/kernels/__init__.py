@@ -11,6 +11,9 @@ Every operation takes the argument `kernels`, which selects the forms that the o
   of convolution. That form would hang in a program that spans several devices.
 - "loop": like "tuned", but gradients of convolutions stay fast inside loops on a CPU. These convolutions have no
   forward-mode derivatives (`jax.jvp`).
+
+On a CPU, "single_device" and "loop" compute long attention one sample after another. This is faster for a batch on one
+device, but gathers a batch that is sharded over devices outside of `jax.shard_map`.
 """
 
 KERNELS = ("tuned", "single_device", "loop", "plain")
