@@ -1,7 +1,7 @@
-"""Generate samples with a trained model, and save them as arrays and pictures."""
+"""Generate samples with a trained model."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +9,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-import ddpm_jax
 from ddpm_jax import data
 from ddpm_jax.config import Experiment
 from ddpm_jax.devices import parallel
 from ddpm_jax.devices.progress import heartbeat, print_line
 from ddpm_jax.models.guided import NEGATIVE_PREFIX, NO_GUIDES, Parameters, is_neutral
 from ddpm_jax.models.inputs import default_inputs, host_items
-from ddpm_jax.runs import frozen, limits, programs
+from ddpm_jax.runs import frozen, limits, programs, sample_files
 from ddpm_jax.runs.model import WeightsChoice, load_experiment, load_weights
 from ddpm_jax.runs.pretrained import Pretrained
 from ddpm_jax.runs.steering import Guided, Steering, scale_key, steer
@@ -26,8 +25,6 @@ Inputs = dict[str, np.ndarray]
 # The maximum batch size per device of a pretrained model on a CPU. The model may be slow, and small batches show
 # progress.
 _CPU_BATCH = 16
-# The names of texts in the metadata of pictures.
-_NOTES = {"text": "prompt", f"{NEGATIVE_PREFIX}text": "negative_prompt"}
 
 
 def run_sample(
@@ -94,57 +91,12 @@ def run_sample(
     arrays[f"stage_{number}"] = samples
     samples = stage.enlarge(samples, mesh, seed, guided.inputs)
   if parallel.is_main():
-    _write(path, {"samples": samples, **arrays})
-    settings = {**_settings(experiment, folder, model), "seed": seed}
+    sample_files.write_samples(path, {"samples": samples, **arrays})
+    settings = {**sample_files.describe_settings(experiment, folder, model), "seed": seed}
     settings |= {"guidance_scale": guidance_scale} if isinstance(guidance_scale, float) else {}
     settings |= {"prompt_weights": True} if steering.prompt_weights else {}
-    _write_pictures(path, samples, guided.inputs, settings)
+    sample_files.write_pictures(path, samples, guided.inputs, settings)
   parallel.wait_for_all("done")
-
-
-def _write(path: Path, arrays: Inputs) -> None:
-  """Save arrays in an .npz file, and save a picture of each array of images."""
-  files.write_arrays(f"{path}.npz", arrays)
-  print_line(f"samples      {path}.npz")
-  for name, array in arrays.items():
-    if array.ndim == 4:
-      picture = f"{path}{'' if name == 'samples' else f'_{name}'}.png"
-      images.save_samples(picture, array, arrays.get("classes"))
-      print_line(f"picture      {picture}")
-
-
-def _settings(experiment: Experiment, folder: Path, model: Pretrained | None) -> dict[str, Any]:
-  """Return the model and the settings of the sampler, for the metadata of pictures.
-
-  The model is the name of the run's folder, or the name of the pretrained model. Names of folders have no parents,
-  because pictures are often shared.
-  """
-  tree, settings = experiment.tree, {"model": folder.resolve().name}
-  if model is not None:
-    path, dtype, variant = (tree.at(f"model.{name}") for name in ("path", "dtype", "variant"))
-    settings = {"model": Path(path).resolve().name if Path(path).is_dir() else path, "dtype": dtype}
-    settings |= {"variant": variant} if variant else {}
-  sampler = experiment.sampler_name
-  if tree.values["sampler"] is not None:
-    arguments = ", ".join(f"{key}={value!r}" for key, value in tree.arguments("sampler").items())
-    sampler += f"({arguments})" if arguments else ""
-  return settings | {"sampler": sampler, "num_steps": experiment.sampling.num_steps}
-
-
-def _write_pictures(path: Path, samples: np.ndarray, inputs: Inputs, settings: Mapping[str, Any]) -> None:
-  """Save a picture of each sample in a folder, if the samples have texts.
-
-  The metadata of a picture hold the sample's texts and the settings.
-  """
-  texts = {name: value for name, value in inputs.items() if data.is_text(np.asarray(value))}
-  if not texts:
-    return
-  settings = {**settings, "software": f"ddpm_jax {ddpm_jax.__version__}"}
-  for index, sample in enumerate(samples):
-    own = {name: value[index] for name, value in texts.items()} | settings | {"index": index}
-    notes = {_NOTES.get(name, name): str(value) for name, value in own.items()}
-    images.save_with_text(path / f"{index:05d}.png", sample, notes)
-  print_line(f"pictures     {path}/ (one for each sample, with its text)")
 
 
 def saved_inputs(inputs: Inputs) -> Inputs:
