@@ -79,7 +79,13 @@ def dynamic_threshold(denoise: Denoise, percentile: float = 0.995, data_max: flo
 
 @check_types
 def classifier_free(
-  conditional: Conditional, condition: PyTree, negative: PyTree, scale: Scale = 1.0, *, rescale: float = 0.0
+  conditional: Conditional,
+  condition: PyTree,
+  negative: PyTree,
+  scale: Scale = 1.0,
+  *,
+  rescale: float = 0.0,
+  channels: int = 0,
 ) -> Denoise:
   """Apply classifier-free guidance, `u + scale (c - u)` (Ho and Salimans 2022, equation 6).
 
@@ -94,17 +100,22 @@ def classifier_free(
       to make u the unconditional estimate, or pass a class that the samples should avoid.
     scale: 1 for no guidance. It may be a function of time, such as the result of `interval`.
     rescale: how far to rescale each sample's guided estimate to the standard deviation of c, from 0 (not at all) to 1
-      (fully). It has no effect at a constant scale of 0. Source: Lin et al. 2024, equations 15 and 16, applied to x_0.
+      (fully). At a constant scale of 0, it has an effect only if `channels` is set. Source: Lin et al. 2024, equations
+      15 and 16, applied to x_0.
+    channels: the number of channels to guide, counted from the first. The other channels come from c. 0 guides all
+      channels. The published scores of DiT (Peebles and Xie 2023) and SiT were computed with 3 of 4 latent channels.
 
   Raises:
-    ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], or if the conditions are not
-      arrays of equal shapes. The returned function raises a ValueError if the conditions do not match the batch, but
-      only in calls that compute both c and u.
+    ValueError: if the scale is negative or not finite, if `rescale` is outside [0, 1], if `channels` is negative, or if
+      the conditions are not arrays of equal shapes. In calls that compute both c and u, the returned function raises a
+      ValueError if the conditions do not match the batch, or x_t has fewer channels than `channels`.
   """
   _check_scale(scale)
   _check_conditions(condition, negative)
   if not 0 <= rescale <= 1:
     raise ValueError(f"Got rescale={rescale}; expected a number in [0, 1], 0 for no rescaling.")
+  if channels < 0:
+    raise ValueError(f"Got channels={channels}; expected the number of channels to guide, or 0 for all.")
 
   def guide(x_t, t, w):
     denoised, against = _branches(conditional, x_t, t, condition, negative)
@@ -114,14 +125,22 @@ def classifier_free(
       axes = tuple(range(1, c.ndim))
       std, target_std = (jnp.std(value, axes, keepdims=True) for value in (x_0, c))
       x_0 = x_0 * (1 + rescale * (target_std / jnp.where(std > 0, std, 1) - 1))
+    if channels > c.shape[-1]:
+      raise ValueError(
+        f"Got channels={channels} for data of {c.shape[-1]} channels; expected at most {c.shape[-1]}, or 0 for all."
+      )
+    if channels:
+      x_0 = jnp.concatenate([x_0[..., :channels], c[..., channels:]], axis=-1)
     return map_x_0(lambda _: x_0.astype(c.dtype), denoised)
 
-  return _with_scale(
-    guide,
-    lambda x_t, t: conditional(x_t, t, condition),
-    lambda x_t, t: conditional(x_t, t, negative),
-    scale,
-  )
+  def toward(x_t, t):
+    return conditional(x_t, t, condition)
+
+  def against(x_t, t):
+    # Even at a scale of 0, the channels that are not guided come from c.
+    return guide(x_t, t, 0.0) if channels else conditional(x_t, t, negative)
+
+  return _with_scale(guide, toward, against, scale)
 
 
 @check_types

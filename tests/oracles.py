@@ -15,13 +15,15 @@ PROCESSES = {
   "ve": processes.ve(),
   "edm": processes.edm(),
   "rectified_flow": processes.rectified_flow(),
+  "gvp": processes.gvp(),
+  "shifted": processes.shifted(processes.rectified_flow(), 3.0),
   "cosine": processes.cosine(),
   "discrete_linear": processes.discrete(schedules.linear(1000)),
   "discrete_cosine": processes.discrete(schedules.cosine(1000)),
   "zero_snr": processes.discrete(schedules.zero_terminal_snr(schedules.scaled_linear(1000))),
 }
 # Processes with alpha = 0 at t_max.
-ZERO_SNR = ("rectified_flow", "zero_snr")
+ZERO_SNR = ("rectified_flow", "gvp", "shifted", "zero_snr")
 PREDICTIONS = {
   "EPS": predictions.EPS,
   "X0": predictions.X0,

@@ -43,6 +43,8 @@ STOCHASTIC = {
   "euler_ancestral": sampling.euler_ancestral,
   "euler_maruyama": sampling.euler_maruyama,
   "reverse_diffusion": sampling.reverse_diffusion,
+  "sde": sampling.sde,
+  "sde_decreasing": lambda process: sampling.sde(process, "decreasing"),
   "euler_churn": lambda process: sampling.euler(process, s_churn=20.0, s_min=0.05, s_max=20.0),
   "heun_churn": lambda process: sampling.heun(process, s_churn=20.0, s_min=0.05, s_max=20.0),
   "dpmpp_2s_ancestral": lambda process: sampling.dpmpp_2s(process, eta=1.0),

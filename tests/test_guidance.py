@@ -334,6 +334,35 @@ def identity(x_t, t, *condition):
   return x_t
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_guidance_of_some_channels_is_that_of_the_code_of_dit(scale):
+  """DiT guides the noise in three of four channels. The fourth channel and the variance come from the conditional."""
+  process = processes.discrete(np.linspace(1e-4, 0.02, 100))
+  prediction = predictions.learned_range(predictions.EPS)
+  x = jax.random.normal(jax.random.key(0), (4, 2, 2, 4))
+
+  def apply(x, time, classes):
+    del time
+    return jnp.sin(jnp.concatenate([x, 2 * x], axis=-1) + classes[:, None, None, None])
+
+  def model(x_t, t, classes):
+    return predictions.denoiser(lambda x, time: apply(x, time, classes), process, prediction)(x_t, t)
+
+  target, none = repeat_class(3, 4), repeat_class(0, 4)
+  denoised = guidance.classifier_free(model, target, none, scale, channels=3)(x, 0.5)
+  output, null = apply(x, 0, target), apply(x, 0, none)
+  eps = jnp.concatenate([null[..., :3] + scale * (output - null)[..., :3], output[..., 3:4]], axis=-1)
+  expected = (x - process.sigma(0.5) * eps) / process.alpha(0.5)
+  np.testing.assert_allclose(denoised.x_0, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(denoised.fraction, (output[..., 4:] + 1) / 2, rtol=1e-5, atol=1e-6)
+  every = guidance.classifier_free(model, target, none, scale)(x, 0.5)
+  same = guidance.classifier_free(model, target, none, scale, channels=4)(x, 0.5)
+  np.testing.assert_allclose(same.x_0, every.x_0, rtol=1e-5, atol=1e-6)
+  if scale != 1:
+    with pytest.raises(ValueError, match="channels=5 for data of 4 channels; expected at most 4"):
+      guidance.classifier_free(model, target, none, scale, channels=5)(x, 0.5)
+
+
 WRONG = {
   "negative_scale": (
     lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), -1.0),
@@ -343,6 +372,10 @@ WRONG = {
   "rescale": (
     lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), 2.0, rescale=1.5),
     "rescale=1.5",
+  ),
+  "channels": (
+    lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 2), 2.0, channels=-1),
+    "channels=-1",
   ),
   "conditions": (
     lambda: guidance.classifier_free(identity, repeat_class(0, 2), repeat_class(1, 3), 2.0),

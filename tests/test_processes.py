@@ -32,6 +32,12 @@ def reference(name, t):
     alpha, sigma = np.ones_like(t), t
   elif name == "rectified_flow":
     alpha, sigma = 1 - t, t
+  elif name == "gvp":
+    right = 2 * np.arctan(np.longdouble(1))
+    alpha, sigma = np.sin(right * (1 - t)), np.sin(right * t)
+  elif name == "shifted":
+    sigma = 3 * t / (1 + 2 * t)
+    alpha = (1 - t) / (1 + 2 * t)
   elif name == "cosine":
     right = 2 * np.arctan(np.longdouble(1))
     start = right * np.longdouble(0.008) / np.longdouble(1.008)
@@ -60,8 +66,10 @@ def test_float32_keeps_five_digits_everywhere(name):
   alpha, sigma = reference(name, t if process.num_steps else t32)
   evaluate = jax.jit(lambda t: (process.alpha(t), process.sigma(t), process.sigma(t) ** 2, process.log_snr(t)))
   got = evaluate(t32)
+  # A shifted time is rounded, and near t = 1 the difference 1 - t loses a digit.
+  rtol = 1e-4 if name == "shifted" else 1e-5
   assert all(value.dtype == jnp.float32 for value in got)
-  np.testing.assert_allclose(got[0], alpha, rtol=1e-5)
+  np.testing.assert_allclose(got[0], alpha, rtol=rtol)
   np.testing.assert_allclose(got[1], sigma, rtol=1e-5)
   np.testing.assert_allclose(got[2], sigma**2, rtol=1e-5)
   # Where the log-SNR is 0, its relative error is unbounded in any precision. There the test compares the absolute error
@@ -93,6 +101,8 @@ PRINTED = {
   "ve": (lambda t: 0 * t, lambda t: 2 * np.log(5000) * (0.02 * 5000**t) ** 2),
   "edm": (lambda t: 0 * t, lambda t: 2 * t),
   "rectified_flow": (lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)),
+  # From alpha and sigma in Ma et al. 2024.
+  "gvp": (lambda t: -0.5 * np.pi * np.tan(0.5 * np.pi * t), lambda t: np.pi * np.tan(0.5 * np.pi * t)),
 }
 
 
@@ -131,6 +141,82 @@ def test_time_of_inverts_the_log_snr(name, dtype):
     np.testing.assert_allclose(last, process.t_max, rtol=1e-6)
     if dtype == np.float64:
       np.testing.assert_allclose(derivative, 1 / slope, rtol=1e-6)
+
+
+def test_interpolants_match_the_table_of_sit():
+  """The reference is Ma et al. 2024, whose time runs from noise to data. VP is written with the rates of the code."""
+  t = np.linspace(0.01, 0.99, 50)
+  tau = 1 - t  # the time of SiT
+  log_alpha = -0.25 * (1 - tau) ** 2 * (20 - 0.1) - 0.5 * (1 - tau) * 0.1
+  table = {
+    "rectified_flow": (tau, 1 - tau),
+    "gvp": (np.sin(0.5 * np.pi * tau), np.cos(0.5 * np.pi * tau)),
+    "vp": (np.exp(log_alpha), np.sqrt(1 - np.exp(2 * log_alpha))),
+  }
+  for name, (alpha, sigma) in table.items():
+    np.testing.assert_allclose(PROCESSES[name].alpha(t), alpha, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(PROCESSES[name].sigma(t), sigma, rtol=1e-5, err_msg=name)
+  for name in ("rectified_flow", "gvp"):
+    np.testing.assert_allclose(PROCESSES[name].time_input(t), 1000 * t, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gvp_is_the_limit_of_the_cosine_process():
+  t = np.linspace(0, 0.999, 30)
+  cosine = processes.cosine(offset=0.0, log_snr_min=-30.0)
+  np.testing.assert_allclose(processes.gvp().alpha(t), cosine.alpha(t), atol=1e-6)
+  np.testing.assert_allclose(processes.gvp().sigma(t), cosine.sigma(t), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gvp_keeps_the_digits_of_its_slopes_at_both_ends(dtype):
+  with jax.enable_x64(dtype == np.float64):
+    t = np.array([1e-5, 1e-3, 0.4999, 0.5001, 0.999, 0.99999], dtype)
+    slopes = processes.gvp().slopes(t)
+    right = 2 * np.arctan(np.longdouble(1))
+    exact = np.asarray(t, np.longdouble)
+    precision = 1e-6 if dtype == np.float32 else 1e-14
+    np.testing.assert_allclose(slopes[0], (-right * np.sin(right * exact)).astype(float), rtol=precision)
+    np.testing.assert_allclose(slopes[1], (right * np.sin(right * (1 - exact))).astype(float), rtol=precision)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["rectified_flow", "gvp", "vp", "edm"])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
+def test_a_shifted_process_is_the_process_at_shifted_times(name, shift):
+  process = PROCESSES[name]
+  shifted = processes.shifted(process, shift)
+  assert shifted.t_max == process.t_max
+  u = np.linspace(0, 1, 23)
+  t = process.t_max * shift * u / (1 + (shift - 1) * u)  # equation 23 of Esser et al. 2024
+  for one in ("alpha", "sigma", "time_input"):
+    values = getattr(shifted, one)(u * process.t_max), getattr(process, one)(t)
+    np.testing.assert_allclose(*values, rtol=1e-9, atol=1e-12, err_msg=one)
+  shifted_t_min = processes.shift_times(shifted.t_min / process.t_max, shift) * process.t_max
+  np.testing.assert_allclose(shifted_t_min, process.t_min, rtol=1e-12)
+  if name == "rectified_flow":
+    ratio = shifted.sigma(u[1:-1]) / shifted.alpha(u[1:-1])
+    np.testing.assert_allclose(ratio, shift * u[1:-1] / (1 - u[1:-1]), rtol=1e-9)
+  again = processes.shifted(shifted, 1 / shift)
+  np.testing.assert_allclose(again.sigma(u * process.t_max), process.sigma(u * process.t_max), rtol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.1, 1.1, 3.0, 7.3, 1e3])
+def test_shifted_times_are_exact_at_the_ends(shift):
+  for dtype in (np.float32, np.float64):
+    with jax.enable_x64(dtype == np.float64):
+      shifted = processes.shifted(PROCESSES["rectified_flow"], shift)
+      assert shifted.alpha(dtype(1)) == 0
+      assert shifted.sigma(dtype(1)) == 1
+      assert shifted.sigma(dtype(0)) == 0
+
+
+def test_wrong_shifts_are_errors():
+  for shift in (0.0, -1.0, float("inf"), float("nan")):
+    with pytest.raises(ValueError, match="shift=.*expected a finite number above 0"):
+      processes.shifted(processes.rectified_flow(), shift)
+  with pytest.raises(ValueError, match="discrete process of 1000 steps.*expected a continuous process"):
+    processes.shifted(PROCESSES["discrete_linear"], 3.0)
 
 
 @pytest.mark.usefixtures("x64")
@@ -328,5 +414,6 @@ def test_posterior_is_precise_in_float32(name):
   single = posterior(jnp.float32)
   with jax.enable_x64(True):
     double = posterior(jnp.float64)
-  np.testing.assert_allclose(single[0], double[0], rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(single[1], double[1], rtol=2e-4)
+  tolerance = 1e-4 if name == "shifted" else 1e-5  # as in `test_float32_keeps_five_digits_everywhere`
+  np.testing.assert_allclose(single[0], double[0], rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(single[1], double[1], rtol=5e-4 if name == "shifted" else 2e-4)

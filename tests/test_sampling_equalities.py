@@ -31,7 +31,9 @@ def test_rules_with_equal_formulas_give_the_same_samples(process):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   ("process", "name"),
-  mark_slow(itertools.product(PROCESSES, ("dpmpp_3m", "ancestral")), rotate(PROCESSES, ("dpmpp_3m", "ancestral"))),
+  mark_slow(
+    itertools.product(PROCESSES, ("dpmpp_3m", "ancestral", "sde")), rotate(PROCESSES, ("dpmpp_3m", "ancestral", "sde"))
+  ),
 )
 def test_samples_do_not_depend_on_the_prediction(process, name):
   process = below_zero_snr(PROCESSES[process])
@@ -64,8 +66,8 @@ def test_discrete_samples_approach_those_of_the_continuous_process(name):
 
 
 @pytest.mark.usefixtures("x64")
-# The length of an Euler-Maruyama step is measured in t, so this rule alone depends on the speed of the path.
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "euler_maruyama"])
+# The length of an Euler-Maruyama step is measured in t, so these rules depend on the speed of the path.
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name not in ("euler_maruyama", "sde", "sde_decreasing")])
 def test_samples_depend_on_the_noise_levels_and_not_on_the_times(name):
   """VE and EDM are one path at different speeds, so equal sigmas give equal samples.
 

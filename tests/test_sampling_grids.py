@@ -1,5 +1,8 @@
 """Test the ends and the spacing of grids of times, and compare them with diffusers."""
 
+import functools
+
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ GRIDS = {
   "quadratic": sampling.grids.quadratic,
   "log_snr": sampling.grids.log_snr,
   "karras": sampling.grids.karras,
+  "flow_match": functools.partial(sampling.grids.flow_match, shift=3.0),
   "trailing": sampling.grids.trailing,
   "leading": sampling.grids.leading,
   "linspace": sampling.grids.linspace,
@@ -121,6 +125,84 @@ def test_wrong_options_of_grids_are_errors():
     sampling.grids.trailing(PROCESSES["discrete_linear"]._replace(t_max=0.9985), 10)
 
 
+@pytest.mark.parametrize("shift", [0.4, 1.0, 1.7, 3.0])
+def test_flow_match_shifts_the_times_once(shift):
+  """The reference is equation 23 of Esser et al. 2024."""
+  flow = processes.rectified_flow()
+  for steps in (1, 5, 28):
+    sigmas = np.linspace(1, 0, steps + 1)
+    expected = shift * sigmas / (1 + (shift - 1) * sigmas)
+    np.testing.assert_allclose(sampling.grids.flow_match(flow, steps, shift=shift), expected, atol=1e-14)
+  np.testing.assert_array_equal(sampling.grids.flow_match(flow, 9), sampling.grids.uniform(flow, 9))
+  part = sampling.grids.flow_match(flow, 6, shift=shift, t_min=0.04, t_max=0.8)
+  spacing = np.diff(part[:-1] / (part[:-1] + shift * (1 - part[:-1])))
+  np.testing.assert_allclose(spacing, spacing[0])
+  assert (part[0], part[-2], part[-1], len(part)) == (0.8, 0.04, 0.0, 7)
+  # A process with another t_max has the same grid in t / t_max.
+  np.testing.assert_allclose(
+    sampling.grids.flow_match(PROCESSES["edm"], 7, shift=shift), 80 * sampling.grids.flow_match(flow, 7, shift=shift)
+  )
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50, 1000])
+@pytest.mark.parametrize(
+  ("config", "mu"),
+  [
+    ({}, None),
+    ({"shift": 3.0}, None),
+    ({"shift": 0.5, "num_train_timesteps": 100}, None),
+    ({"shift": 3.0, "shift_terminal": 0.1}, None),
+    ({"use_dynamic_shifting": True, "shift": 3.0}, 1.15),
+    ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, 0.7),
+    ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, 0.5),
+  ],
+)
+def test_flow_match_diffusers_equals_the_grid_of_diffusers(steps, config, mu):
+  """diffusers computes in float32."""
+  if steps == 1 and "shift_terminal" in config:
+    return  # diffusers divides by 0, and ours raises an error
+  scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+  scheduler.set_timesteps(steps, mu=mu)
+  names = {"num_train_timesteps": "num_train_steps"}
+  options = {names.get(name, name): value for name, value in config.items() if name != "use_dynamic_shifting"}
+  got = sampling.grids.flow_match_diffusers(processes.rectified_flow(), steps, mu=mu, **options)
+  np.testing.assert_allclose(got, scheduler.sigmas.numpy(), rtol=1e-5, atol=1e-6)
+  time_input = processes.rectified_flow().time_input(got[:-1]) * config.get("num_train_timesteps", 1000) / 1000
+  np.testing.assert_allclose(time_input, scheduler.timesteps.numpy(), rtol=1e-5, atol=1e-3)
+  assert np.all(np.diff(got) < 0)
+
+
+def test_a_dynamic_shift_is_a_shift_by_the_exponential():
+  flow, steps, mu = processes.rectified_flow(), 20, 0.9
+  got = sampling.grids.flow_match_diffusers(flow, steps, mu=mu)
+  np.testing.assert_allclose(got, sampling.grids.flow_match(flow, steps, shift=np.exp(mu), t_min=got[-2]), atol=1e-14)
+  assert sampling.grids.flow_match_diffusers(flow, 28, shift=3.0)[-2] == pytest.approx(0.008929, abs=5e-7)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"shift": 0.0}, "shift=0.0; expected a finite number above 0"),
+    ({"shift": float("inf")}, "shift=inf"),
+    ({"mu": 0.0, "time_shift_type": "linear"}, "mu=0.0.*above 0"),
+    ({"mu": 100.0}, "mu=100.0.*between -50 and 50"),
+    ({"time_shift_type": "cosine"}, "time_shift_type='cosine'; expected 'exponential' or 'linear'"),
+    ({"shift_terminal": 1.0}, "shift_terminal=1.0"),
+    ({"shift_terminal": 0.1, "num_steps": 1}, "num_steps=1.*at least 2"),
+    ({"num_steps": 0}, "num_steps=0"),
+    ({"num_train_steps": 1}, "num_train_steps=1"),
+    ({"process": processes.edm()}, "t_max=80; expected times in \\[0, 1\\]"),
+  ],
+)
+def test_wrong_options_of_flow_matching_are_errors(options, message):
+  options = {"process": processes.rectified_flow(), "num_steps": 10} | options
+  with pytest.raises(ValueError, match=message):
+    sampling.grids.flow_match_diffusers(**options)
+  if "shift" in options:
+    with pytest.raises(ValueError, match=message):
+      sampling.grids.flow_match(**options)
+
+
 def test_quadratic_is_even_in_the_root():
   times = sampling.grids.quadratic(processes.vp(), 10, t_min=0.01)
   np.testing.assert_allclose(np.diff(np.sqrt(times[:-1])), -0.1)
@@ -139,7 +221,8 @@ def test_a_grid_of_part_of_the_times_has_its_ends(name):
 # EVEN_IN_TIME has the rules with a default grid that is even in time, except on EDM. DEFAULT_GRIDS has, for each
 # process, the default grid of these rules and of the other rules.
 EVEN_IN_TIME = (
-  "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "langevin_ancestral", "multistep_consistency",
+  "ancestral", "ancestral_large", "euler_ancestral", "euler_maruyama", "reverse_diffusion", "sde", "sde_decreasing",
+  "langevin_ancestral", "multistep_consistency",
 )  # fmt: skip
 DDIM = ("ddim", "ddim_half", "ddim_one", "plms")
 DEFAULT_GRIDS = {
@@ -149,6 +232,8 @@ DEFAULT_GRIDS = {
   "cosine": ("uniform to t_min", "log_snr"),
   "edm": ("karras", "karras"),
   "rectified_flow": ("uniform to t_min", "uniform"),
+  "gvp": ("uniform to t_min", "uniform"),
+  "shifted": ("uniform to t_min", "uniform"),
   "discrete_linear": ("trailing", "log_snr"),
   "discrete_cosine": ("trailing", "log_snr"),
   "zero_snr": ("trailing", "trailing"),

@@ -120,7 +120,9 @@ def test_samples_have_the_moments_and_weights_of_a_mixture(name, process):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["ancestral", "ancestral_large", "euler_maruyama", "reverse_diffusion"])
+@pytest.mark.parametrize(
+  "name", ["ancestral", "ancestral_large", "euler_maruyama", "reverse_diffusion", "sde", "sde_decreasing"]
+)
 def test_stochastic_moments_approach_the_truth_with_more_steps(name):
   """Every step on a Gaussian is linear, so a recursion gives the moments without samples."""
   process, mean, std = PROCESSES["vp"], 0.3, 0.4

@@ -18,12 +18,15 @@ from ddpm_jax.losses.times import (
   AdaptiveTimes,
   LossMoments,
   TimeDistribution,
+  cosmap,
   importance,
   importance_times,
   log_normal,
   logit_normal,
   loss_moments,
   low_discrepancy,
+  mode,
+  shifted,
   uniform,
   update_moments,
 )
@@ -40,6 +43,7 @@ from ddpm_jax.losses.weightings import (
   snr,
   snr_plus_one,
   truncated_snr,
+  velocity,
 )
 
 __all__ = [
@@ -61,6 +65,7 @@ __all__ = [
   "autoencoding",
   "classification",
   "classification_loss",
+  "cosmap",
   "decoder_bits",
   "denoising",
   "denoising_loss",
@@ -78,12 +83,14 @@ __all__ = [
   "low_discrepancy",
   "mean_bits",
   "min_snr",
+  "mode",
   "on_x0",
   "p2",
   "perceptual_distance",
   "perplexity",
   "prior_bits",
   "reconstruction_error",
+  "shifted",
   "sigmoid",
   "simple",
   "snr",
@@ -93,5 +100,6 @@ __all__ = [
   "uniform",
   "update_codebook",
   "update_moments",
+  "velocity",
   "vlb_bits",
 ]

@@ -7,6 +7,7 @@ are 1. Other distributions reduce the variance of a loss that is defined with un
 keep the expected loss the same. `AdaptiveTimes` is a distribution that depends on recent losses.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.arguments import check_types
-from ddpm_jax.processes import Process, last_step
+from ddpm_jax.processes import Process, check_shift, last_step, shift_times
 
 Array = jax.Array
 TimeDistribution = Callable[[Array], tuple[Array, Array]]
@@ -35,7 +36,7 @@ def uniform(process: Process, t_min: float | None = None) -> TimeDistribution:
     ValueError: if t_min is outside (0, t_max), or is given for a discrete process.
   """
   to_time = _from_unit_interval(process, t_min)
-  return _unweighted(lambda keys: to_time(jax.vmap(jax.random.uniform)(keys)))
+  return _unweighted(lambda keys: to_time(_uniforms(keys)))
 
 
 @check_types
@@ -96,6 +97,73 @@ def logit_normal(process: Process, mean: float = 0.0, std: float = 1.0) -> TimeD
   """
   _check_std(std)
   return _unweighted(lambda keys: _snap(process, process.t_max * jax.nn.sigmoid(mean + std * _normals(keys))))
+
+
+@check_types
+def mode(process: Process, scale: float = 1.29) -> TimeDistribution:
+  """Sample t / t_max = 1 - u - scale (cos(pi u / 2)^2 - 1 + u) with uniform u (Esser et al. 2024, equation 20).
+
+  Times are clipped to [t_min, t_max] of the process. On a discrete process they are rounded up to a step.
+
+  Args:
+    process: the forward process.
+    scale: 0 gives uniform times. Positive values favor times in the middle, and negative values favor both ends.
+
+  Raises:
+    ValueError: if the scale is outside [-1, 2 / (pi - 2)], where t is not a monotone function of u.
+  """
+  if not -1 <= scale <= 2 / (math.pi - 2):
+    raise ValueError(
+      f"Got scale={scale}; expected a number from -1 to {2 / (math.pi - 2):.4f}, such as 1.29 (Esser et al. 2024)."
+    )
+
+  def sample(keys):
+    u = _uniforms(keys)
+    return 1 - u - scale * (jnp.cos(0.5 * math.pi * u) ** 2 - 1 + u)
+
+  return _unweighted(lambda keys: _snap(process, process.t_max * sample(keys)))
+
+
+@check_types
+def cosmap(process: Process) -> TimeDistribution:
+  """Sample t / t_max = 1 - 1 / (tan(pi u / 2) + 1) with uniform u (Esser et al. 2024, equation 21).
+
+  On `processes.rectified_flow`, the log-SNR has the distribution that uniform times give it on `processes.gvp`. Times
+  are clipped to [t_min, t_max] of the process. On a discrete process they are rounded up to a step.
+  """
+
+  def sample(keys):
+    # Sine and cosine are finite where the tangent is not.
+    angle = 0.5 * math.pi * _uniforms(keys)
+    return jnp.sin(angle) / (jnp.sin(angle) + jnp.cos(angle))
+
+  return _unweighted(lambda keys: _snap(process, process.t_max * sample(keys)))
+
+
+@check_types
+def shifted(process: Process, times: TimeDistribution, shift: float = 3.0) -> TimeDistribution:
+  """Shift the times of another distribution by `processes.shift_times` (Esser et al. 2024, equation 23).
+
+  The importance weights stay the same. To train on the shifted times of `uniform`, you can also train on
+  `processes.shifted(process, shift)`. The network's inputs and targets are the same.
+
+  Args:
+    process: the forward process.
+    times: the other distribution, for the same process.
+    shift: 1 for no shift, and above 1 for more training at high noise levels. On a discrete process, shifted times are
+      rounded up to a step.
+
+  Raises:
+    ValueError: if the shift is not positive and finite.
+  """
+  check_shift(shift)
+
+  def sample(keys):
+    t, weight = times(keys)
+    t = process.t_max * shift_times(t / process.t_max, shift)
+    return t if process.num_steps is None else _snap(process, t), weight
+
+  return sample
 
 
 class LossMoments(NamedTuple):
@@ -271,6 +339,10 @@ def _snap(process: Process, t: Array) -> Array:
 
 def _normals(keys: Array) -> Array:
   return jax.vmap(jax.random.normal)(keys)
+
+
+def _uniforms(keys: Array) -> Array:
+  return jax.vmap(jax.random.uniform)(keys)
 
 
 def _check_std(std: float) -> None:

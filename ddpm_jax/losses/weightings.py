@@ -93,6 +93,21 @@ def likelihood(process: Process) -> Weighting:
 
 
 @check_types
+def velocity(process: Process) -> Weighting:
+  """Make the loss equal to the squared error of the velocity dx/dt (Lipman et al. 2023, Ma et al. 2024).
+
+  At a fixed x_t, an error d of eps is an error (sigma' - alpha' sigma / alpha) d of the velocity. With the prediction
+  `VELOCITY`, the result is the plain squared error of the network's output.
+  """
+
+  def weighting(log_snr):
+    alpha_slope, sigma_slope = process.slopes(process.time_of(log_snr))
+    return (sigma_slope - alpha_slope * jnp.exp(-log_snr / 2)) ** 2
+
+  return weighting
+
+
+@check_types
 def edm(sigma_data: float = 0.5) -> Weighting:
   """Multiply the error of x_0 by (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1).
 

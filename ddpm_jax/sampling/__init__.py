@@ -8,7 +8,7 @@ from ddpm_jax.sampling.euler import ddim, euler, euler_ancestral, heun
 from ddpm_jax.sampling.langevin import with_langevin
 from ddpm_jax.sampling.multistep import deis, unipc
 from ddpm_jax.sampling.plms import plms
-from ddpm_jax.sampling.stochastic import ancestral, euler_maruyama, multistep_consistency, reverse_diffusion
+from ddpm_jax.sampling.stochastic import ancestral, euler_maruyama, multistep_consistency, reverse_diffusion, sde
 
 __all__ = [
   "Sampler",
@@ -35,6 +35,7 @@ __all__ = [
   "reverse_diffusion",
   "rk45",
   "sample",
+  "sde",
   "solve",
   "unipc",
   "with_langevin",

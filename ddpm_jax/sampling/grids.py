@@ -14,6 +14,7 @@ continuous process. In these three grids, N is the step at the process's t_max.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 
 from ddpm_jax import schedules
 from ddpm_jax.arguments import check_types
-from ddpm_jax.processes import Process, last_step
+from ddpm_jax.processes import Process, check_shift, last_step, shift_times
 from ddpm_jax.sampling.core import Sampler
 
 
@@ -120,6 +121,109 @@ def karras(
     return _times_of_log_snr(process, -2 * rho * np.log(value))
 
   return _spaced(process, num_steps, _positive_t_min(process, t_min), t_max, value_of, time_of)
+
+
+@check_types
+def flow_match(
+  process: Process, num_steps: int, *, shift: float = 1.0, t_min: float = 0.0, t_max: float | None = None
+) -> np.ndarray:
+  """Return the shifted times of flow matching, then 0 (Esser et al. 2024, equation 23).
+
+  The times are `processes.shift_times` of equally spaced times. On `processes.rectified_flow` the time is sigma. The
+  grid is the grid `uniform` of `processes.shifted(process, shift)` in the times of `process`. Samplers that depend only
+  on alpha and sigma give the same samples on both.
+
+  Args:
+    process: the process.
+    num_steps: the number of steps.
+    shift: 1 for no shift, and above 1 for more steps at high noise levels. Stable Diffusion 3 uses 3. The dynamic shift
+      `mu` of `flow_match_diffusers` is a shift of exp(mu).
+    t_min: the last time before 0; 0 for a grid without this time.
+    t_max: the first time.
+
+  Raises:
+    ValueError: also if the shift is not positive and finite.
+  """
+  check_shift(shift)
+  end = process.t_max
+
+  def value_of(t):
+    return shift_times(t / end, 1 / shift)
+
+  return _spaced(process, num_steps, t_min, t_max, value_of, lambda value: end * shift_times(value, shift))
+
+
+@check_types
+def flow_match_diffusers(
+  process: Process,
+  num_steps: int,
+  *,
+  shift: float = 1.0,
+  mu: float | None = None,
+  time_shift_type: str = "exponential",
+  shift_terminal: float | None = None,
+  num_train_steps: int = 1000,
+) -> np.ndarray:
+  """Return the times of diffusers' FlowMatchEulerDiscreteScheduler, then 0.
+
+  This grid is for equal results with the pipelines of diffusers. It shifts twice: the equally spaced times end at the
+  shifted time of the first training step, and all of them are then shifted again. With 28 steps and a shift of 3, the
+  last time above 0 is 0.0089. `flow_match` shifts once.
+
+  Args:
+    process: `processes.rectified_flow()` or another process with times in [0, 1].
+    num_steps: the number of steps.
+    shift: the scheduler's `shift`. It has no effect if `mu` is set.
+    mu: the shift of a scheduler with `use_dynamic_shifting`, which depends on the size of the image. It shifts once.
+    time_shift_type: "exponential" for a shift of exp(mu), "linear" for a shift of mu.
+    shift_terminal: the last time above 0, to which the grid is stretched. None for no stretching.
+    num_train_steps: the scheduler's `num_train_timesteps`.
+
+  Raises:
+    ValueError: if the process does not end at t = 1, if a number is out of range, or if `time_shift_type` is unknown.
+  """
+  _check_flow_match(process, num_steps, mu, time_shift_type, shift_terminal, num_train_steps)
+  last = 1 / num_train_steps
+  if mu is None:
+    check_shift(shift)
+    last = shift_times(last, shift)
+  else:
+    shift = math.exp(mu) if time_shift_type == "exponential" else mu
+  times = shift_times(np.linspace(1.0, last, num_steps), shift)
+  if shift_terminal is not None:
+    times = 1 - (1 - times) * (1 - shift_terminal) / (1 - times[-1])
+  return np.append(times, 0.0)
+
+
+def _check_flow_match(
+  process: Process,
+  num_steps: int,
+  mu: float | None,
+  time_shift_type: str,
+  shift_terminal: float | None,
+  num_train_steps: int,
+) -> None:
+  """Raise a ValueError unless the arguments of `flow_match_diffusers` make a grid."""
+  if process.t_max != 1:
+    raise ValueError(
+      f"Got a process with t_max={process.t_max:g}; expected times in [0, 1], as in processes.rectified_flow(). Use the grid"
+      " flow_match, which accepts other times."
+    )
+  schedules.check_steps(max(num_steps, 1))
+  min_steps = 1 if shift_terminal is None else 2
+  if num_steps < min_steps or num_train_steps < 2:
+    raise ValueError(
+      f"Got num_steps={num_steps}, num_train_steps={num_train_steps}; expected num_steps of at least {min_steps} and"
+      " num_train_steps of at least 2, such as 28 and 1000."
+    )
+  if time_shift_type not in ("exponential", "linear"):
+    raise ValueError(f"Got time_shift_type={time_shift_type!r}; expected 'exponential' or 'linear'.")
+  is_linear = time_shift_type == "linear"
+  if mu is not None and not (0 < mu < math.inf if is_linear else abs(mu) < 50):
+    limits = "a finite number above 0" if is_linear else "a number between -50 and 50"
+    raise ValueError(f"Got mu={mu} with time_shift_type={time_shift_type!r}; expected {limits}, such as 1.15.")
+  if shift_terminal is not None and not 0 < shift_terminal < 1:
+    raise ValueError(f"Got shift_terminal={shift_terminal}; expected a time between 0 and 1, such as 0.1, or None.")
 
 
 @check_types
