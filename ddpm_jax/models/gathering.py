@@ -13,6 +13,7 @@ from ddpm_jax.models.codecs import Codec
 from ddpm_jax.models.conditions import Condition
 from ddpm_jax.models.model import Model
 from ddpm_jax.models.networks import Network
+from ddpm_jax.networks import loops
 
 PyTree = Any
 
@@ -48,8 +49,22 @@ def _gather(shards: PyTree, axes: PyTree, after: PyTree) -> PyTree:
 
 
 def _gather_network(network: Network, axes: PyTree) -> Network:
+  # A loop over blocks gathers the parameters of one block at a time. Then the first axis of a stacked parameter counts
+  # blocks. If it is the axis that is split, the parameter is gathered before the loop.
+  looped = {
+    name: jax.tree.map(lambda axis: axis - 1 if axis > 0 else -1, axes[name]) for name in loops.names(network.module)
+  }
+  before = {
+    name: jax.tree.map(lambda axis: -1 if axis > 0 else axis, part) if name in looped else part
+    for name, part in axes.items()
+  }
+
+  def gather_block(name, shards):
+    return parallel.gather_leaves(shards, looped[name])
+
   def apply(params, x, time, given, **options):
-    return network.apply(_gather(params, axes, x), x, time, given, **options)
+    with loops.changing(gather_block):
+      return network.apply(_gather(params, before, x), x, time, given, **options)
 
   return network._replace(apply=apply)
 

@@ -1,6 +1,6 @@
 """Define the U-Net of text-to-image models, whose transformers attend to the tokens of a text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import flax.linen as nn
@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import layers, options
-from ddpm_jax.networks.kernels.attention import mask_bias
 from ddpm_jax.networks.text import blocks
-from ddpm_jax.networks.text.bert import EncoderLayer
+from ddpm_jax.networks.tokens import Tokens, check_tokens, embed_ids, split_tokens
 from ddpm_jax.networks.transformers import Transformer
 
 Array = jax.Array
-# Tokens [B, L, C'], or a dict of "states" [B, L, C'] or "ids" [B, L], and "mask", booleans [B, L].
-Tokens = Array | Mapping[str, Array]
 
 
 class ConditionalUNet(nn.Module):
@@ -166,8 +163,9 @@ class ConditionalUNet(nn.Module):
       ValueError: if an option is invalid, if a condition or `keys` have the wrong shape, if a condition is missing, or
         if the network does not use one of the conditions.
     """
-    states, mask = self._embed_ids(tokens) if self.vocabulary else _split_tokens(tokens)
-    self._check_call(x, states, mask, image)
+    states, mask = self._states(tokens)
+    self._check_call(x, image)
+    check_tokens(states, mask, x.shape[0], self.context_features)
     self._check_vectors(x, classes, vector, sizes, guidance)
     embedding = self._embed(time, classes, vector, sizes, guidance)
     keys = layers.dropout_keys(self, x, train, keys)
@@ -191,24 +189,18 @@ class ConditionalUNet(nn.Module):
     h = nn.swish(self._block_options.norm("norm_out")(h))
     return self._conv(h, self.out_channels, "conv_out", kernel_init=layers.ZEROS).astype(jnp.float32)
 
-  def _check_call(self, x: Array, states: Array | None, mask: Array | None, image: Array | None) -> None:
+  def _states(self, tokens: Tokens | None) -> tuple[Any, Array | None]:
+    """Return the states [B, L, C'] of the tokens, and their mask [B, L] or None."""
+    if not self.vocabulary:
+      return split_tokens(tokens)
+    features, heads = self.context_features or self.embedding_width, self.heads
+    last = options.per_level(heads, len(self.multipliers))[-1]
+    return embed_ids(tokens, self.vocabulary, features, self.vocabulary_layers, last, blocks.options_of(self))
+
+  def _check_call(self, x: Array, image: Array | None) -> None:
     if x.ndim != 4:
       raise ValueError(f"Got data of shape {x.shape} for a network of images; expected [B, H, W, C].")
     self.check_input(x.shape)
-    count = x.shape[0]
-    if states is None:
-      raise ValueError(
-        "Got no tokens for a network that attends to tokens; expected an array [B, L, C]. Pass tokens=..., such as the"
-        " states of a text encoder."
-      )
-    features = self.context_features or states.shape[-1]
-    if states.ndim != 3 or states.shape[0] != count or states.shape[-1] != features:
-      raise ValueError(
-        f"Got tokens of shape {states.shape} for {count} samples and context_features={self.context_features}; expected"
-        f" [{count}, L, {features}]. Use the text encoder that the network was trained with."
-      )
-    if mask is not None and mask.shape != states.shape[:2]:
-      raise ValueError(f"Got a mask of shape {mask.shape}; expected {states.shape[:2]}, one value for each token.")
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
         f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected equal shapes except for the"
@@ -303,28 +295,6 @@ class ConditionalUNet(nn.Module):
       embedding += two_layers(values, "vector")
     return embedding
 
-  def _embed_ids(self, tokens: Tokens | None) -> tuple[Array, Array]:
-    """Embed token ids and their positions, and return vectors [B, L, C'] and the mask [B, L]."""
-    if not isinstance(tokens, Mapping) or set(tokens) != {"ids", "mask"}:
-      raise ValueError(
-        f"Got tokens without ids for a network with vocabulary={self.vocabulary}; expected a dict of ids and mask, such as"
-        " the condition 'words' makes."
-      )
-    ids, features = tokens["ids"], self.context_features or self.embedding_width
-    states = nn.Embed(self.vocabulary, features, name="tokens")(ids)
-    positions = nn.Embed(ids.shape[1], features, name="token_positions")(jnp.arange(ids.shape[1]))
-    states, bias = states + positions[None], mask_bias(tokens["mask"])
-    for number in range(self.vocabulary_layers):
-      states = EncoderLayer(
-        heads=options.per_level(self.heads, len(self.multipliers))[-1],
-        hidden_channels=4 * features,
-        activation="gelu",
-        epsilon=1e-5,
-        options=blocks.options_of(self),
-        name=f"token_layer_{number}",
-      )(states, bias)
-    return states, tokens["mask"]
-
   def _residual(self, x: layers.Data, embedding: Array, features: int, keys: Array | None, name: str) -> Array:
     block = layers.rematerialize(layers.ResidualBlock, self.remat)
     return block(features, self._block_options, name=name)(x, embedding, keys)
@@ -374,15 +344,3 @@ class ConditionalUNet(nn.Module):
       if level in self.attention_levels:
         h = self._attend(h, states, mask, level, f"up_{level}_{block}_attention")
     return h if level == 0 else layers.Upsample(self.dtype, self.kernels, name=f"up_{level}_upsample")(h, size)
-
-
-def _split_tokens(tokens: Tokens | None) -> tuple[Any, Array | None]:
-  """Return the states and the mask of tokens.
-
-  The mask is None for tokens without a mask.
-  """
-  if not isinstance(tokens, Mapping):
-    return tokens, None
-  if set(tokens) != {"states", "mask"}:
-    raise ValueError(f"Got tokens with the entries {', '.join(sorted(tokens)) or 'none'}; expected states and mask.")
-  return tokens["states"], tokens["mask"]

@@ -87,11 +87,11 @@ def parameter(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> 
 
 # The last parts of the paths of parameters that gradients and weight decay do not change. The objective of autoencoders
 # sets the vectors of a codebook to averages instead.
-CONSTANTS = ("time_frequencies", "codebook/vectors")
+CONSTANTS = ("time_frequencies", "codebook/vectors", "position_table")
 
 
 def constant(module: nn.Module, name: str, init: Any, shape: Sequence[int]) -> Array:
-  """Create a parameter that is initialized at random and never trained.
+  """Create a parameter that is never trained.
 
   Raises:
     ValueError: if the name is not in `CONSTANTS`. Weight decay also changes parameters that have no
@@ -446,15 +446,16 @@ def project_heads(x: Array, heads: int, name: str, options: BlockOptions, kernel
   return y.reshape(*x.shape[:-1], heads, -1)
 
 
-def rematerialize(block: Any, remat: str) -> Any:
+def rematerialize(block: Any, remat: str, *, prevent_cse: bool = True) -> Any:
   """Wrap a class of blocks so that the backward pass recomputes the values that `remat` selects.
 
-  `unet.Backbone` describes `remat`.
+  `unet.Backbone` describes `remat`. Set `prevent_cse` to False for blocks of a loop: a loop already separates the
+  forward from the backward pass, so the compiler cannot merge the two computations.
   """
   if remat == "none":
     return block
   policy = None if remat in ("blocks", "everything") else getattr(jax.checkpoint_policies, remat)
-  return nn.remat(block, policy=policy)
+  return nn.remat(block, policy=policy, prevent_cse=prevent_cse)
 
 
 class Downsample(nn.Module):

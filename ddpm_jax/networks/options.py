@@ -229,7 +229,7 @@ def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[An
 
   Each of `options` is a tuple: the name of an option, a sequence of its values, and the allowed values.
   """
-  n, last = network, len(network.multipliers) - 1
+  n, last = network, len(getattr(network, "multipliers", ())) - 1
   for name, values, choices in options:
     is_per_level = name in ("downsample", "upsample")
     if any(value not in choices for value in values) or (is_per_level and len(values) != last):

@@ -364,6 +364,9 @@ class Classifier(Backbone):
   of the size that was passed to `init`.
   """
 
+  # A class attribute without an annotation is no option of the network.
+  fixed_size = True
+
   @nn.compact
   def __call__(self, x: Array, time: Array, *, train: bool = False, keys: Array | None = None) -> Array:
     """Return the float32 logits [B, out_channels] of data [B, *space, C] at time inputs [B].
