@@ -507,7 +507,7 @@ def test_wrong_latent_pipelines_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"expected \(height, width, 3\) with sides divisible by 2"):
       interop.diffusers.read(tmp_path / "a", shape=shape)
   set_config(latent_channels=3)(tmp_path / "a" / "vqvae")
-  with pytest.raises(ValueError, match="Got a U-Net of 4 channels and an autoencoder with latent_channels=3"):
+  with pytest.raises(ValueError, match="Got a network of 4 channels and an autoencoder with latent_channels=3"):
     interop.diffusers.load(tmp_path / "a")
   set_config(_class_name="VQModel")(tmp_path / "a" / "vqvae")
   with pytest.raises(ValueError, match=r"vqvae/config\.json: Got an autoencoder of class VQModel"):

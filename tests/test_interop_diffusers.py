@@ -523,12 +523,12 @@ def status(key):
 
 def measure(small, large):
   # Load a small network first, so that the memory of JAX and other libraries does not count.
-  network, params = interop.diffusers.load_unet(small)
+  network, params = interop.diffusers.load_network(small)
   jax.block_until_ready(params)
   del params
   before = status("VmRSS")
   open("/proc/self/clear_refs", "w").write("5")
-  network, params = interop.diffusers.load_unet(large)
+  network, params = interop.diffusers.load_network(large)
   jax.block_until_ready(params)
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   print((status("VmHWM") - before) / size, size, flush=True)

@@ -298,6 +298,14 @@ def set_config(part, **changes):
   return change
 
 
+def set_scheduler(**changes):
+  def change(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+  return change
+
+
 def write_index(text):
   return lambda folder: (folder / "model_index.json").write_text(text)
 
@@ -310,7 +318,7 @@ BROKEN = {
   "file of code": (set_index(unet=["my_unet", "UNet2DConditionModel"]), "refers to code"),
   "class of code": (set_index(_class_name=["pipeline", "MyPipeline"]), "refers to code"),
   "pipeline of code": (set_index(custom_pipeline="lpw"), "refers to code"),
-  "other pipeline": (set_index(_class_name="StableDiffusion3Pipeline"), "which is not supported"),
+  "other pipeline": (set_index(_class_name="FluxPipeline"), "which is not supported"),
   "other part": (set_index(controlnet=["diffusers", "ControlNetModel"]), "with the part controlnet"),
   "other class": (set_index(vae=["diffusers", "VQModel"]), "whose vae is a 'VQModel'; expected AutoencoderKL"),
   "malformed part": (set_index(vae=["diffusers"]), "expected the name of a library and the name of a class"),
@@ -320,6 +328,7 @@ BROKEN = {
   "no object": (write_index("[1]"), "expected a JSON object"),
   "vocabulary": (set_config("text_encoder", vocab_size=1000), "tokens for a text encoder of 1,000 embeddings"),
   "features": (set_config("unet", cross_attention_dim=40), "with 24 features and a U-Net with cross_attention_dim=40"),
+  "variance": (set_scheduler(variance_type="learned_range"), "whose scheduler has a learned variance"),
   "channels": (set_config("unet", in_channels=6), "in_channels=6; expected 4, or 9 for inpainting"),
 }
 

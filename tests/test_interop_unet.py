@@ -195,7 +195,7 @@ def test_outputs_and_input_gradients_match_the_peer(name, gradients, tmp_path):
   size, batch, changes = CONFIGS[name]
   model = random_unet(changes)
   model.save_pretrained(tmp_path)
-  network, params = interop.diffusers.load_unet(tmp_path)
+  network, params = interop.diffusers.load_network(tmp_path)
   rng = np.random.default_rng(1)
   x = rng.standard_normal((batch, *size, model.config.in_channels)).astype(np.float32)
   weight = rng.standard_normal((batch, *size, model.config.out_channels)).astype(np.float32)
@@ -215,7 +215,7 @@ def test_saved_configs_are_read_back_unchanged(name):
   size, _, changes = CONFIGS[name]
   model = random_unet(changes)
   network = unet2d.from_config(model.config)
-  again = unet2d.to_config(network, (*size, model.config.in_channels))
+  again = unet2d.to_config(network, unet2d.template(network, model.config.in_channels), size)
   assert unet2d.from_config(again) == network
   shapes = {key: value.shape for key, value in UNet2DModel(**again).state_dict().items()}
   assert shapes == {key: value.shape for key, value in model.state_dict().items()}
@@ -223,13 +223,13 @@ def test_saved_configs_are_read_back_unchanged(name):
 
 def test_the_default_network_is_google_ddpm_cifar10_32():
   """All tensors of our network have the names and shapes of diffusers' tensors."""
-  config = unet2d.to_config(UNet(), (32, 32, 3))
+  template = unet2d.template(UNet(), 3)
+  config = unet2d.to_config(UNet(), template, (32, 32))
   assert config["attention_head_dim"] is None
   assert config["down_block_types"] == ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
   with torch.device("meta"):
     expected = {key: tuple(value.shape) for key, value in UNet2DModel(**config).state_dict().items()}
-  template = interop.tensors.abstract_params(UNet(), (32, 32, 3))
-  name_of = unet2d.layout(4).name_of
+  name_of = unet2d.layout(UNet()).name_of
   shapes = {
     name_of(path): interop.tensors.torch_shape(path, leaf.shape)
     for path, leaf in interop.tensors.flatten(template).items()
@@ -291,5 +291,6 @@ def test_unsupported_options_are_refused_by_name(changes, message):
   ],
 )
 def test_networks_that_the_peer_cannot_represent_are_errors(network, message):
+  params = {"conv_in": {"kernel": np.zeros((3, 3, 3, 8))}}
   with pytest.raises(ValueError, match=message):
-    unet2d.to_config(network, (32, 32, 3))
+    unet2d.to_config(network, params, (32, 32))

@@ -205,7 +205,7 @@ def peer_of(name):
 def test_outputs_and_input_gradients_match_the_peer(name, tmp_path):
   peer = peer_of(name)
   peer.save_pretrained(tmp_path)
-  network, params = interop.diffusers.load_unet(tmp_path)
+  network, params = interop.diffusers.load_network(tmp_path)
   inputs = inputs_of(peer.config, CONFIGS[name][0])
   assert_same_values(network, params, peer, inputs, MASK if name == MASKED else None)
 
@@ -347,13 +347,13 @@ def test_settings_of_an_average_of_parameters_are_ignored(copy):
   config = json.loads((copy / "config.json").read_text())
   average = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 500, "update_after_step": 0, "power": 0.75}
   (copy / "config.json").write_text(json.dumps(config | average | {"use_ema_warmup": True, "inv_gamma": 1.0}))
-  interop.unet_folders.read_unet(copy)
+  interop.network_folders.read_network(copy)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_folder_gives_the_same_network(form, folder, copy):
   FORMS[form](copy)
-  (network, params), (other, same) = interop.diffusers.load_unet(folder), interop.diffusers.load_unet(copy)
+  (network, params), (other, same) = interop.diffusers.load_network(folder), interop.diffusers.load_network(copy)
   assert network == other
   compare = functools.partial(np.testing.assert_allclose, atol=1e-3 if form == "variant" else 0, rtol=0)
   jax.tree.map(compare, same, params)
@@ -363,14 +363,14 @@ def test_a_variant_is_chosen_by_its_name(folder, copy):
   safetensors.torch.save_file(
     halve(safetensors.torch.load_file(copy / WEIGHTS)), copy / "diffusion_pytorch_model.fp16.safetensors"
   )
-  _, params = interop.diffusers.load_unet(copy)
-  assert_same(params, interop.diffusers.load_unet(folder)[1])
-  _, half = interop.diffusers.load_unet(copy, variant="fp16")
+  _, params = interop.diffusers.load_network(copy)
+  assert_same(params, interop.diffusers.load_network(folder)[1])
+  _, half = interop.diffusers.load_network(copy, variant="fp16")
   assert_same(half, jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), params))
   with pytest.raises(ValueError, match="no weights of the variant 'fp8'"):
-    interop.diffusers.load_unet(copy, variant="fp8")
+    interop.diffusers.load_network(copy, variant="fp8")
   with pytest.raises(ValueError, match=r"variant='\.\./x'; expected a word"):
-    interop.diffusers.load_unet(copy, variant="../x")
+    interop.diffusers.load_network(copy, variant="../x")
 
 
 @pytest.mark.parametrize(
@@ -380,8 +380,8 @@ def test_round_trips_are_exact(name, tmp_path):
   size, changes = CONFIGS[name]
   peer = random_peer(changes | {"sample_size": 32})
   peer.save_pretrained(tmp_path / "a")
-  network, params = interop.diffusers.load_unet(tmp_path / "a")
-  interop.diffusers.save_unet(tmp_path / "b", network, params, (32, 32))
+  network, params = interop.diffusers.load_network(tmp_path / "a")
+  interop.diffusers.save_network(tmp_path / "b", network, params, (32, 32))
   first, second = (json.loads((tmp_path / part / "config.json").read_text()) for part in "ab")
   assert second == {key: first[key] for key in second}
   again = UNet2DConditionModel.from_pretrained(tmp_path / "b").eval()
@@ -389,14 +389,14 @@ def test_round_trips_are_exact(name, tmp_path):
     assert torch.equal(value, again.state_dict()[key])
   inputs = inputs_of(peer.config, size)
   np.testing.assert_array_equal(run_peer(peer, inputs)["output"], run_peer(again, inputs)["output"])
-  other, same = interop.diffusers.load_unet(tmp_path / "b")
+  other, same = interop.diffusers.load_network(tmp_path / "b")
   assert other == network
   assert_same(same, params)
 
 
 def test_bfloat16_halves_the_parameters_and_is_close(folder):
   (network, params), (half, less) = (
-    interop.diffusers.load_unet(folder, dtype=name) for name in ("float32", "bfloat16")
+    interop.diffusers.load_network(folder, dtype=name) for name in ("float32", "bfloat16")
   )
   assert {leaf.dtype for leaf in jax.tree.leaves(less)} == {np.dtype(jnp.bfloat16)}
   rng = np.random.default_rng(0)
@@ -462,7 +462,7 @@ def test_unsupported_options_are_refused_by_name(changes, message):
 
 def test_values_of_wrong_types_are_errors_that_name_the_file(copy):
   accepted = {}
-  for key, value, message in try_wrong_values(copy, "config.json", lambda: interop.unet_folders.read_unet(copy)):
+  for key, value, message in try_wrong_values(copy, "config.json", lambda: interop.network_folders.read_network(copy)):
     if message is None:
       accepted.setdefault(key, []).append(value)
     else:
@@ -480,7 +480,7 @@ def test_values_of_wrong_types_are_errors_that_name_the_file(copy):
 def test_weights_that_do_not_match_are_described(copy):
   rewrite(copy, lambda state: {name: value for name, value in state.items() if name != "conv_out.bias"})
   with pytest.raises(ValueError, match=r"1 missing: conv_out\.bias"):
-    interop.diffusers.load_unet(copy)
+    interop.diffusers.load_network(copy)
 
 
 @pytest.mark.parametrize(
@@ -497,15 +497,15 @@ def test_networks_that_cannot_be_saved_are_errors(options, size, message, tmp_pa
   if size is None:
     (tmp_path / "file").write_text("mine")
   with pytest.raises(ValueError, match=message):
-    interop.diffusers.save_unet(tmp_path, network, params, size)
+    interop.diffusers.save_network(tmp_path, network, params, size)
 
 
 def test_another_network_needs_a_size(tmp_path):
   random_unet({}).save_pretrained(tmp_path / "a")
-  network, params = interop.diffusers.load_unet(tmp_path / "a")
+  network, params = interop.diffusers.load_network(tmp_path / "a")
   with pytest.raises(ValueError, match=r"no size for a networks\.UNet"):
-    interop.diffusers.save_unet(tmp_path / "b", network, params)
-  interop.diffusers.save_unet(tmp_path / "b", network, params, (16, 16))
-  other, same = interop.diffusers.load_unet(tmp_path / "b")
+    interop.diffusers.save_network(tmp_path / "b", network, params)
+  interop.diffusers.save_network(tmp_path / "b", network, params, (16, 16))
+  other, same = interop.diffusers.load_network(tmp_path / "b")
   assert other == network
   assert_same(same, params)

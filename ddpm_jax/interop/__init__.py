@@ -1,27 +1,28 @@
 """Load models that other libraries wrote, and save models for them.
 
 `diffusers` reads and writes folders in diffusers' format. In the same format, `stable_diffusion` reads text pipelines,
-and `unet_folders` reads and writes folders with only a U-Net. `single_file` reads single-file checkpoints of Stable
-Diffusion, and `ldm` reads only the networks in these checkpoints. `guided_diffusion` reads guided-diffusion's
-checkpoints. `inception` reads the weights of the FID network, and `features` reads networks for perceptual losses.
-`transformers` reads and writes text encoders. `tensors` reads and writes files of weights. `hub` downloads from the
-Hugging Face hub.
+and `network_folders` reads and writes folders with only a network. `single_file` reads single-file checkpoints of
+Stable Diffusion, and `ldm` reads only the networks in these checkpoints. `guided_diffusion` reads guided-diffusion's
+checkpoints, and `dit_checkpoints` those of DiT and SiT. `inception` reads the weights of the FID network, and
+`features` reads networks for perceptual losses. `transformers` reads and writes text encoders. `tensors` reads and
+writes files of weights. `hub` downloads from the Hugging Face hub.
 """
 
 import importlib
 
 __all__ = [
   "diffusers",
+  "dit_checkpoints",
   "features",
   "guided_diffusion",
   "hub",
   "inception",
   "ldm",
+  "network_folders",
   "single_file",
   "stable_diffusion",
   "tensors",
   "transformers",
-  "unet_folders",
 ]
 
 

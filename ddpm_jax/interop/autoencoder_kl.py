@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.interop import folders, tensors
+from ddpm_jax.interop import folders, tensors, unet2d
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.networks.options import multipliers_of
 from ddpm_jax.storage import jsonfiles
@@ -281,7 +281,7 @@ def layout(levels: int) -> tensors.Layout:
     ]
     return ".".join([*names, tensors.leaf_name(path)])
 
-  return tensors.Layout(name_of)
+  return tensors.Layout(name_of, modern_name=unet2d.modern_name)
 
 
 def _unsupported(key: str, value: Any, supported: str) -> ValueError:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, folders, tensors, unet2d
+from ddpm_jax.interop import autoencoder_kl, folders, tensors
 from ddpm_jax.models import Codec, codecs, networks
 from ddpm_jax.networks import Autoencoder
 from ddpm_jax.storage import files, jsonfiles
@@ -89,7 +89,7 @@ def read_codec(
     weights = folders.weights_path(found, **options)
     file = tensors.open_weights(weights, "encoder.conv_in.weight", "AutoencoderKL of diffusers")
     layout = autoencoder_kl.layout(len(network.multipliers))
-    return tensors.load(file, template, layout, unet2d.modern_names(file.shapes), dtype=jax_type, mesh=mesh)
+    return tensors.load(file, template, layout, dtype=jax_type, mesh=mesh)
 
   return make_codec(network, scale, load, posterior=posterior, tile=tile)
 
@@ -146,7 +146,7 @@ def shapes_of(
     factor, image_channels = codec.module.downsampling, codec.module.out_channels
     if codec.module.latent_channels != channels:
       raise ValueError(
-        f"Got a U-Net of {channels} channels and an autoencoder with latent_channels={codec.module.latent_channels}; expected"
+        f"Got a network of {channels} channels and an autoencoder with latent_channels={codec.module.latent_channels}; expected"
         " the same number. The two parts belong to different models."
       )
   if shape is None:

@@ -14,7 +14,8 @@ from ddpm_jax.storage.places import user_path
 WEIGHTS = "diffusion_pytorch_model"
 # The value of "_diffusers_version" in saved configs: the diffusers version that the tests compare with.
 VERSION = "0.42.1"
-# The names of a pipeline's autoencoder.
+# The names of a pipeline's network and of its autoencoder.
+NETWORKS = ("unet", "transformer")
 AUTOENCODERS = ("vae", "vqvae")
 # The name of a weights file by suffix.
 Names = Mapping[str, str]
@@ -32,12 +33,12 @@ class PipelineFiles(NamedTuple):
   """Hold the paths of the parts of a pipeline.
 
   Attributes:
-    unet: the path of the network's config.
+    network: the path of the network's config.
     scheduler: the path of the scheduler's config.
     autoencoder: the path of the folder of the autoencoder, named "vae" or "vqvae". None for a pixel pipeline.
   """
 
-  unet: Path
+  network: Path
   scheduler: Path
   autoencoder: Path | None
 
@@ -54,26 +55,40 @@ def pipeline_files(folder: Path) -> PipelineFiles:
     content = jsonfiles.read(index)
     with jsonfiles.named_errors(index):
       parts = set(_part_names(content))
-    if not {"unet", "scheduler", *AUTOENCODERS} >= parts or parts >= set(AUTOENCODERS):
+    several = parts >= set(AUTOENCODERS) or parts >= set(NETWORKS)
+    if several or not {*NETWORKS, "scheduler", *AUTOENCODERS} >= parts:
       raise ValueError(
-        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(sorted(parts))}; expected either a pixel"
-        " pipeline with only unet and scheduler (such as a DDPMPipeline or a DDIMPipeline), or an LDMPipeline with unet, scheduler and vqvae."
+        f"Got {folder}, a {content.get('_class_name')} with the parts {', '.join(sorted(parts))}; expected a pixel"
+        " pipeline with only unet and scheduler (such as a DDPMPipeline or a DDIMPipeline), an LDMPipeline with unet,"
+        " scheduler and vqvae, or a DiTPipeline with transformer, scheduler and vae."
       )
-  is_nested = (folder / "unet").is_dir()
-  unet_folder = folder / "unet" if is_nested else folder
+  network_folder = find_network(folder)
+  is_nested = network_folder != folder
   scheduler = (folder / "scheduler" if is_nested else folder) / "scheduler_config.json"
   # A folder without an index, such as a run's copy of configs, has the parts whose folders exist.
   found = [name for name in AUTOENCODERS if is_nested and (parts is None or name in parts)]
   found = [name for name in found if parts is not None or (folder / name).is_dir()]
   autoencoder = folder / found[0] if found else None
-  configs = [(unet_folder / "config.json", "network"), (scheduler, "scheduler")]
+  configs = [(network_folder / "config.json", "network"), (scheduler, "scheduler")]
   for file, part in (*configs, *([(autoencoder / "config.json", "autoencoder")] if autoencoder else [])):
     if not file.is_file():
       raise ValueError(
         f"Got {folder}, which lacks {file.relative_to(folder)}, the config of the {part}; expected a folder that"
-        " diffusers' save_pretrained wrote, nested (unet/, scheduler/) or flat."
+        " diffusers' save_pretrained wrote, nested (unet/ or transformer/, scheduler/) or flat."
       )
-  return PipelineFiles(unet_folder / "config.json", scheduler, autoencoder)
+  return PipelineFiles(network_folder / "config.json", scheduler, autoencoder)
+
+
+def find_network(folder: Path) -> Path:
+  """Return the folder unet/ or transformer/ in `folder`, or `folder` itself if it has no such part.
+
+  If both exist, model_index.json tells which of them is a part of the pipeline.
+  """
+  index = folder / "model_index.json"
+  content = jsonfiles.read(index) if index.is_file() else {}
+  # An absent part has two nulls.
+  listed = [part for part in NETWORKS if isinstance(content.get(part), list) and None not in content[part]]
+  return next((folder / part for part in listed or NETWORKS if (folder / part).is_dir()), folder)
 
 
 def autoencoder_folder(folder: Path) -> Path:
@@ -97,7 +112,7 @@ def _part_names(index: Mapping[str, Any]) -> list[str]:
   The index (the content of model_index.json) maps each part to the name of its library and the name of its class. An
   absent part has two nulls instead, and is returned too. All other keys of the index are options.
   """
-  parts = [name for name in index if name in ("unet", "scheduler") or isinstance(index[name], list)]
+  parts = [name for name in index if name in (*NETWORKS, "scheduler") or isinstance(index[name], list)]
   jsonfiles.check_types(index, {"_class_name": (str,)} | {name: ([str, type(None)],) for name in parts}, "pipeline")
   malformed = [name for name in parts if len(index[name]) != 2]
   if malformed:

@@ -11,19 +11,8 @@ NAME = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 # Parts that no model needs here.
 _IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
-ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-_REQUIRED = ("unet", "vae", "scheduler")
-_PARTS = (*_REQUIRED, *ENCODERS, *TOKENIZERS)
-# The supported classes by name of the part. For the scheduler, its loader checks the class in the config.
-_CLASSES = {
-  "unet": ("UNet2DConditionModel",),
-  "vae": ("AutoencoderKL",),
-  "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-  "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-  "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-  "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 # Options of pipelines that change samples, with their types.
 _OPTIONS: dict[str, jsonfiles.Kinds] = {
   "force_zeros_for_empty_prompt": (bool,),
@@ -31,34 +20,113 @@ _OPTIONS: dict[str, jsonfiles.Kinds] = {
 }
 
 
+class Family(NamedTuple):
+  """Describe pipelines with the same parts.
+
+  Attributes:
+    network: the name of the part that is the network.
+    classes: maps the name of each part but the scheduler to the names of the supported classes. The scheduler's loader
+      checks the class in the scheduler's config.
+    encoders: the text encoders that every such pipeline has. Empty if one of several encoders is enough.
+    absent: the parts whose absence is written into the index.
+  """
+
+  network: str
+  classes: Mapping[str, tuple[str, ...]]
+  encoders: tuple[str, ...] = ()
+  absent: tuple[str, ...] = ()
+
+  @property
+  def required(self) -> tuple[str, ...]:
+    """Return the names of the parts that every such pipeline has, without text encoders and tokenizers."""
+    return (self.network, "vae", "scheduler")
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """Return the names of all parts."""
+    return (*self.required, *(name for name in self.classes if name not in self.required))
+
+
+_VAE = {"vae": ("AutoencoderKL",)}
+_CLIP_TOKENIZER, _T5_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+_PROJECTED, _T5 = ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
+_UNET_CLASSES = _VAE | {
+  "unet": ("UNet2DConditionModel",),
+  "text_encoder": ("CLIPTextModel", *_PROJECTED),
+  "text_encoder_2": _PROJECTED,
+  "tokenizer": _CLIP_TOKENIZER,
+  "tokenizer_2": _CLIP_TOKENIZER,
+}
+_SD3_CLASSES = _VAE | {
+  "transformer": ("SD3Transformer2DModel",),
+  "text_encoder": _PROJECTED,
+  "text_encoder_2": _PROJECTED,
+  "text_encoder_3": _T5,
+  "tokenizer": _CLIP_TOKENIZER,
+  "tokenizer_2": _CLIP_TOKENIZER,
+  "tokenizer_3": _T5_TOKENIZER,
+}
+# Old folders have the class Transformer2DModel.
+_PIXART_CLASSES = _VAE | {
+  "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),
+  "text_encoder": _T5,
+  "tokenizer": _T5_TOKENIZER,
+}
+_IMAGES = ("feature_extractor", "image_encoder")
+FAMILIES = {
+  "sd": Family("unet", _UNET_CLASSES, absent=(*_IMAGES, "safety_checker")),
+  "xl": Family("unet", _UNET_CLASSES, absent=(*_IMAGES, *ENCODERS[:2], *TOKENIZERS[:2])),
+  "sd3": Family("transformer", _SD3_CLASSES, ENCODERS[:2], absent=(*_IMAGES, ENCODERS[2], TOKENIZERS[2])),
+  "pixart": Family("transformer", _PIXART_CLASSES, ENCODERS[:1]),
+}
+
+
 class Pipeline(NamedTuple):
   """Describe a class of text pipelines.
 
   Attributes:
-    is_xl: whether the network takes the pooled embedding of the text, and sizes, as in Stable Diffusion XL.
+    kind: the name of its family in `FAMILIES`. The networks of "xl" (Stable Diffusion XL) and "sd3" take the pooled
+      embedding of the text too.
     guidance_scale: the default scale of classifier-free guidance.
     options: the defaults for options that model_index.json omits.
     edits: whether the pipeline edits its image condition according to an instruction, the text.
     steps: the default number of sampling steps. 0 for the default of the scheduler.
+    lengths: the numbers of tokens of tokenizers for which the pipeline, not the tokenizer's folder, sets the number.
   """
 
-  is_xl: bool
+  kind: str
   guidance_scale: float
   options: Mapping[str, Any] = {}
   edits: bool = False
   steps: int = 0
+  lengths: Mapping[str, int] = {}
+
+  @property
+  def family(self) -> Family:
+    """Return the description of the pipeline's parts."""
+    return FAMILIES[self.kind]
+
+  @property
+  def is_xl(self) -> bool:
+    """Return whether the network takes the pooled embedding of the text, and sizes, as in Stable Diffusion XL."""
+    return self.kind == "xl"
 
 
 _XL_OPTIONS = {"force_zeros_for_empty_prompt": True}
 _REFINER_OPTIONS = _XL_OPTIONS | {"requires_aesthetics_score": False}
+_SD3_LENGTHS = {"tokenizer_3": 256}
 PIPELINES = {
-  "StableDiffusionPipeline": Pipeline(False, 7.5),
-  "StableDiffusionImg2ImgPipeline": Pipeline(False, 7.5),
-  "StableDiffusionInpaintPipeline": Pipeline(False, 7.5),
-  "StableDiffusionInstructPix2PixPipeline": Pipeline(False, 7.5, edits=True, steps=100),
-  "StableDiffusionXLPipeline": Pipeline(True, 5.0, _XL_OPTIONS),
-  "StableDiffusionXLImg2ImgPipeline": Pipeline(True, 5.0, _REFINER_OPTIONS),
-  "StableDiffusionXLInpaintPipeline": Pipeline(True, 7.5, _REFINER_OPTIONS),
+  "StableDiffusionPipeline": Pipeline("sd", 7.5),
+  "StableDiffusionImg2ImgPipeline": Pipeline("sd", 7.5),
+  "StableDiffusionInpaintPipeline": Pipeline("sd", 7.5),
+  "StableDiffusionInstructPix2PixPipeline": Pipeline("sd", 7.5, edits=True, steps=100),
+  "StableDiffusionXLPipeline": Pipeline("xl", 5.0, _XL_OPTIONS),
+  "StableDiffusionXLImg2ImgPipeline": Pipeline("xl", 5.0, _REFINER_OPTIONS),
+  "StableDiffusionXLInpaintPipeline": Pipeline("xl", 7.5, _REFINER_OPTIONS),
+  "StableDiffusion3Pipeline": Pipeline("sd3", 7.0, steps=28, lengths=_SD3_LENGTHS),
+  "StableDiffusion3Img2ImgPipeline": Pipeline("sd3", 7.0, steps=50, lengths=_SD3_LENGTHS),
+  "PixArtAlphaPipeline": Pipeline("pixart", 4.5, steps=20, lengths={"tokenizer": 120}),
+  "PixArtSigmaPipeline": Pipeline("pixart", 4.5, steps=20, lengths={"tokenizer": 300}),
 }
 
 
@@ -115,13 +183,16 @@ def read(folder: Path) -> Index:
     jsonfiles.check_types(content, _OPTIONS, "pipeline")
   encoders = tuple(part for part in ENCODERS if part in parts)
   tokenizers = tuple(TOKENIZERS[ENCODERS.index(part)] for part in encoders)
-  missing = [part for part in (*_REQUIRED, *tokenizers) if part not in parts]
-  if missing or not encoders:
+  family = PIPELINES[name].family
+  needed = family.encoders or (() if encoders else ENCODERS[:1])
+  missing = [part for part in (*family.required, *needed, *tokenizers) if part not in parts]
+  if missing:
+    expected = [TOKENIZERS[ENCODERS.index(part)] for part in family.encoders or ENCODERS[:1]]
+    expected = [*family.required, *(family.encoders or ENCODERS[:1]), *expected]
     raise ValueError(
-      f"Got {path}, a {name} without {missing[0] if missing else 'text_encoder'}; expected the parts"
-      f" {', '.join((*_REQUIRED, 'text_encoder', 'tokenizer'))}. Download the folder again."
+      f"Got {path}, a {name} without {missing[0]}; expected the parts {', '.join(expected)}. Download the folder again."
     )
-  absent = [part for part in (*_REQUIRED, *encoders, *tokenizers) if not (folder / part).is_dir()]
+  absent = [part for part in (*family.required, *encoders, *tokenizers) if not (folder / part).is_dir()]
   if absent:
     raise ValueError(
       f"Got {folder}, which lacks the folder {absent[0]}/ that {NAME} lists; expected all parts of a {name}. Download the"
@@ -138,11 +209,9 @@ def to_content(index: Index, classes: Mapping[str, list[str]]) -> dict[str, Any]
     index: the index.
     classes: maps each part to the name of its library and the name of its class.
   """
-  absent: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
-  if not index.pipeline.is_xl:
-    absent |= {"safety_checker": [None, None], "requires_safety_checker": False}
-  else:
-    absent |= {part: [None, None] for part in (*ENCODERS, *TOKENIZERS)}
+  absent: dict[str, Any] = {part: [None, None] for part in index.pipeline.family.absent}
+  if "safety_checker" in absent:
+    absent["requires_safety_checker"] = False
   return {"_class_name": index.name, **absent, **index.options, **classes}
 
 
@@ -168,7 +237,8 @@ def _check_code(content: Mapping[str, Any]) -> None:
 def _parts(content: Mapping[str, Any], name: str) -> list[str]:
   """Return the names of the parts that are present."""
   # A value of null stands for an absent part in some old indices.
-  lists = {key: value for key, value in content.items() if key in _PARTS or isinstance(value, list)}
+  family = PIPELINES[name].family
+  lists = {key: value for key, value in content.items() if key in family.parts or isinstance(value, list)}
   jsonfiles.check_types(lists, {key: ([str, type(None)], type(None)) for key in lists}, "pipeline")
   parts = []
   for key, value in lists.items():
@@ -179,14 +249,13 @@ def _parts(content: Mapping[str, Any], name: str) -> list[str]:
         f"Got a {name} with {key}={jsonfiles.shorten(value)}; expected the name of a library and the name of a class."
         f" Correct {NAME}."
       )
-    if key not in _PARTS:
+    if key not in family.parts:
       raise ValueError(
-        f"Got a {name} with the part {key}; expected only {', '.join((*_PARTS, *_IGNORED_PARTS))}. Use a pipeline without"
-        " this part."
+        f"Got a {name} with the part {key}; expected only {', '.join((*family.parts, *_IGNORED_PARTS))}. Use a pipeline"
+        " without this part."
       )
-    if value[1] not in _CLASSES.get(key, (value[1],)):
-      raise ValueError(
-        f"Got a {name} whose {key} is a {jsonfiles.shorten(value[1])}; expected {' or '.join(_CLASSES[key])}."
-      )
+    classes = family.classes.get(key, (value[1],))
+    if value[1] not in classes:
+      raise ValueError(f"Got a {name} whose {key} is a {jsonfiles.shorten(value[1])}; expected {' or '.join(classes)}.")
     parts.append(key)
   return parts

@@ -177,6 +177,8 @@ CLASSES = {
     sigmas_within_grid=True,
   ),
 }
+# The class without betas, see `flow_schedulers`.
+FLOW = "FlowMatchEulerDiscreteScheduler"
 _KNOWN = {*_OLD, *(key for one in CLASSES.values() for key in one.options)}
 
 
@@ -189,7 +191,9 @@ def name_of(config: Mapping[str, Any]) -> str:
   jsonfiles.check_types(config, {"_class_name": (str,)}, "scheduler")
   name = config.get("_class_name", "DDPMScheduler")
   if name not in CLASSES:
-    raise ValueError(f"Got a scheduler of class {name}, which is not supported; expected one of {', '.join(CLASSES)}.")
+    raise ValueError(
+      f"Got a scheduler of class {name}, which is not supported; expected one of {', '.join((*CLASSES, FLOW))}."
+    )
   return name
 
 

@@ -28,8 +28,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax import guidance, predictions, processes, sampling
-from ddpm_jax.interop import scheduler_betas, scheduler_classes
-from ddpm_jax.interop.scheduler_classes import CLASSES, PREDICTIONS, SIGMAS, SPACINGS, VARIANCES, Config, unsupported
+from ddpm_jax.interop import flow_schedulers, scheduler_betas, scheduler_classes
+from ddpm_jax.interop.flow_schedulers import FlowSchedule
+from ddpm_jax.interop.scheduler_classes import (
+  CLASSES,
+  FLOW,
+  PREDICTIONS,
+  SIGMAS,
+  SPACINGS,
+  VARIANCES,
+  Config,
+  unsupported,
+)
 from ddpm_jax.models import SamplingDefaults
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
@@ -114,11 +124,13 @@ class Schedule(NamedTuple):
     """Return the sampler with the scheduler's step rule."""
     return getattr(sampling, self.sampler)(process, **self.arguments)
 
-  def defaults(self, process: Process) -> SamplingDefaults:
+  def defaults(self, process: Process, tokens: int = 0) -> SamplingDefaults:
     """Return the sampler, the grid of times, the number of steps and the clipping that sampling uses by default.
 
-    Ancestral sampling (DDPM) takes all N steps of the process. Other samplers take at most 50 steps.
+    Ancestral sampling (DDPM) takes all N steps of the process. Other samplers take at most 50 steps. The grid does not
+    depend on `tokens`, the number of patches of an image.
     """
+    del tokens
     n = len(self.betas)
     return SamplingDefaults(
       name=self.sampler,
@@ -130,7 +142,7 @@ class Schedule(NamedTuple):
     )
 
 
-def from_config(config: Mapping[str, Any]) -> Schedule:
+def from_config(config: Mapping[str, Any]) -> Schedule | FlowSchedule:
   """Parse a scheduler config.
 
   Omitted keys have the defaults of the scheduler class. Options that only other classes have are ignored, as in
@@ -139,6 +151,8 @@ def from_config(config: Mapping[str, Any]) -> Schedule:
   Raises:
     ValueError: if the class or an option is not supported here. The message names the class or option.
   """
+  if config.get("_class_name") == FLOW:
+    return flow_schedulers.from_config(config)
   name, options = scheduler_classes.name_of(config), scheduler_classes.complete(config)
   one = CLASSES[name]
   # A "_log" variance differs only in how diffusers clips the logarithm. Our tables do not need this clipping.
@@ -220,16 +234,22 @@ def to_config(
     spacing: the grid of times that diffusers uses by default: "leading", "trailing" or "linspace". None accepts any
       grid of `source`, and selects "trailing" for a new config.
     source: the config of the scheduler that the model was read with. The function returns this config if it agrees with
-      all arguments above, and a new config otherwise. None always returns a new config.
+      all arguments above, and a new config otherwise. None always returns a new config. For a flow matching scheduler,
+      the model must still have the process and the prediction of that scheduler.
     name: the class of a new config, "DDPMScheduler" or "DDIMScheduler".
 
   Raises:
     ValueError: if diffusers' discrete schedulers cannot express the process or the prediction.
   """
+  if source is not None and source.get("_class_name") == FLOW:
+    return flow_schedulers.to_config(process, prediction, source)
   mean_prediction = prediction._replace(learned_variance=False)
   types = {predictions.EPS: "epsilon", predictions.X0: "sample", predictions.V: "v_prediction"}
   if mean_prediction not in types:
-    raise ValueError("Got a prediction that diffusers' discrete schedulers do not support; expected EPS, X0 or V.")
+    raise ValueError(
+      "Got a prediction that diffusers' discrete schedulers do not support; expected EPS, X0 or V. Save the network alone"
+      " with interop.diffusers.save_network, and the model in this package's own format."
+    )
   allowed = ("learned",) if prediction.learned_variance else ("small", "large")
   if variance not in (None, *VARIANCES.values()) or (variance == "learned" and not prediction.learned_variance):
     raise ValueError(f"Got variance={variance!r}; expected {' or '.join(map(repr, allowed))} for this prediction.")
@@ -255,7 +275,7 @@ def to_config(
 
 
 def _agrees(
-  schedule: Schedule,
+  schedule: Schedule | FlowSchedule,
   betas: np.ndarray,
   prediction: Prediction,
   clip: float | None,
@@ -267,7 +287,8 @@ def _agrees(
   Every schedule agrees with a variance of None, and with a spacing of None.
   """
   return (
-    len(schedule.betas) == len(betas)
+    isinstance(schedule, Schedule)
+    and len(schedule.betas) == len(betas)
     and np.allclose(schedule.betas, betas, rtol=1e-9, atol=1e-13)
     and schedule.make_prediction() == prediction
     and schedule.clip == clip

@@ -24,8 +24,8 @@ from ddpm_jax.interop import (
 )
 from ddpm_jax.interop.codec_folders import make_codec
 from ddpm_jax.interop.pipeline_index import Index
+from ddpm_jax.interop.pipeline_parts import Encoder, Parts
 from ddpm_jax.interop.single_text import FileEncoder
-from ddpm_jax.interop.stable_diffusion import Encoder, Parts
 from ddpm_jax.models import Codec, Model
 from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.storage.places import user_path
@@ -110,7 +110,7 @@ def read(
     codec=_codec(file_path, jax_type, _SCALES[version], posterior),
     schedule=schedulers.from_config(_scheduler(file, version, prediction_type)),
     # As in the folders of Stable Diffusion 2 with v.
-    upcast_attention=version == 2 and prediction_type == "v_prediction",
+    unused={"upcast_attention": version == 2 and prediction_type == "v_prediction"},
     encoders=_with_tokenizers(encoders, index, user_path(tokenizer)),
   )
   return stable_diffusion.assemble(parts, shape=shape, text_dropout=text_dropout)

@@ -1,7 +1,8 @@
 """Read the text pipelines of diffusers as models.
 
-They are the pipelines of Stable Diffusion 1, 2 and XL, of XL's refiner, of inpainting and of InstructPix2Pix. The
-conditions of the models are
+They are the pipelines of Stable Diffusion 1, 2 and XL, of XL's refiner, of inpainting and of InstructPix2Pix, and the
+pipelines of Stable Diffusion 3 and PixArt, whose conditions are in `transformer_conditions`. The conditions of the
+other models are
 
 - "text": prompts. The network receives the states (the outputs of one layer) of each text encoder. In the unconditional
   branch of guidance, the network receives the states of the empty prompt, or zeros if the pipeline sets
@@ -16,7 +17,7 @@ conditions of the models are
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +25,19 @@ import numpy as np
 
 from ddpm_jax import gaussian, predictions
 from ddpm_jax.data import FRAMING, tokenizers
-from ddpm_jax.data.tokens import Tokenizer
 from ddpm_jax.interop import (
   folders,
+  network_folders,
   pipeline_index,
   schedulers,
   tensors,
-  text_configs,
+  transformer_conditions,
   transformers,
-  unet2d,
-  unet_folders,
 )
 from ddpm_jax.interop.codec_folders import read_codec, shapes_of
 from ddpm_jax.interop.pipeline_index import Index
-from ddpm_jax.interop.schedulers import Schedule
+from ddpm_jax.interop.pipeline_parts import Encoder, Parts, encoders_loader
 from ddpm_jax.models import Codec, Condition, Model, conditions, networks, texts
-from ddpm_jax.models.codecs import Loader, frozen_shapes, load_frozen
-from ddpm_jax.networks import ConditionalUNet
 from ddpm_jax.storage import jsonfiles
 
 Array = jax.Array
@@ -49,47 +46,8 @@ PyTree = Any
 _SCORE, _NULL_SCORE = 6.0, 2.5
 # The approximate share of samples that got the null text when the published models were trained.
 TEXT_DROPOUT = 0.1
-
-
-class Encoder(NamedTuple):
-  """Hold a text encoder with its tokenizer.
-
-  Attributes:
-    module: the network, a module of `networks.text`.
-    load: the loader of its parameters.
-    tokenizer: its tokenizer.
-    folder: the folder of the tokenizer. Saving the model copies the files of the tokenizer from this folder.
-  """
-
-  module: text_configs.TextEncoder
-  load: Loader
-  tokenizer: Tokenizer
-  folder: Path
-
-
-class Parts(NamedTuple):
-  """Hold the parts of a text pipeline.
-
-  Attributes:
-    contents: the class and the options of the pipeline.
-    network: the network.
-    in_channels: the number of the network's input channels.
-    size: the height and width of the latents x in the network's training. None if unknown.
-    codec: the codec of the autoencoder.
-    schedule: the content of the scheduler's config.
-    encoders: maps the name of each part that is a text encoder, such as "text_encoder_2", to the encoder.
-    upcast_attention: whether diffusers computes the softmax of the network's attention in float32. We always do. The
-      value is stored here only to be written to saved models.
-  """
-
-  contents: Index
-  network: ConditionalUNet
-  in_channels: int
-  size: tuple[int, int] | None
-  codec: Codec
-  schedule: Schedule
-  encoders: Mapping[str, Encoder]
-  upcast_attention: bool = False
+# Options of configs that change nothing here. For example, the softmax of attention is always computed in float32.
+_UNUSED = ("upcast_attention",)
 
 
 def read(
@@ -101,6 +59,7 @@ def read(
   dtype: str = "float32",
   remat: str = "none",
   attention: str = "",
+  scan: bool = True,
   variant: str = "",
   posterior: str = "sample",
 ) -> Model:
@@ -112,12 +71,13 @@ def read(
       the config.
     text_dropout: the share of samples that get the null text in training, in [0, 1). Guidance needs a share above 0.
       The published models were trained with about 0.1.
-    dropout: the dropout rate of the U-Net in training.
+    dropout: the dropout rate of the network in training.
     dtype: the dtype of the computation, and of the parameters of the autoencoder and the text encoders: "float32" or
       "bfloat16".
     remat: what the backward pass recomputes, see `networks.UNet`.
     attention: see `networks.UNet`.
-    variant: the variant of the weights, such as "fp16". The U-Net must have this variant. Any other part without
+    scan: see `diffusers.load`.
+    variant: the variant of the weights, such as "fp16". The network must have this variant. Any other part without
       this variant is read from its plain weights. Empty selects the plain weights or, if there are none, the only
       variant.
     posterior: how images are encoded, see `codecs.latent`.
@@ -128,14 +88,13 @@ def read(
   """
   folder = folders.find_folder(path, weights=False, files=folders.TOKENIZER)
   index = pipeline_index.read(folder)
-  network, unet_config = unet_folders.read_unet(folder, dtype=dtype)
-  if not isinstance(network, ConditionalUNet):
-    raise ValueError(f"Got {folder / 'unet'}, a UNet2DModel; expected a UNet2DConditionModel in a {index.name}.")
+  network, network_config = _read_network(folder, index, dtype)
   encoders = {}
   for part, tokenizer in zip(index.encoders, index.tokenizers, strict=True):
     module, load = transformers.read_text_encoder(path, part=part, dtype=dtype, variant=variant)
+    length = index.pipeline.lengths.get(tokenizer)
     with jsonfiles.named_errors(folder / tokenizer):
-      words = tokenizers.load(folder / tokenizer, embeddings=module.vocabulary)
+      words = tokenizers.load(folder / tokenizer, length, module.vocabulary)
     encoders[part] = Encoder(module, load, words, folder / tokenizer)
   scheduler = folder / "scheduler" / "scheduler_config.json"
   config = jsonfiles.read(scheduler)
@@ -143,16 +102,27 @@ def read(
     schedule = schedulers.from_config(config)
   parts = Parts(
     contents=index,
-    network=network.clone(dropout=dropout, remat=remat, attention=attention),
-    in_channels=unet_config["in_channels"],
-    size=None if unet_config["sample_size"] is None else unet2d.image_size(unet_config),
+    network=network_folders.with_options(network, dropout=dropout, remat=remat, attention=attention, scan=scan),
+    in_channels=network_config["in_channels"],
+    size=network_folders.image_size(network_config),
     codec=read_codec(path, posterior=posterior, dtype=dtype, variant=variant),
     schedule=schedule,
     encoders=encoders,
-    upcast_attention=bool(unet_config["upcast_attention"]),
+    unused={key: network_config[key] for key in _UNUSED if key in network_config},
   )
   with jsonfiles.named_errors(folder):
     return assemble(parts, shape=shape, text_dropout=text_dropout)
+
+
+def _read_network(folder: Path, index: Index, dtype: str) -> tuple[Any, dict[str, Any]]:
+  """Return the network of a pipeline and its complete config."""
+  family = index.pipeline.family
+  path, expected = folder / family.network, family.classes[family.network]
+  network, config = network_folders.read_network(path, dtype=dtype)
+  name = network_folders.format_of(network).NAMES[0]
+  if name not in expected:
+    raise ValueError(f"Got {path}, a {name}; expected a {expected[0]} in a {index.name}.")
+  return network, config
 
 
 def load(
@@ -180,9 +150,10 @@ def load(
   """
   jax_type = tensors.choose_dtype(params_dtype, "params_dtype")
   model = read(path, variant=variant, **options)
-  folder = folders.find_folder(path, parts=("unet",), variant=variant) / "unet"
+  part = model.origin.contents.pipeline.family.network
+  folder = folders.find_folder(path, parts=(part,), variant=variant) / part
   network, channels = model.network.module, model.origin.in_channels
-  return model, unet_folders.load_params(folder, network, channels, jax_type, variant, mesh)
+  return model, network_folders.load_params(folder, network, channels, jax_type, variant, mesh)
 
 
 def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dropout: float = TEXT_DROPOUT) -> Model:
@@ -196,24 +167,22 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
   Raises:
     ValueError: if the parts belong to different models, or the shape is invalid.
   """
-  process, prediction = parts.schedule.make_process(), parts.schedule.make_prediction()
+  pipeline, network, process = parts.contents.pipeline, parts.network, parts.schedule.make_process()
+  is_transformer = pipeline.family.network == "transformer"
+  channels = parts.in_channels if is_transformer else network.out_channels
+  prediction = _prediction(parts, channels)
   predictions.check_prediction(process, prediction)
-  if prediction.learned_variance:
-    raise ValueError(
-      f"Got a {parts.contents.name} whose scheduler has a learned variance; expected a fixed variance. Set variance_type in"
-      " scheduler_config.json."
-    )
-  x_shape, data_shape = shapes_of(parts.codec, parts.network.out_channels, parts.size, shape)
-  by_name = {"text": text(parts.encoders, parts.contents, text_dropout)}
-  _check_text(parts, by_name["text"])
-  if parts.network.size_features:
-    by_name["sizes"] = sizes(_number_of_sizes(parts), data_shape)
-  by_name |= _image_condition(parts, x_shape, data_shape)
-  parts.network.check_input(x_shape)
-  defaults, pipeline = parts.schedule.defaults(process), parts.contents.pipeline
+  x_shape, data_shape = shapes_of(parts.codec, channels, parts.size, shape)
+  if is_transformer:
+    by_name = transformer_conditions.conditions_of(parts, data_shape, text_dropout)
+  else:
+    by_name = _unet_conditions(parts, x_shape, data_shape, text_dropout)
+  network.check_input(x_shape)
+  tokens = x_shape[0] * x_shape[1] // network.patch**2 if is_transformer else 0
+  defaults = parts.schedule.defaults(process, tokens)
   defaults = defaults._replace(guidance_scale=pipeline.guidance_scale, steps=pipeline.steps or defaults.steps)
   return Model(
-    network=networks.from_linen(parts.network, by_name),
+    network=networks.from_linen(network, by_name),
     process=process,
     prediction=prediction,
     conditions=by_name,
@@ -223,6 +192,38 @@ def assemble(parts: Parts, *, shape: tuple[int, int, int] | None = None, text_dr
     defaults=defaults,
     origin=parts,
   )
+
+
+def _prediction(parts: Parts, channels: int) -> predictions.Prediction:
+  """Return the prediction of a pipeline's network for x with this number of channels.
+
+  PixArt's networks also learn the variance. PixArt's schedulers use only the first half of the output.
+  """
+  prediction, outputs = parts.schedule.make_prediction(), parts.network.out_channels
+  if outputs == 2 * channels:
+    return predictions.learned_range(prediction)
+  if outputs != channels:
+    raise ValueError(
+      f"Got a {parts.contents.name} whose network has {outputs} output channels for latents of {channels}; expected"
+      f" {channels}, or {2 * channels} with a learned variance. Correct the config of the network."
+    )
+  if prediction.learned_variance:
+    raise ValueError(
+      f"Got a {parts.contents.name} whose scheduler has a learned variance, but whose network has only the {outputs}"
+      " output channels of the latents; expected a fixed variance. Set variance_type in scheduler_config.json."
+    )
+  return prediction
+
+
+def _unet_conditions(
+  parts: Parts, x_shape: tuple[int, ...], data_shape: tuple[int, ...], dropout: float
+) -> dict[str, Condition]:
+  """Return the conditions of a pipeline with a U-Net."""
+  by_name = {"text": text(parts.encoders, parts.contents, dropout)}
+  _check_text(parts, by_name["text"])
+  if parts.network.size_features:
+    by_name["sizes"] = sizes(_number_of_sizes(parts), data_shape)
+  return by_name | _image_condition(parts, x_shape, data_shape)
 
 
 def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condition:
@@ -248,18 +249,11 @@ def text(encoders: Mapping[str, Encoder], index: Index, dropout: float) -> Condi
     states = jnp.concatenate([one for one, _ in found], axis=-1)
     return {"tokens": states, "vector": found[-1][1]} if is_xl else states
 
-  def load(mesh: jax.sharding.Mesh | None = None) -> PyTree:
-    return {part: load_frozen(one.load, mesh) for part, one in encoders.items()}
-
-  def shapes() -> PyTree:
-    return {part: frozen_shapes(one.load) for part, one in encoders.items()}
-
   words = {part: one.tokenizer for part, one in encoders.items()}
   kind = {"tokens": "tokens", "vector": "vector"} if is_xl else "tokens"
   null_text = None if index.options.get("force_zeros_for_empty_prompt") else ""
-  loader = Loader(load, shapes, load)
   settings: dict[str, Any] = {"kind": kind, "dropout": dropout, "null_text": null_text}
-  return texts.text("text", words, encode, loader, takes_weights=True, **settings)
+  return texts.text("text", words, encode, encoders_loader(encoders), takes_weights=True, **settings)
 
 
 def sizes(number: int, data_shape: tuple[int, ...]) -> Condition:

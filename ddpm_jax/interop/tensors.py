@@ -4,6 +4,7 @@ No code from a file ever runs. The safetensors format contains no code, and pick
 creates only tensors.
 """
 
+import argparse
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -53,13 +54,15 @@ class TensorFile:
     anchor: the name of a tensor that every network of this kind has. It identifies the prefix. Leave it empty if the
       file contains only the network.
     description: what to call a network of this kind in error messages.
+    preferred: the first part of the prefix to choose if several networks have the anchor, such as "ema" for "ema." or
+      "ema.module.". Empty for no choice.
 
   Raises:
     ValueError: if the file does not exist, is truncated or damaged, has an unknown format, would run code, or does not
       contain exactly one network with the anchor. Also if the file is a pickle and PyTorch is not installed.
   """
 
-  def __init__(self, path: str | Path, anchor: str = "", description: str = "network"):
+  def __init__(self, path: str | Path, anchor: str = "", description: str = "network", preferred: str = ""):
     self.path = Path(path)
     try:
       exists = self.path.is_file()
@@ -81,7 +84,7 @@ class TensorFile:
       raise ValueError(
         f"Got the weights file {self.path}; expected a file ending in .safetensors or {', '.join(_PICKLES)}."
       )
-    self._prefix = _prefix(self.path, shapes, anchor, description, content)
+    self._prefix = _prefix(self.path, shapes, anchor, description, content, preferred)
     self.shapes: Shapes = _without_prefix(shapes, self._prefix)
 
   def _open(self, framework: str = "numpy"):
@@ -216,7 +219,9 @@ def _is_file_name(name: Any) -> bool:
   return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
 
 
-def _prefix(path: Path, names: Collection[str], anchor: str, description: str, content: str) -> str:
+def _prefix(
+  path: Path, names: Collection[str], anchor: str, description: str, content: str, preferred: str = ""
+) -> str:
   """Return the common prefix of a network's tensor names, such as "module.".
 
   The tensor `anchor`, which every network of this kind has, identifies the prefix.
@@ -226,6 +231,9 @@ def _prefix(path: Path, names: Collection[str], anchor: str, description: str, c
   prefixes = sorted(name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}"))
   if len(prefixes) == 1:
     return prefixes[0]
+  chosen = [prefix for prefix in prefixes if preferred and prefix.split(".")[0] == preferred]
+  if len(chosen) == 1:
+    return chosen[0]
   if prefixes:
     raise ValueError(
       f"Got {path} with {len(prefixes)} networks, under {', '.join(prefix.rstrip('.') for prefix in prefixes)};"
@@ -251,8 +259,10 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
       " .safetensors file."
     ) from error
   try:
-    # Do not map the file into memory. Separate tensors can be released one by one, a mapping only as a whole.
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # Checkpoints of training often contain the parsed flags. A Namespace has only attributes and runs no code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      # Do not map the file into memory. Separate tensors can be released one by one, a mapping only as a whole.
+      loaded = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:
     raise _unreadable(path, error) from error
   if not isinstance(loaded, Mapping):
@@ -326,16 +336,27 @@ class Layout(NamedTuple):
   Our parameters are identified by paths such as "down_0_0/conv1/kernel".
 
   Attributes:
-    name_of: `name_of(path)` returns the name of the tensor in the file. Several paths may share one tensor.
+    name_of: `name_of(path)` returns the name of the tensor in the file. Several paths may share one tensor. A name with
+      "{}" stands for `copies` equal tensors, with the numbers from 0 in place of "{}".
     shape_of: `shape_of(path, shape)` returns the shape of the tensor in the file.
     from_file: `from_file(path, value)` returns the parameter, converted from the tensor in the file.
     is_ignored: `is_ignored(name)` returns whether a tensor in the file is not part of the network.
+    modern_name: `modern_name(name)` returns the name that `name_of` uses for a tensor whose name in an old file may be
+      another.
+    copies: the number of tensors that a name with "{}" stands for.
   """
 
   name_of: Callable[[str], str]
   shape_of: Callable[[str, tuple[int, ...]], tuple[int, ...]] = torch_shape
   from_file: Callable[[str, np.ndarray], np.ndarray] = from_torch
   is_ignored: Callable[[str], bool] = lambda name: False
+  modern_name: Callable[[str], str] = lambda name: name
+  copies: int = 0
+
+  def names_of(self, path: str) -> list[str]:
+    """Return the names of all tensors in the file for a parameter."""
+    name = self.name_of(path)
+    return [name.format(number) for number in range(self.copies)] if "{}" in name else [name]
 
 
 def load(
@@ -364,26 +385,34 @@ def load(
     The parameters, as a nested dict of arrays.
 
   Raises:
-    ValueError: if tensors are missing or superfluous, have a wrong shape or an unsupported type, are not finite, or do
-      not match the digests that `save` wrote into the file.
+    ValueError: if tensors are missing or superfluous, have a wrong shape or an unsupported type, are not finite, do not
+      match the digests that `save` wrote into the file, or differ where the layout expects copies.
   """
   paths: dict[str, list[str]] = {}
   expected_shapes: Shapes = {}
   for path, leaf in flatten(template).items():
-    name = layout.name_of(path)
-    paths.setdefault(name, []).append(path)
-    expected_shapes[name] = layout.shape_of(path, tuple(leaf.shape))
-  layout_names = {name: (rename or {}).get(name, name) for name in tensors.shapes if not layout.is_ignored(name)}
+    shape = layout.shape_of(path, tuple(leaf.shape))
+    for name in layout.names_of(path):
+      paths.setdefault(name, []).append(path)
+      expected_shapes[name] = shape
+  names = [name for name in tensors.shapes if not layout.is_ignored(name)]
+  layout_names = {name: (rename or {}).get(name, layout.modern_name(name)) for name in names}
   _check_shapes(tensors.path, expected_shapes, {new: tensors.shapes[name] for name, new in layout_names.items()})
   shardings = None if mesh is None else flatten(parallel.state_shardings(mesh, template))
-  params, digests, nonfinite = {}, {}, []
+  params: dict[str, jax.Array] = {}
+  copies: dict[str, set[str]] = {}
+  digests, nonfinite = {}, []
   for name, value in tensors.items(layout_names):
     if sealed.KEY in tensors.metadata:
       digests[name] = sealed.digest(value)
     if not np.isfinite(value).all():
       nonfinite.append(name)
     for path in paths[layout_names[name]]:
-      params[path] = _put(layout.from_file(path, value), dtype, None if shardings is None else shardings[path])
+      # Hash only tensors that may have copies, and each only once.
+      if "{}" in layout.name_of(path):
+        copies.setdefault(path, set()).add(digests.get(name) or sealed.digest(value))
+      if path not in params:
+        params[path] = _put(layout.from_file(path, value), dtype, None if shardings is None else shardings[path])
   try:
     sealed.check_tensors(digests, tensors.metadata)
   except sealed.DamagedFileError as error:
@@ -394,6 +423,12 @@ def load(
     raise ValueError(
       f"Got the weights file {tensors.path} with tensors that are not finite in float32: {_shorten(nonfinite)}."
       " Training diverged, or the file is damaged; use another checkpoint, or download the file again."
+    )
+  differing = [layout.name_of(path) for path, values in copies.items() if len(values) > 1]
+  if differing:
+    raise ValueError(
+      f"Got the weights file {tensors.path} with different values of {_shorten(differing)}; expected equal copies,"
+      " because the network has this part only once. Models that train the copies separately are not supported."
     )
   return traverse_util.unflatten_dict(params, sep="/")
 
@@ -443,7 +478,9 @@ def save(path: str | Path, params: PyTree, layout: Layout) -> None:
 
   The file is written completely or not at all, and contains digests of its tensors.
   """
-  arrays = {layout.name_of(key): to_torch(key, np.asarray(leaf, np.float32)) for key, leaf in flatten(params).items()}
+  arrays: dict[str, np.ndarray] = {}
+  for key, leaf in flatten(params).items():
+    arrays |= dict.fromkeys(layout.names_of(key), to_torch(key, np.asarray(leaf, np.float32)))
   sealed.save_tensors(Path(path), arrays, {"format": "pt"})
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.interop import autoencoder_kl, folders, pipeline_index, schedulers, text_configs, unet2d_condition
+from ddpm_jax.interop import autoencoder_kl, folders, pipeline_index, schedulers, text_configs
 from ddpm_jax.interop.codec_folders import write_codec
-from ddpm_jax.interop.stable_diffusion import Parts
+from ddpm_jax.interop.network_folders import format_of, write_network
+from ddpm_jax.interop.pipeline_parts import Parts
 from ddpm_jax.interop.transformers import write_text_encoder
-from ddpm_jax.interop.unet_folders import write_unet
 from ddpm_jax.models import Model
 from ddpm_jax.models.texts import ENCODERS
+from ddpm_jax.networks.text import T5Encoder
 from ddpm_jax.storage import files
 
 PyTree = Any
@@ -42,7 +43,7 @@ def save_pipeline(
   if not isinstance(parts, Parts):
     raise ValueError(
       "Got a model that was not read from a text pipeline; expected the result of interop.diffusers.load for the folder of"
-      " a Stable Diffusion pipeline."
+      " a text pipeline."
     )
   missing = [one.folder for one in parts.encoders.values() if not one.folder.is_dir()]
   if missing:
@@ -53,33 +54,43 @@ def save_pipeline(
   encoders = values["conditions"]["text"][ENCODERS]
   scale = autoencoder_kl.Scale(*(np.asarray(values["codec"][name]) for name in autoencoder_kl.Scale._fields))
   height, width, _ = model.shape
-  unet = unet2d_condition.to_config(model.network.module, params, (height, width))
-  unet["upcast_attention"] = parts.upcast_attention
+  network, network_part = model.network.module, parts.contents.pipeline.family.network
+  network_config = {**format_of(network).to_config(network, params, (height, width)), **parts.unused}
   autoencoder = autoencoder_kl.to_config(model.codec.module, scale, (model.data_shape[0], model.data_shape[1]))
   source = None if model.defaults is None else model.defaults.scheduler
-  scheduler = schedulers.to_config(model.process, model.prediction, clip=parts.schedule.clip, source=source)
+  # The schedulers of text pipelines do not use a learned variance.
+  prediction = model.prediction._replace(learned_variance=False)
+  scheduler = schedulers.to_config(model.process, prediction, clip=parts.schedule.clip, source=source)
   version = {"_diffusers_version": folders.VERSION}
   classes = {
-    "unet": ["diffusers", unet2d_condition.NAME],
+    network_part: ["diffusers", format_of(network).NAMES[0]],
     "vae": ["diffusers", "AutoencoderKL"],
     "scheduler": ["diffusers", scheduler["_class_name"]],
   }
   with files.atomic_folder(path) as folder:
-    write_unet(folder / "unet", model.network.module, unet, params)
+    write_network(folder / network_part, network, network_config, params)
     write_codec(folder / "vae", autoencoder, values["codec"]["autoencoder"])
     for (part, one), name in zip(parts.encoders.items(), parts.contents.tokenizers, strict=True):
       write_text_encoder(folder / part, one.module, encoders[part])
       copy_tokenizer(one.folder, folder / name)
       classes[part] = ["transformers", text_configs.to_config(one.module)["architectures"][0]]
-      classes[name] = ["transformers", "CLIPTokenizer"]
+      classes[name] = ["transformers", _tokenizer_class(one.folder, isinstance(one.module, T5Encoder))]
     folders.write_config(folder / "scheduler" / "scheduler_config.json", {**scheduler, **version})
     # Write the index last. Without it the folder is not a pipeline, so an incomplete model cannot be opened.
     content = pipeline_index.to_content(parts.contents, classes)
     folders.write_config(folder / pipeline_index.NAME, {**content, **version})
 
 
+def _tokenizer_class(folder: Path, is_t5: bool) -> str:
+  """Return the name of the class that reads a tokenizer's folder."""
+  if not is_t5:
+    return "CLIPTokenizer"
+  # T5Tokenizer needs the model of sentencepiece. Some folders have only tokenizer.json.
+  return "T5Tokenizer" if (folder / "spiece.model").is_file() else "T5TokenizerFast"
+
+
 def copy_frozen(path: str | Path, target: Path, variant: str = "") -> None:
-  """Copy a text pipeline without the weights of its U-Net.
+  """Copy a text pipeline without the weights of its network.
 
   Args:
     path: the folder of the pipeline, or a name on the Hugging Face hub.
@@ -103,7 +114,11 @@ def copy_frozen(path: str | Path, target: Path, variant: str = "") -> None:
       (copy / part).mkdir()
       for file in (found / "config.json", *folders.weight_files(found, weights, **options)):
         shutil.copyfile(file, copy / part / file.name)
-    for name in ("unet/config.json", "scheduler/scheduler_config.json", pipeline_index.NAME):
+    for name in (
+      f"{index.pipeline.family.network}/config.json",
+      "scheduler/scheduler_config.json",
+      pipeline_index.NAME,
+    ):
       (copy / name).parent.mkdir(exist_ok=True)
       shutil.copyfile(folder / name, copy / name)
 

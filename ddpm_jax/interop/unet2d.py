@@ -4,12 +4,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ddpm_jax.interop import folders, tensors
 from ddpm_jax.networks import UNet
 from ddpm_jax.networks.options import multipliers_of, per_level
 from ddpm_jax.storage import jsonfiles
 
 Config = dict[str, Any]
+PyTree = Any
+# The names of the class in configs, today's and the first. Written is the first of these.
+NAMES = ("UNet2DModel", "UNetUnconditionalModel")
+# A tensor that every such network has.
+ANCHOR = "conv_in.weight"
 
 # The defaults of `UNet2DModel`, used for keys that a file omits.
 DEFAULTS: Config = {
@@ -152,19 +160,23 @@ def from_config(config: Mapping[str, Any]) -> UNet:
   return network
 
 
-def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
+def to_config(network: UNet, params: PyTree, size: tuple[int, int] | None = None) -> Config:
   """Return the config of the `UNet2DModel` that computes the same function as our network.
 
   This is the inverse of `from_config`.
 
   Args:
     network: our U-Net.
-    shape: the shape [H, W, C] of its input.
+    params: its parameters, or their shapes.
+    size: the height and width of its input.
 
   Raises:
-    ValueError: if `UNet2DModel` does not support an option of the network. The message names the option.
+    ValueError: if there is no size, or `UNet2DModel` does not support an option of the network. The message names the
+      option.
   """
   n, defaults = network, UNet()
+  if size is None:
+    raise ValueError("Got no size for a networks.UNet; expected the height and width of its input. Pass size=.")
   for name in ("score_sde", "progressive_input", "augmentation_features", "dimensions"):
     if getattr(n, name) != getattr(defaults, name):
       raise ValueError(
@@ -218,10 +230,10 @@ def to_config(network: UNet, shape: tuple[int, int, int]) -> Config:
         " head, not the number of heads. Set head_channels instead."
       )
     heads = widths.pop() // n.heads if widths else 0
-  height, width, channels = shape
+  height, width = size
   return DEFAULTS | {
     "sample_size": height if height == width else [height, width],
-    "in_channels": channels,
+    "in_channels": params["conv_in"]["kernel"].shape[-2],
     "out_channels": n.out_channels,
     "center_input_sample": n.center_input,
     "time_embedding_type": "fourier" if fourier else "positional",
@@ -255,7 +267,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
   """
   jsonfiles.check_types(config, _TYPES, "UNet2DModel")
   name = config.get("_class_name", "UNet2DModel")
-  if name not in ("UNet2DModel", "UNetUnconditionalModel"):
+  if name not in NAMES:
     hint = " The network of a text pipeline needs the folder of the pipeline, with model_index.json." * (
       name == "UNet2DConditionModel"
     )
@@ -285,8 +297,30 @@ def image_size(config: Config) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
-  """Return the layout of diffusers' weight files for a network with this number of levels.
+def template(network: UNet, channels: int) -> PyTree:
+  """Return the shapes of a network's parameters without allocating arrays.
+
+  `channels` is the number of input channels: the channels of x and, if an image condition is concatenated with x, the
+  channels of this condition.
+  """
+  side = 2 ** (len(network.multipliers) - 1)
+  width = network.embedding_features or 4 * network.channels
+  conditions: dict[str, Any] = {}
+  if network.num_classes:
+    conditions["classes"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+  if network.vector_embedding:
+    shape = (1,) if network.vector_embedding == "time" else (1, width)
+    conditions["vector"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return tensors.abstract_params(network, (side, side, channels), **conditions)
+
+
+def layout(network: UNet) -> tensors.Layout:
+  """Return the layout of diffusers' weight files for a network."""
+  return block_layout(len(network.multipliers))._replace(modern_name=modern_name)
+
+
+def block_layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layout:
+  """Return the layout of diffusers' weight files for a U-Net with this number of levels.
 
   `names` maps parts of our paths to diffusers' names. Its entries extend and override the names of `UNet2DModel`.
   """
@@ -322,13 +356,13 @@ def layout(levels: int, names: Mapping[str, str] | None = None) -> tensors.Layou
   return tensors.Layout(name_of)
 
 
-def modern_names(names) -> dict[str, str]:
-  """Map old tensor names of attention projections to today's names.
+def modern_name(name: str) -> str:
+  """Return today's name of a tensor whose name in an old file may be another.
 
-  Names that did not change are left out.
+  Only projections of attention had other names.
   """
-  pattern = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\.")
-  return {name: new for name in names if (new := pattern.sub(lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name)) != name}
+  pattern = rf"(\.attentions\.\d+)\.({'|'.join(_OLD_NAMES)})\."
+  return re.sub(pattern, lambda match: f"{match[1]}.{_OLD_NAMES[match[2]]}.", name)
 
 
 def _kind(name: str) -> str:

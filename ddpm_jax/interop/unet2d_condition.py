@@ -14,6 +14,9 @@ from ddpm_jax.storage import jsonfiles
 Config = dict[str, Any]
 PyTree = Any
 NAME = "UNet2DConditionModel"
+NAMES = (NAME,)
+# A tensor that every such network has.
+ANCHOR = "conv_in.weight"
 
 # The defaults of `UNet2DConditionModel`, used for keys that a file omits.
 DEFAULTS: Config = {
@@ -244,12 +247,12 @@ def to_config(network: ConditionalUNet, params: PyTree, size: tuple[int, int] | 
   }
 
 
-def template(network: ConditionalUNet, in_channels: int) -> PyTree:
+def template(network: ConditionalUNet, channels: int) -> PyTree:
   """Return the shapes of a network's parameters without allocating arrays.
 
   The network must be the result of `from_config`.
 
-  `in_channels` is the number of input channels: the channels of x and, if an image condition is concatenated with x,
+  `channels` is the number of input channels: the channels of x and, if an image condition is concatenated with x,
   the channels of this condition.
   """
   n = network
@@ -266,7 +269,7 @@ def template(network: ConditionalUNet, in_channels: int) -> PyTree:
     conditions["vector"] = array(*width[n.vector_embedding])
   if n.size_features:
     conditions["sizes"] = array(1)
-  return tensors.abstract_params(network, (1, 1, in_channels), **conditions)
+  return tensors.abstract_params(network, (1, 1, channels), **conditions)
 
 
 def layout(network: ConditionalUNet) -> tensors.Layout:
@@ -274,7 +277,7 @@ def layout(network: ConditionalUNet) -> tensors.Layout:
   names = {"guidance": "time_embedding.cond_proj", **transformer_names(network)}
   if network.size_features:
     names |= {f"vector_{k}": f"add_embedding.linear_{k}" for k in (1, 2)}
-  return unet2d.layout(len(network.multipliers), names)
+  return unet2d.block_layout(len(network.multipliers), names)
 
 
 def transformer_names(network: ConditionalUNet) -> dict[str, str]:
