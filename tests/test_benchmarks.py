@@ -116,6 +116,14 @@ def test_our_networks_and_networks_of_diffusers_are_compared_and_timed(quick):
   assert results["machine"]["JAX"] == jax.__version__
 
 
+@pytest.mark.parametrize("options", [[], pytest.param(["--scan"], marks=pytest.mark.slow)])
+def test_our_transformer_and_the_transformer_of_diffusers_are_compared_and_timed(options, run, tmp_path):
+  run("dit.py", "--tiny", "--batches=2", "--rounds=1", *options, f"--json={tmp_path / 'results.json'}")
+  rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+  assert [row["pass"] for row in rows] == ["forward", "train step"]
+  assert all(row["ratio"][1] > 0 and row["error"] < 1e-3 for row in rows)
+
+
 def test_sampling_with_our_code_and_with_diffusers_is_timed(quick):
   rows = quick("sampling_ddpm")["rows"]
   assert [row["task"] for row in rows] == ["DDIM, 50 steps", "DPM-Solver++(2M), 20 steps"]
@@ -258,6 +266,27 @@ def test_the_learning_curves_start_from_the_same_weights_and_fall(seeds, script,
       assert loss[-1] < loss[0], name
       assert one["curves"][name][-1]["distance"] < one["curves"][name][0]["distance"]
   assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+
+def test_networks_are_compared_after_equal_training_time(script, run, tmp_path, monkeypatch):
+  module = script("equal_time")
+  # Use pixels as features, to avoid training a classifier.
+  monkeypatch.setattr(metrics, "train_classifier", lambda *args, **kwargs: None)
+  monkeypatch.setattr(metrics, "classifier_space", lambda params, classes: metrics.pixel_space())
+  monkeypatch.setattr(module, "SAMPLE_STEPS", 2)
+  monkeypatch.setattr(module, "TIMED_STEPS", 2)
+  times, options = tmp_path / "times.json", ["--tiny", "--rounds=1", "--samples=64", "--seconds=1"]
+  text = run("equal_time.py", *options, "--models=DiT, velocity", f"--times={times}")
+  assert list(json.loads(times.read_text())) == ["DiT, velocity"]
+  assert "| DiT, velocity |" in text
+  # This run reads the times instead of measuring them.
+  times.write_text(json.dumps({"U-Net, eps": 0.25}))
+  monkeypatch.setattr(module, "measure_steps", lambda *_: pytest.fail("the steps were timed again"))
+  run("equal_time.py", *options, "--models=U-Net, eps", f"--times={times}", f"--json={tmp_path / 'results.json'}")
+  (result,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+  assert result["U-Net, eps"]["steps"] == 4
+  with pytest.raises(SystemExit):
+    run("equal_time.py", "--models=DiT")
 
 
 def test_both_trainers_take_the_same_steps_on_the_same_inputs(script, tmp_path):

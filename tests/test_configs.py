@@ -22,7 +22,9 @@ PARAMETERS = {"cifar10_vp": "35.7", "cifar10_sde": "35.7", "cifar10_iddpm": "52.
 PARAMETERS |= {"celeba64_vp": "78.7", "lsun_bedroom_vp": "113.7"}
 
 PARAMETERS |= {"celeba256_latent": "274.1"}  # Rombach et al. 2022, table 12
-UNCLIPPED = {"celeba256_latent"}
+# Peebles and Xie 2023, table 1 (DiT-S/2 and DiT-XL/2).
+PARAMETERS |= {"cifar10_dit": "32.5", "imagenet256_dit_xl2": "674.8", "imagenet256_sit_xl2": "674.8"}
+UNCLIPPED = {"celeba256_latent", "imagenet256_dit_xl2", "imagenet256_sit_xl2"}
 
 # Heights of the levels with attention in the same papers, in Song et al. 2021 and in Karras et al. 2022.
 ATTENTION_HEIGHTS = {
@@ -43,6 +45,8 @@ def test_all_recipes_exist():
   assert {path.stem for path in RECIPES} >= {"digits_vp", "digits_sde", "mnist_vp", "cifar10_vp", "cifar10_sde"}
   assert {path.stem for path in RECIPES} >= {"digits_classifier", "mnist_classifier"}
   assert {path.stem for path in RECIPES} >= {"digits_autoencoder", "emoji_autoencoder", "imagenet256_autoencoder"}
+  assert {path.stem for path in RECIPES} >= {"digits_dit", "mnist_sit", "cifar10_dit", "emoji_dit_text"}
+  assert {path.stem for path in RECIPES} >= {"imagenet256_dit_xl2", "imagenet256_sit_xl2"}
   assert {path.stem for path in RECIPES} >= {"celeba64_vp", "lsun_bedroom_vp", "imagenet64_adm", "folder"}
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import randomness
+from ddpm_jax import processes, randomness, sampling
 from ddpm_jax.config import spec
 from ddpm_jax.devices import parallel
 from ddpm_jax.losses import Context
@@ -85,6 +85,38 @@ def test_only_changes_of_the_model_rebuild_the_model():
   assert experiment.replace(sampling__num_steps=3).model is experiment.model
   assert experiment.replace(data__image_size=(8, 16)).model.shape == (8, 16, 1)
   assert experiment.replace(model__process="vp").model.process.num_steps is None
+
+
+def test_flow_matching_is_set_by_components():
+  """Values are written as on the command line. A component in another one gets the model's process too."""
+  config = tiny_config()
+  config.model.prediction = spec("predictions.VELOCITY")
+  experiment = experiment_of(config).replace(
+    model__process="gvp",
+    objective__times="shifted(times=mode(scale=1.0), shift=2.0)",
+    sampler="sde(diffusion='linear', scale=0.5)",
+    sampling__grid="flow_match(shift=3.0, t_min=0.04)",
+    sampling__num_steps=5,
+    guidance="classifier_free(scale=2.0, channels=1)",
+  )
+  gvp = processes.gvp()
+  np.testing.assert_allclose(experiment.model.process.alpha(0.3), gvp.alpha(0.3))
+  np.testing.assert_array_equal(experiment.times, sampling.grids.flow_match(gvp, 5, shift=3.0, t_min=0.04))
+  assert experiment.sampler_name == "sde"
+  shifted = experiment.replace(
+    model__process="shifted(process=rectified_flow, shift=3.0)", sampling__grid="flow_match_diffusers(shift=3.0)"
+  )
+  expected = processes.shifted(processes.rectified_flow(), 3.0)
+  np.testing.assert_allclose(shifted.model.process.alpha(0.3), expected.alpha(0.3))
+  assert shifted.times.shape == (6,)
+  for key, value, message in (
+    ("sampler", "sde(diffusion='sigmas')", "diffusion='sigmas'"),
+    ("objective__times", "mode(scale=3.0)", "scale=3.0; expected a number from -1 to 1.7519"),
+    ("model__process", "shifted(shift=0.0)", "config.model.process"),
+    ("sampling__grid", "flow_match(shift=0.0)", "shift=0.0"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      experiment.replace(**{key: value})
 
 
 def test_data_with_more_classes_than_the_network_is_an_error():

@@ -33,15 +33,20 @@ RATE, STEPS = 1e-3, 2
 def root(tmp_path_factory):
   """Return a folder with a pipeline and captioned images."""
   root = tmp_path_factory.mktemp("finetune")
-  (root / "images").mkdir()
   (root / "tokenizers").mkdir()
   text_pipelines.make("sd1", root / "tokenizers").save_pretrained(root / "pipeline")
+  write_images(root / "images")
+  return root
+
+
+def write_images(folder):
+  """Write 12 images with captions."""
+  folder.mkdir()
   rng = np.random.default_rng(0)
   lines = [{"file_name": f"{index:02}.png", "text": CAPTIONS[index % 3]} for index in range(12)]
   for line in lines:
-    Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(root / "images" / line["file_name"])
-  (root / "images" / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-  return root
+    Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / line["file_name"])
+  (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def keys_for(root):

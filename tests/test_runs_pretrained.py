@@ -93,7 +93,7 @@ def test_raw_weights_differ_from_the_ema(run, exported, tmp_path):
   code, output = call("--mode=export", f"--workdir={run}", f"--output={tmp_path / 'raw'}", "--ema=false")
   assert code == 0, output
   assert "raw weights" in output
-  (_, ema), (_, raw) = interop.diffusers.load_unet(exported), interop.diffusers.load_unet(tmp_path / "raw")
+  (_, ema), (_, raw) = interop.diffusers.load_network(exported), interop.diffusers.load_network(tmp_path / "raw")
   assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(raw), strict=True))
 
 

@@ -16,6 +16,7 @@ from ddpm_jax.models import codecs
 from ddpm_jax.models.guided import Guides, Parameters
 from ddpm_jax.runs import edit_methods, model, programs
 from ddpm_jax.runs.steering import Guided
+from tests import test_interop_sd3_pipelines as sd3
 from tests import text_pipelines
 from tests.commands import DENSE, call
 from tests.conftest import ROOT
@@ -238,6 +239,17 @@ def test_a_pretrained_model_samples_the_same_with_fsdp(tmp_path):
   """This command uses the real U-Net, because `DENSE` is not among its arguments."""
   write_pipeline(tmp_path / "model")
   arguments = ["--mode=sample", f"--pretrained={tmp_path / 'model'}", "--num_samples=8", "--num_steps=2"]
+  full, parts = (sample_with(tmp_path, "samples", *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
+  assert np.ptp(full) > 20
+  assert np.max(np.abs(full.astype(int) - parts.astype(int))) <= 1
+
+
+def test_stable_diffusion_3_5_samples_the_same_with_fsdp(tmp_path):
+  sd3.make("3.5", sd3.make_tokenizers(tmp_path)).save_pretrained(tmp_path / "model")
+  _, full = interop.diffusers.load(tmp_path / "model")
+  assert_sharded(interop.diffusers.load(tmp_path / "model", mesh=parallel.make_mesh(fsdp=8))[1], full)
+  arguments = ["--mode=sample", f"--pretrained={tmp_path / 'model'}", "--prompt=a red fox", "--num_samples=8"]
+  arguments += ["--num_steps=2", "--guidance_scale=3"]
   full, parts = (sample_with(tmp_path, "samples", *arguments, *fsdp) for fsdp in ((), ("--fsdp=8",)))
   assert np.ptp(full) > 20
   assert np.max(np.abs(full.astype(int) - parts.astype(int))) <= 1

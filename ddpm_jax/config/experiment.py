@@ -15,7 +15,6 @@ from ddpm_jax.config.sections import Data, Parts, Root, Sampling
 from ddpm_jax.config.tree import Tree
 from ddpm_jax.data import Fields, Fit, Splits, check_buckets
 from ddpm_jax.models import Model
-from ddpm_jax.networks import ConditionalUNet, UNet
 from ddpm_jax.networks.options import check_space
 from ddpm_jax.predictions import Prediction
 from ddpm_jax.processes import Process
@@ -190,9 +189,11 @@ def _check_buckets(data: Data, model: Model) -> None:
 def _check_size(model: Model, x_shape: tuple[int, ...]) -> None:
   """Raise a ValueError if the network of a model rejects x of shape `x_shape`."""
   model.network.check(x_shape)
-  if isinstance(model.network.module, (UNet, ConditionalUNet)):
+  module = model.network.module
+  if hasattr(module, "check_input") and not getattr(module, "fixed_size", False):
     return
-  # Another network, such as a classifier or one of the user's, may accept only the shape that it was initialized with.
+  # A network such as the classifier may accept only the shape that it was initialized with. Another network may be
+  # unable to check shapes.
   example = models.conditions.example(model.conditions)
   params = jax.eval_shape(model.init, jax.random.key(0))
   inputs = jax.ShapeDtypeStruct((1, *x_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)

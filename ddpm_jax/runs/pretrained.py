@@ -138,6 +138,9 @@ def _options(tree: Tree, path: str) -> dict[str, Any]:
     return {name: values[name] for name in (*_OPTIONS, *dropouts) if name in values} | shape
   network, conditions = values["network"], values["conditions"]
   options = {name: network[name] for name in _OPTIONS if name in network} | shape
+  # The network of the config may have dropout by default, even if the network at the path has no such option.
+  if "dropout" in options and not interop.diffusers.has_dropout(path):
+    del options["dropout"]
   nodes = {option: conditions.get(name, {}) for option, name in dropouts.items()}
   return options | {option: node["dropout"] for option, node in nodes.items() if "dropout" in node}
 

@@ -180,7 +180,7 @@ class Theirs:
     with tempfile.TemporaryDirectory() as folder:
       averaged.save_pretrained(f"{folder}/unet")
       self.scheduler.save_pretrained(f"{folder}/scheduler")
-      return interop.diffusers.load_unet(f"{folder}/unet")[1]
+      return interop.diffusers.load_network(f"{folder}/unet")[1]
 
 
 def make_scorer(experiment, source, held_out, count):
@@ -196,6 +196,21 @@ def make_scorer(experiment, source, held_out, count):
     return sampling.sample(key, sampler, diffusion.denoise(params), x, times)
 
   generate = jax.jit(generate, compiler_options=parallel.compiler_options())
+  score_samples, floor = make_sample_scorer(source, held_out, count)
+
+  def score(params):
+    parts = [generate(params, jax.random.key(seed)) for seed in range(-(-count // size))]
+    samples = images.to_uint8(np.concatenate(parts)[:count])
+    return score_samples(samples), samples
+
+  return score, floor
+
+
+def make_sample_scorer(source, held_out, count):
+  """Return a function `score(samples) -> scores`, and the scores of `count` real training images.
+
+  The features are those of a classifier that this function trains. Scores are a dict from name to value.
+  """
   train, test = (data.read(part, np.arange(len(part))) for part in (source, held_out))
   classes = int(train["classes"].max()) + 1
   classifier = metrics.train_classifier(train["image"], train["classes"], classes, quiet=True)
@@ -203,19 +218,13 @@ def make_scorer(experiment, source, held_out, count):
   extract = metrics.extractor(space, 64)
   reference = extract(test["image"][:count])["features"]
 
-  def score(params):
-    parts = [generate(params, jax.random.key(seed)) for seed in range(-(-count // size))]
-    samples = images.to_uint8(np.concatenate(parts)[:count])
-    return score_samples(samples), samples
-
-  def score_samples(samples):
+  def score(samples):
     features = extract(samples)["features"]
     precision, recall = metrics.precision_recall(features, reference)
     distance = metrics.frechet_distance(features, reference, allow_singular=True)
     return {"distance": float(distance), "precision": precision, "recall": recall}
 
-  floor = score_samples(train["image"][np.random.default_rng(0).permutation(len(train["image"]))[:count]])
-  return score, floor
+  return score, score(train["image"][np.random.default_rng(0).permutation(len(train["image"]))[:count]])
 
 
 def train_alternately(experiment, source, score, device, steps, parts, compiled):

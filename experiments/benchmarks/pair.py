@@ -50,7 +50,7 @@ def make(name: str) -> Pair:
     model = Model(networks.from_linen(network, {}), process, predictions.EPS, {}, codecs.pixels(), shape, shape)
     interop.diffusers.save(f"{folder}/model", model, start)
     theirs = UNet2DModel.from_pretrained(f"{folder}/model", subfolder="unet")
-    network, params = interop.diffusers.load_unet(Path(folder) / "model")
+    network, params = interop.diffusers.load_network(Path(folder) / "model")
   return Pair(network.clone(dropout=0.0), params, theirs.eval(), shape)
 
 

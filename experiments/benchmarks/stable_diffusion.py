@@ -63,7 +63,7 @@ def write_weights(root, tasks, small):
     network = ConditionalUNet(channels=32, heads=4, context_features=768) if small else ConditionalUNet()
     inputs = np.zeros((1, 8, 8, 4), np.float32), np.zeros(1, np.int32), np.zeros((1, 77, 768), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-    interop.diffusers.save_unet(root / "unet", network.clone(context_features=768), jax.tree.map(random, shapes))
+    interop.diffusers.save_network(root / "unet", network.clone(context_features=768), jax.tree.map(random, shapes))
 
 
 def make_inputs(task, size, batch):
@@ -84,7 +84,7 @@ def our_call(root, task, tile):
   from ddpm_jax import interop
 
   if task == "unet":
-    network, params = interop.diffusers.load_unet(root / "unet")
+    network, params = interop.diffusers.load_network(root / "unet")
     forward = jax.jit(lambda params, *inputs: network.apply({"params": params}, *inputs))
     return lambda *inputs: np.asarray(forward(params, *inputs))
   codec, frozen = interop.diffusers.load_codec(root / "vae", posterior="mode", tile=tile)
@@ -122,7 +122,7 @@ def load(library, root, dtype):
 
     from ddpm_jax import interop
 
-    leaves = jax.tree.leaves(interop.diffusers.load_unet(root / "unet", dtype=dtype)[1])
+    leaves = jax.tree.leaves(interop.diffusers.load_network(root / "unet", dtype=dtype)[1])
     return sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves)
   import diffusers
   import torch
