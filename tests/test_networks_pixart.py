@@ -202,6 +202,8 @@ def test_bad_options_and_shapes_are_errors(changes, shape, message):
     ({}, {"x": INPUTS["x"][0]}, "Got data of shape .4, 6, 4. for a network of images"),
     ({}, {"tokens": None}, "Got no tokens for a network that attends to tokens"),
     ({}, {"tokens": INPUTS["tokens"][..., :9]}, "Got tokens of shape .3, 5, 9. for 3 samples and context_features=10"),
+    ({"context_features": 0}, {"tokens": INPUTS["tokens"][:, :0]}, "Got tokens of shape .3, 0, 10.; expected"),
+    ({"context_features": 0}, {"tokens": INPUTS["tokens"][..., :0]}, "Got tokens of shape .3, 5, 0.; expected"),
     ({}, {"tokens": INPUTS["tokens"][:2]}, "Got tokens of shape .2, 5, 10. for 3 samples"),
     ({}, {"tokens": {"ids": np.ones((3, 5), np.int32)}}, "Got tokens with the entries ids; expected states and mask"),
     ({}, {"tokens": {"states": INPUTS["tokens"], "mask": np.ones((3, 4), bool)}}, "Got a mask of shape .3, 4."),

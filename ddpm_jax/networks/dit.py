@@ -278,6 +278,8 @@ class DiT(nn.Module):
         value.ndim != len(shape) or any(m not in (n, "D") for n, m in zip(value.shape, shape, strict=True))
       ):
         raise ValueError(f"Got {name} of shape {value.shape}; expected [{', '.join(map(str, shape))}].")
+    if classes is not None and not jnp.issubdtype(classes.dtype, jnp.integer):
+      raise ValueError(f"Got classes of type {classes.dtype}; expected integers. Convert them with astype.")
     if image is not None and image.shape[:-1] != x.shape[:-1]:
       raise ValueError(
         f"Got an image of shape {image.shape} to condition data of shape {x.shape}; expected equal shapes except for the"

@@ -23,12 +23,8 @@ def check(network: Any) -> None:
     ValueError: if an option is invalid or conflicts with another one, or the network is too large.
   """
   n = network
-  for name in ("out_channels", "channels", "layers", "heads", "patch"):
-    if getattr(n, name) < 1:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 1 or more.")
-  for name in ("num_classes", "vector_features", "context_features", "vocabulary", "vocabulary_layers"):
-    if getattr(n, name) < 0:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
+  options.check_counts(n, ("out_channels", "channels", "layers", "heads", "patch"), 1)
+  options.check_counts(n, ("num_classes", "vector_features", "context_features", "vocabulary", "vocabulary_layers"), 0)
   numbers = (n.mlp_ratio, n.epsilon, n.mlp_epsilon, n.frequency_shift, n.dropout)
   if not all(map(math.isfinite, numbers)) or not (n.epsilon > 0 and n.mlp_epsilon >= 0 and 0 <= n.dropout < 1):
     raise ValueError(

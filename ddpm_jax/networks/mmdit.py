@@ -340,12 +340,10 @@ def _runs(network: MMDiT) -> list[tuple[int, int]]:
 
 def _check_options(network: MMDiT) -> None:
   n = network
-  for name in ("out_channels", "channels", "layers", "heads", "patch", "positions_size", "positions_base"):
-    if getattr(n, name) < 1:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 1 or more.")
-  for name in ("context_features", "vector_features"):
-    if getattr(n, name) < 0:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
+  options.check_counts(
+    n, ("out_channels", "channels", "layers", "heads", "patch", "positions_size", "positions_base"), 1
+  )
+  options.check_counts(n, ("context_features", "vector_features"), 0)
   if not 0 < n.epsilon < math.inf:
     raise ValueError(f"Got epsilon={n.epsilon}; expected a finite number above 0.")
   if n.channels % n.heads or n.channels % 4:
@@ -353,6 +351,8 @@ def _check_options(network: MMDiT) -> None:
       f"Got channels={n.channels} with heads={n.heads}; expected a multiple of heads and of 4, because positions have a"
       " sine and a cosine along two axes."
     )
+  if not isinstance(n.dual_layers, Sequence) or not all(isinstance(index, int | np.integer) for index in n.dual_layers):
+    raise ValueError(f"Got dual_layers={n.dual_layers!r}; expected a tuple of integers, such as (0, 1).")
   if len(set(n.dual_layers)) < len(n.dual_layers) or any(not 0 <= index < n.layers for index in n.dual_layers):
     raise ValueError(
       f"Got dual_layers={tuple(n.dual_layers)} for {n.layers} layers; expected different numbers from 0 to {n.layers - 1}."

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.devices import memory
 from ddpm_jax.names import hint
@@ -222,6 +223,23 @@ def _check_numbers(network: Any, finite: Sequence[str], counts: Sequence[str]) -
       f"Got multipliers={tuple(n.multipliers)}, blocks={n.blocks}, out_channels={n.out_channels}; expected at least one"
       " level, one block and one output channel, and only positive multipliers."
     )
+
+
+def check_counts(network: Any, names: Sequence[str], low: int) -> None:
+  """Check that options of a network are integers of `low` or more.
+
+  Args:
+    network: the network.
+    names: the names of the options.
+    low: the lowest valid value.
+
+  Raises:
+    ValueError: if an option is not an integer, or is lower.
+  """
+  for name in names:
+    value = getattr(network, name)
+    if not isinstance(value, int | np.integer) or value < low:
+      raise ValueError(f"Got {name}={value!r}; expected an integer of {low} or more.")
 
 
 def _check_choices(network: Any, *options: tuple[str, Sequence[Any], Sequence[Any]]) -> None:

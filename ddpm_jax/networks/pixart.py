@@ -271,12 +271,8 @@ class _Attention(nn.Module):
 
 def _check_options(network: PixArt) -> None:
   n = network
-  for name in ("out_channels", "channels", "layers", "heads", "patch", "base_size"):
-    if getattr(n, name) < 1:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 1 or more.")
-  for name in ("context_features", "size_features"):
-    if getattr(n, name) < 0:
-      raise ValueError(f"Got {name}={getattr(n, name)}; expected an integer of 0 or more.")
+  options.check_counts(n, ("out_channels", "channels", "layers", "heads", "patch", "base_size"), 1)
+  options.check_counts(n, ("context_features", "size_features"), 0)
   for name in ("interpolation_scale", "epsilon"):
     if not 0 < getattr(n, name) < math.inf:
       raise ValueError(f"Got {name}={getattr(n, name)}; expected a finite number above 0.")

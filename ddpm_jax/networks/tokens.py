@@ -83,12 +83,20 @@ def check_tokens(states: Array | None, mask: Array | None, count: int, features:
     features: the option `context_features` of the network. 0 accepts tokens of any width.
 
   Raises:
-    ValueError: if there are no tokens, or a shape is wrong.
+    ValueError: if there are no tokens, the tokens or the mask are not arrays, or a shape is wrong.
   """
   if states is None:
     raise ValueError(
       "Got no tokens for a network that attends to tokens; expected an array [B, L, C]. Pass tokens=..., such as the"
       " states of a text encoder."
+    )
+  if not all(hasattr(value, "shape") for value in (states, mask) if value is not None):
+    raise ValueError(
+      f"Got tokens of {type(states).__name__} with a mask of {type(mask).__name__}; expected arrays. Apply jnp.asarray."
+    )
+  if 0 in states.shape:
+    raise ValueError(
+      f"Got tokens of shape {states.shape}; expected [B, L, C] without a zero. Pass one token or more, such as padding."
     )
   width = features or states.shape[-1]
   if states.ndim != 3 or states.shape[0] != count or states.shape[-1] != width:

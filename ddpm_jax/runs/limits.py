@@ -93,6 +93,7 @@ def _features(experiment: Experiment, shape: tuple[int, ...] | None = None) -> i
   model = experiment.model
   module, space = model.network.module, (model.shape if shape is None else model.codec.shape(shape))[:-1]
   size = jnp.dtype(getattr(module, "dtype", None) or jnp.float32).itemsize
-  # A transformer has one row of features for each patch.
-  positions = math.prod(space) // int(getattr(module, "patch", 1)) ** len(space)
+  # A transformer has one row of features for each patch. A user's network may have another attribute of this name.
+  patch = getattr(module, "patch", 1)
+  positions = math.prod(space) // (patch if isinstance(patch, int) and patch > 0 else 1) ** len(space)
   return positions * int(getattr(module, "channels", 0) or 0) * size
