@@ -27,7 +27,7 @@ from ddpm_jax.config import default_config, spec
 
 def get_config():
   config = default_config()
-  # Set the paths with --config.data.source.path=<folder> and --config.model.codec.path=<autoencoder>.
+  # The flags --config.data.source.path and --config.model.codec.path set the two empty paths.
   config.data.source = spec("data.folder", path="", train_split="train", eval_split="val")
   config.data.update({"image_size": 256, "channels": 3, "flip": True, "resize": "adm", "num_threads": 16})
   config.model.codec = spec("codecs.autoencoder", path="")

@@ -57,7 +57,7 @@ def model_card(
   learns_variance = scheduler["variance_type"] == "learned_range"
   is_conditional = network.num_classes or network.vector_embedding
   if is_dit:
-    # The pipeline guides with the class 1000, so guidance needs 1000 classes and the null class.
+    # DiTPipeline always uses class 1000 as "no class". So guidance works only for models with 1000 classes.
     labels = [0, 1] if network.num_classes > 2 else [0]
     unguided = "" if network.num_classes == 1001 else ", guidance_scale=1"
     lines += _code(

@@ -18,7 +18,7 @@ ANCHOR = "pos_embed.proj.weight"
 _NAME = NAMES[0]
 # Constants of the class, which no option changes.
 _SHIFT, _EPSILON, _WAVES = 1.0, 1e-6, 256
-# What to do about an option of our network that is not a constant of the class.
+# Advice for the error about an option that differs from the constant of diffusers' class.
 _HINTS = {
   "frequency_shift": (
     " Train with the settings --config.model.network.frequency_shift=1.0 and"
@@ -93,7 +93,7 @@ def from_config(config: Mapping[str, Any]) -> DiT:
     layers=c["num_layers"],
     heads=c["num_attention_heads"],
     patch=c["patch_size"],
-    # The last row is the null class.
+    # The table has one row more than there are classes. This last row stands for "no class".
     num_classes=c["num_embeds_ada_norm"] + 1,
     dropout=c["dropout"],
     time_features=_WAVES,
@@ -222,7 +222,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
   name = config.get("_class_name", _NAME)
   if name != _NAME:
     raise ValueError(f"Got a network of class {name}; expected {_NAME}, the class of DiT in diffusers.")
-  # Refuse unsupported values by name before their types are checked.
+  # Check supported values first. An unsupported value may also have a wrong type, and this error says more.
   for key, supported in _FIXED.items():
     if key in config and (
       config[key] not in supported or isinstance(config[key], bool) != isinstance(supported[0], bool)

@@ -52,7 +52,7 @@ def load_dit(
   process: Process | None = None,
   scan: bool = True,
 ) -> tuple[Model, PyTree]:
-  """Load the model and the parameters of a DiT checkpoint.
+  """Load a model and its parameters from a checkpoint of the original DiT code.
 
   The model has the condition "classes". The default sampler is DDPM with at most 250 steps and a guidance scale of 4,
   as in the code of the paper. That code guides only the first three channels. Our guidance guides all channels by

@@ -177,7 +177,7 @@ CLASSES = {
     sigmas_within_grid=True,
   ),
 }
-# The class without betas, see `flow_schedulers`.
+# This scheduler class has no betas, so `flow_schedulers` reads its configs.
 FLOW = "FlowMatchEulerDiscreteScheduler"
 _KNOWN = {*_OLD, *(key for one in CLASSES.values() for key in one.options)}
 

@@ -307,7 +307,7 @@ def with_defaults(config: Mapping[str, Any]) -> Config:
     raise ValueError(
       f"Got a network of class {name}; expected {NAME}, the class of the U-Nets in diffusers' text-to-image models."
     )
-  # Refuse unsupported values by name before their types are checked.
+  # Check supported values first. An unsupported value may also have a wrong type, and this error says more.
   for key, supported in _FIXED.items():
     if key in config and not any(_equal(config[key], value) for value in supported):
       raise _unsupported(key, config[key], " or ".join(map(repr, supported)))

@@ -19,7 +19,7 @@ PyTree = Any
 # The component that builds a model from the config files of a diffusers folder.
 _COMPONENT = "diffusers.read"
 # Keys of the network that the config may set for a pretrained model. They do not change its architecture or weights.
-_OPTIONS = ("dropout", "dtype", "remat", "attention")
+_OPTIONS = ("dropout", "dtype", "remat", "attention", "scan")
 
 
 class Pretrained(NamedTuple):
@@ -138,7 +138,7 @@ def _options(tree: Tree, path: str) -> dict[str, Any]:
     return {name: values[name] for name in (*_OPTIONS, *dropouts) if name in values} | shape
   network, conditions = values["network"], values["conditions"]
   options = {name: network[name] for name in _OPTIONS if name in network} | shape
-  # The network of the config may have dropout by default, even if the network at the path has no such option.
+  # The config's network may set dropout by default. Ignore the setting if the pretrained network has no dropout.
   if "dropout" in options and not interop.diffusers.has_dropout(path):
     del options["dropout"]
   nodes = {option: conditions.get(name, {}) for option, name in dropouts.items()}
